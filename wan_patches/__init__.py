@@ -1,0 +1,94 @@
+"""Faster Wan and Helios pipelines in the diffusers that is installed, with the same bits.
+
+    import wan_patches
+
+    wan_patches.enable()     # before or after importing diffusers, before or after building a pipeline
+    ...
+    wan_patches.disable()    # everything as it was
+
+Importing this package imports neither torch nor diffusers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+
+from wan_patches.fidelity import Fidelity, Verdict
+from wan_patches.registry import Known, Patch, PatchError, Registry, Report, Status, Target
+from wan_patches.rewrite import Block, Body, Replace, Unknown, fingerprint
+
+__version__ = "0.1.0"
+
+_registry = Registry()
+
+
+def enable(
+    patches: Iterable[str] | None = None,
+    *,
+    fidelity: Fidelity | str = Fidelity.EXACT,
+    strict: bool = False,
+    gate: bool = True,
+) -> Status:
+    """Makes the installed pipelines faster: patches diffusers' modules, now and as they are imported.
+
+    Called again, the newest call's choice holds.
+
+    Args:
+        patches: names of the patches to use (see `status()`); None means all.
+        fidelity: `"exact"` (same bits as stock) or `"close"` (also patches that move rounding only).
+        strict: import the modules that patches are for at once, and raise `PatchError` (leaving the
+            earlier choice in force) if the code of one is not known, instead of leaving stock code there
+            with a line in the log.
+        gate: on accelerators, compare each operation with stock the first time it meets a new shape.
+
+    Returns:
+        The status; it prints as a table.
+
+    Raises:
+        ValueError: for an unknown patch or fidelity; the message lists the known ones.
+        PatchError: with `strict`, if a wanted patch cannot be installed.
+    """
+    return _registry.enable(patches, fidelity=fidelity, strict=strict, gate=gate)
+
+
+def disable() -> None:
+    """Takes every patch out again: the functions of diffusers run their own code objects."""
+    _registry.disable()
+
+
+def enabled(
+    patches: Iterable[str] | None = None,
+    *,
+    fidelity: Fidelity | str = Fidelity.EXACT,
+    strict: bool = False,
+    gate: bool = True,
+) -> AbstractContextManager[Status]:
+    """`enable(...)` for the length of a `with` block; what held before holds again afterwards. Nests."""
+    return _registry.enabled(patches, fidelity=fidelity, strict=strict, gate=gate)
+
+
+def status() -> Status:
+    """What is patched, what waits for an import, what was left alone and why. Prints as a table."""
+    return _registry.status()
+
+
+__all__ = [
+    "Block",
+    "Body",
+    "Fidelity",
+    "Known",
+    "Patch",
+    "PatchError",
+    "Replace",
+    "Report",
+    "Status",
+    "Target",
+    "Unknown",
+    "Verdict",
+    "disable",
+    "enable",
+    "enabled",
+    "fingerprint",
+    "status",
+]

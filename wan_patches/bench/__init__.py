@@ -1,0 +1,1 @@
+"""What the demo, the benchmarks and the tests run on."""

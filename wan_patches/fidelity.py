@@ -1,0 +1,145 @@
+"""What a patch promises about the numbers, and the check that keeps the promise on accelerators."""
+
+from __future__ import annotations
+
+import enum
+import logging
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger("wan_patches")
+
+
+class Fidelity(str, enum.Enum):
+    """The promise of a patch about its numbers.
+
+    `EXACT`: the bits of the stock code on the same device, dtype and shape.
+    `CLOSE`: the same mathematics at the same or a higher precision of every operand; only rounding
+    moves. Opt-in: `wan_patches.enable(fidelity="close")`, which allows exact patches as well.
+    """
+
+    EXACT = "exact"
+    CLOSE = "close"
+
+    def allows(self, other: Fidelity) -> bool:
+        """Whether a user who asked for `self` accepts a patch that promises `other`."""
+        return self is Fidelity.CLOSE or other is Fidelity.EXACT
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the first-sight gate found for one operation on one kind of input."""
+
+    op: str
+    key: Hashable
+    exact: bool
+    reason: str = ""
+
+
+class Gate:
+    """The first-sight gate: an EXACT implementation on an accelerator proves itself before it is used.
+
+    The first time an operation meets a new key (shapes, strides, dtypes, device), stock's formulation
+    runs as well and the results are compared with `torch.equal`. A mismatch, or an implementation that
+    raises, is warned about once per operation; stock's formulation serves that key from then on.
+    """
+
+    #: Keys remembered. Past it the oldest is forgotten and proves itself again.
+    CAPACITY = 4096
+
+    def __init__(self) -> None:
+        self.enabled = True
+        self._verdicts: dict[Hashable, Verdict] = {}
+        self._warned: set[str] = set()
+
+    def __call__(
+        self,
+        op: str,
+        key: Hashable,
+        implementation: Callable[..., torch.Tensor],
+        reference: Callable[..., torch.Tensor],
+        *args: Any,
+    ) -> torch.Tensor:
+        """Returns `implementation(*args)` where it has proved equal to `reference(*args)`, else the latter.
+
+        `key` must hold all that the arithmetic can depend on (see `signature`); it always includes `op`.
+        The first sight of a key costs one extra call and one wait for the device.
+        """
+        if not self.enabled:
+            return implementation(*args)
+        verdict = self._verdicts.get((op, key))
+        if verdict is not None:
+            return implementation(*args) if verdict.exact else reference(*args)
+        if _is_capturing():  # a comparison waits for the device, which a graph capture forbids
+            return reference(*args)
+        return self._first_sight(op, key, implementation, reference, args)
+
+    def verdicts(self) -> list[Verdict]:
+        """What has been found so far, oldest first."""
+        return list(self._verdicts.values())
+
+    def reset(self) -> None:
+        """Forgets every verdict, so that each key proves itself again."""
+        self._verdicts.clear()
+        self._warned.clear()
+
+    def _first_sight(self, op: str, key: Hashable, implementation, reference, args) -> torch.Tensor:
+        import torch
+
+        reason = ""
+        try:
+            ours = implementation(*args)
+        except torch.OutOfMemoryError:
+            return reference(*args)
+        except Exception as error:
+            ours, reason = None, f"raised {type(error).__name__}: {error}"
+        try:
+            stock = reference(*args)
+            exact = ours is not None and _identical(ours, stock)
+        except torch.OutOfMemoryError:
+            del ours  # no room for both: stock alone, and no verdict
+            return reference(*args)
+        if not exact:
+            reason = reason or "differs from the stock formulation"
+            self._warn(op, reason)
+        while len(self._verdicts) >= self.CAPACITY:
+            self._verdicts.pop(next(iter(self._verdicts)), None)
+        self._verdicts[(op, key)] = Verdict(op, key, exact, reason)
+        return stock
+
+    def _warn(self, op: str, reason: str) -> None:
+        if op not in self._warned:
+            self._warned.add(op)
+            logger.warning(
+                "%s %s on this device; the stock formulation is used for such input (see wan_patches.status())",
+                op,
+                reason,
+            )
+
+
+#: The gate of this process.
+gate = Gate()
+
+
+def signature(*tensors: torch.Tensor) -> tuple[Hashable, ...]:
+    """The part of a gate key that tensors contribute: shape, strides, dtype and device of each."""
+    return tuple((t.shape, t.stride(), t.dtype, t.device) for t in tensors)
+
+
+def _identical(a: torch.Tensor, b: torch.Tensor) -> bool:
+    import torch
+
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    # nan is not equal to itself, and says nothing against an implementation that gives it where stock does
+    return torch.equal(a, b) or torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+def _is_capturing() -> bool:
+    import torch
+
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

@@ -1,0 +1,160 @@
+"""Rotary embedding over interleaved pairs, as Wan, Helios and their relatives apply it.
+
+Pair `(x[2i], x[2i+1])` of every head is rotated by the angle of its token and of `i`::
+
+    y[2i]   = x[2i] * cos[i] - x[2i+1] * sin[i]
+    y[2i+1] = x[2i] * sin[i] + x[2i+1] * cos[i]
+
+Each product and each sum is rounded in the promoted dtype of `x` and the tables (no fused
+multiply-add), and the result once more to the dtype of `x`: that is stock's order of arithmetic.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from wan_patches.fidelity import gate, signature
+
+_GRAIN = 32768  # at::internal::GRAIN_SIZE: elements below which ATen does not split an elementwise operation
+_SMALL = 1 << 14  # elements below which the plain formulation's few calls are the fastest
+_CHUNK = 1 << 16  # complex numbers per thread and chunk: fp32 scratch of 512 KiB stays in a core's cache
+
+
+def apply_rotary_emb(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotates pairs of neighbouring channels.
+
+    Args:
+        x: queries or keys, `(batch, seq, heads, head_dim)`, any floating dtype and strides.
+        cos, sin: one value per pair, broadcastable to `(batch, seq, heads, head_dim / 2)`;
+            usually `(1 or batch, seq, 1, head_dim / 2)` in fp32.
+
+    Returns:
+        A new tensor like `x`. EXACT: the bits of the strided assignment (`reference`).
+    """
+    if torch.compiler.is_compiling() or _is_transformed(x):
+        return stacked(x, cos, sin)
+    if x.is_cpu:
+        return complex_rows(x, cos, sin) if _is_fast(x, cos, sin) else reference(x, cos, sin)
+    if x.is_meta:
+        return stacked(x, cos, sin)
+    return gate("rope", signature(x, cos, sin), stacked, reference, x, cos, sin)
+
+
+def reference(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """The plain formulation: two strided assignments into an empty tensor, in stock's order of arithmetic."""
+    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
+    out = torch.empty_like(x)
+    out[..., 0::2] = first * cos - second * sin
+    out[..., 1::2] = first * sin + second * cos
+    return out
+
+
+def stacked(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """The form without assignments, for compilers, autograd and devices where strided stores are slow."""
+    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
+    pairs = torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-1)
+    return pairs.flatten(-2).type_as(x)
+
+
+def complex_rows(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """The CPU form: multiply pairs as complex numbers, a few tokens at a time. `_is_fast` says where it is exact.
+
+    ATen's vector code for complex products rounds like the formula above, its scalar code for the rest of
+    a row may fuse. So every thread gets whole rows of a multiple of 16 pairs (see `_step`).
+    """
+    batch, seq, heads, dim = x.shape
+    step = _step(seq, heads, dim // 2, torch.get_num_threads())
+    out = torch.empty_like(x)
+    table = torch.empty((step, 1, dim // 2), dtype=torch.complex64)
+    table_cos, table_sin = torch.view_as_real(table).unbind(-1)
+    in_place = _is_complex_view(x) and _is_complex_view(out)
+    if not in_place:
+        scratch = torch.empty((step, heads, dim), dtype=torch.float32)
+        rows = torch.view_as_complex(scratch.unflatten(-1, (-1, 2)))
+    for b in range(batch):
+        x_b, out_b = x[b], out[b]
+        cos_b, sin_b = cos[b if cos.shape[0] > 1 else 0], sin[b if sin.shape[0] > 1 else 0]
+        if in_place:
+            x_b = torch.view_as_complex(x_b.unflatten(-1, (-1, 2)))
+            out_b = torch.view_as_complex(out_b.unflatten(-1, (-1, 2)))
+        for start in range(0, seq, step):
+            start = min(start, seq - step)  # the last chunk overlaps, so that all are of one size
+            chunk = slice(start, start + step)
+            table_cos.copy_(cos_b[chunk])
+            table_sin.copy_(sin_b[chunk])
+            if in_place:
+                torch.mul(x_b[chunk], table, out=out_b[chunk])
+            else:
+                scratch.copy_(x_b[chunk])
+                rows.mul_(table)
+                out_b[chunk].copy_(scratch)
+    return out
+
+
+def _is_fast(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> bool:
+    """Whether `complex_rows` applies to this input, and is exact on this machine."""
+    if x.dim() != 4 or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return False
+    batch, seq, heads, dim = x.shape
+    for table in (cos, sin):
+        if table.dtype != torch.float32 or table.dim() != 4 or table.shape[1:] != (seq, 1, dim // 2):
+            return False
+        if table.shape[0] not in (1, batch):
+            return False
+    if dim % 32 or x.numel() < _SMALL:
+        return False
+    threads = torch.get_num_threads()
+    return _step(seq, heads, dim // 2, threads) > 0 and _is_exact(x.dtype, heads, dim, threads)
+
+
+def _is_transformed(x: torch.Tensor) -> bool:
+    """Whether something looks into the operations: autograd, a functorch transform, a tensor subclass."""
+    return (
+        (x.requires_grad and torch.is_grad_enabled())
+        or type(x) is not torch.Tensor
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _step(seq: int, heads: int, half: int, threads: int) -> int:
+    """Tokens per chunk such that each thread gets whole rows (of one head and token); 0 where there is none.
+
+    ATen gives each of `n = min(threads, ceil(numel / grain))` threads `ceil(numel / n)` elements.
+    """
+    token = heads * half
+    alone = _GRAIN // token  # so few tokens are not split at all
+    if seq <= alone or threads == 1:
+        return min(seq, max(1, _CHUNK // token)) if threads == 1 else seq
+    per_thread = -(-_GRAIN // token)
+    if seq >= per_thread * threads:  # enough for every thread, and a whole number of tokens for each
+        return threads * min(seq // threads, max(per_thread, _CHUNK // token))
+    return alone
+
+
+@functools.lru_cache(maxsize=64)
+def _is_exact(dtype: torch.dtype, heads: int, dim: int, threads: int) -> bool:
+    """Tries `complex_rows` on this processor against the plain formulation."""
+    generator = torch.Generator().manual_seed(0)  # the user's random state is not ours to move
+    token = heads * dim // 2
+    for seq in {1, max(1, _GRAIN // token), threads * -(-_GRAIN // token) + 1}:
+        if _step(seq, heads, dim // 2, threads) > 0:
+            x = torch.randn((1, seq, heads, dim), generator=generator).to(dtype)
+            cos, sin = torch.randn((2, 1, seq, 1, dim // 2), generator=generator)
+            if not torch.equal(complex_rows(x, cos, sin), reference(x, cos, sin)):
+                return False
+    return True
+
+
+def _is_complex_view(x: torch.Tensor) -> bool:
+    """Whether pairs of the last axis can be seen as complex numbers in place."""
+    strides = x.stride()
+    return (
+        x.dtype == torch.float32
+        and strides[-1] == 1
+        and x.storage_offset() % 2 == 0
+        and all(stride % 2 == 0 for stride in strides[:-1])
+    )

@@ -1,0 +1,207 @@
+"""PIL images and videos to tensors: the calls of `VideoProcessor.preprocess` and `preprocess_video` in pipelines.
+
+A processor does not know the device that its result goes to; the pipelines do, so the calls are rewritten
+where they stand. What is not RGB PIL input for a plain Lanczos resize goes to stock, and so does what
+computes on the result before it reaches the device (VACE's reference images), crops or fills
+(Wan-Animate's character image), or belongs to transformers (Wan 2.1's CLIP image processor).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import groupby
+from typing import Any
+
+from wan_patches.patches.processors import PREPROCESS, PREPROCESS_VIDEO, is_stock, known
+from wan_patches.registry import Patch, Target
+from wan_patches.rewrite import Replace
+
+_CALL = "_wan_patches_preprocess"
+_CALL_VIDEO = "_wan_patches_preprocess_video"
+
+
+def _image(first: str, count: int, owner: str = "self") -> Replace:
+    return Replace(
+        f"{owner}.video_processor.preprocess({first}, height=height, width=width)",
+        f"{_CALL}({owner}.video_processor, device, {first}, height=height, width=width)",
+        count,
+    )
+
+
+def _video(count: int, owner: str = "self", processor: str = "video_processor") -> Replace:
+    return Replace(
+        f"{owner}.{processor}.preprocess_video(*ARGS)",
+        f"{_CALL_VIDEO}({owner}.{processor}, device, *ARGS)",
+        count,
+    )
+
+
+def _patch(module: str, *targets: tuple[str, Replace], optional: bool = False) -> Patch:
+    edits: dict[str, tuple[Replace, ...]] = {}
+    for qualname, edit in targets:
+        edits[qualname] = (*edits.get(qualname, ()), edit)
+    return Patch(
+        name="preprocess",
+        module=f"diffusers.{module}",
+        targets=tuple(Target(qualname, edit) for qualname, edit in edits.items()),
+        calls={
+            _CALL: "wan_patches.patches.preprocess:preprocess",
+            _CALL_VIDEO: "wan_patches.patches.preprocess:preprocess_video",
+        },
+        implementations={
+            "cpu": "PIL resize, normalised in place",
+            "others": "uploaded as uint8, Pillow's Lanczos on the device",
+        },
+        requires=known(PREPROCESS_VIDEO),
+        optional=optional,
+    )
+
+
+_SKYREELS = "pipelines.skyreels_v2.pipeline_skyreels_v2"
+
+PATCHES = (
+    _patch("pipelines.wan.pipeline_wan_i2v", ("WanImageToVideoPipeline.__call__", _image("IMAGE", 2))),
+    _patch("pipelines.wan.pipeline_wan_video2video", ("WanVideoToVideoPipeline.__call__", _video(1))),
+    _patch("pipelines.wan.pipeline_wan_vace", ("WanVACEPipeline.preprocess_conditions", _video(2))),
+    _patch("pipelines.wan.pipeline_wan_animate", ("WanAnimatePipeline.__call__", _video(3))),
+    _patch(f"{_SKYREELS}_i2v", ("SkyReelsV2ImageToVideoPipeline.__call__", _image("IMAGE", 2))),
+    _patch(
+        f"{_SKYREELS}_diffusion_forcing_i2v",
+        ("SkyReelsV2DiffusionForcingImageToVideoPipeline.__call__", _image("IMAGE", 2)),
+    ),
+    _patch(
+        f"{_SKYREELS}_diffusion_forcing_v2v",
+        ("SkyReelsV2DiffusionForcingVideoToVideoPipeline.__call__", _video(1)),
+    ),
+    _patch("pipelines.chronoedit.pipeline_chronoedit", ("ChronoEditPipeline.__call__", _image("IMAGE", 1))),
+    _patch("pipelines.sana_video.pipeline_sana_video_i2v", ("SanaImageToVideoPipeline.__call__", _image("IMAGE", 1))),
+    _patch(
+        "pipelines.helios.pipeline_helios",
+        ("HeliosPipeline.__call__", _image("IMAGE", 1)),
+        ("HeliosPipeline.__call__", _video(1)),
+    ),
+    _patch(
+        "pipelines.helios.pipeline_helios_pyramid",
+        ("HeliosPyramidPipeline.__call__", _image("IMAGE", 1)),
+        ("HeliosPyramidPipeline.__call__", _video(1)),
+    ),
+    _patch(
+        "modular_pipelines.wan.encoders",
+        ("WanVaeEncoderStep.__call__", _image("IMAGE", 1, "components")),
+        ("WanFirstLastFrameVaeEncoderStep.__call__", _image("IMAGE", 2, "components")),
+        optional=True,
+    ),
+)
+
+
+def preprocess(
+    processor: Any, device: Any, image: Any, height: int | None = None, width: int | None = None, **kwargs: Any
+) -> Any:
+    """`processor.preprocess(image, height, width)` on `device`: `(images, 3, height, width)`, fp32 in [-1, 1]."""
+    images = image if isinstance(image, list) else [image]
+    size = None if kwargs else _size(processor, images, height, width, PREPROCESS)
+    if size is None:
+        return processor.preprocess(image, height=height, width=width, **kwargs)
+    import torch
+
+    def channels_last(device: torch.device) -> torch.Tensor:  # the strides that stock's arrays leave
+        return torch.empty((len(images), *size, 3), device=device).permute(0, 3, 1, 2)
+
+    return _fill(images, size, device, channels_last, lambda: processor.preprocess(image, height=height, width=width))
+
+
+def preprocess_video(
+    processor: Any, device: Any, video: Any, height: int | None = None, width: int | None = None, **kwargs: Any
+) -> Any:
+    """`processor.preprocess_video(video, height, width)` on `device`: `(videos, 3, frames, height, width)`, fp32."""
+    videos = video if isinstance(video, list) and video and isinstance(video[0], list) else [video]
+    size = None
+    if not kwargs and all(isinstance(frames, list) and len(frames) == len(videos[0]) for frames in videos):
+        sizes = {_size(processor, frames, height, width, PREPROCESS_VIDEO) for frames in videos}
+        size = sizes.pop() if len(sizes) == 1 else None
+    if size is None:
+        return processor.preprocess_video(video, height=height, width=width, **kwargs)
+    import torch
+
+    def channels_first(device: torch.device) -> torch.Tensor:
+        return torch.empty((len(images), 3, *size), device=device)
+
+    def stock() -> torch.Tensor:
+        return processor.preprocess_video(video, height=height, width=width).transpose(1, 2).flatten(0, 1)
+
+    images = [image for frames in videos for image in frames]
+    filled = _fill(images, size, device, channels_first, stock)
+    return filled.unflatten(0, (len(videos), -1)).transpose(1, 2)
+
+
+def _size(processor: Any, images: list[Any], height: Any, width: Any, methods: tuple[str, ...]) -> Any:
+    """The `(height, width)` that stock would resize to; None where this input is not for the fast way."""
+    import PIL.Image
+
+    config = processor.config
+    plain = (
+        config.do_resize
+        and config.resample == "lanczos"
+        and config.reducing_gap is None
+        and config.do_normalize
+        and not config.do_convert_grayscale
+        and not config.do_binarize
+        and is_stock(processor, methods)
+    )
+    rgb = all(isinstance(i, PIL.Image.Image) and i.mode == "RGB" and min(i.size) > 0 for i in images)
+    if not plain or not rgb or not images:
+        return None
+    height, width = processor.get_default_height_width(images[0], height, width)
+    return (height, width) if min(height, width) > 0 else None
+
+
+def _fill(images: list[Any], size: tuple[int, int], device: Any, empty: Callable[..., Any], stock: Callable[..., Any]):
+    """`empty(device)` of shape `(images, 3, *size)`, filled with what `stock()` would have uploaded."""
+    import torch
+
+    from wan_patches.fidelity import gate
+    from wan_patches.ops.resize import supported
+
+    device = torch.device("cpu" if device is None else device)
+    if device.type == "cpu":
+        return _on_cpu(images, size, empty(device))
+    if not all(supported(image.height, image.width, *size) for image in images):
+        return stock().to(device)
+    return gate(
+        "preprocess",
+        (device, size, tuple(image.size for image in images)),
+        lambda: _on_device(images, size, empty(device)),
+        lambda: stock().to(device),
+    )
+
+
+def _on_cpu(images: list[Any], size: tuple[int, int], out: Any) -> Any:
+    import numpy as np
+    import PIL.Image
+    import torch
+
+    from wan_patches.ops.resize import normalize_uint8
+
+    height, width = size
+    for image, target in zip(images, out):
+        resized = torch.from_numpy(np.array(image.resize((width, height), PIL.Image.Resampling.LANCZOS)))
+        normalize_uint8(resized[None], out=target[None])
+    return out
+
+
+def _on_device(images: list[Any], size: tuple[int, int], out: Any) -> Any:
+    """One upload for all images, as the bytes that they are."""
+    import numpy as np
+    import torch
+
+    from wan_patches.ops.resize import lanczos_resize, normalize_uint8
+
+    flat = torch.from_numpy(np.concatenate([np.asarray(image).reshape(-1) for image in images])).to(out.device)
+    done, start = 0, 0
+    for (width, height), group in groupby(images, key=lambda image: image.size):
+        count = len(list(group))
+        end = start + count * height * width * 3
+        pixels = flat[start:end].view(count, height, width, 3)
+        normalize_uint8(lanczos_resize(pixels, *size), out=out[done : done + count])
+        done, start = done + count, end
+    return out

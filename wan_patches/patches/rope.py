@@ -1,0 +1,55 @@
+"""Where diffusers keeps its rotary embedding: the Wan family's nested function and Helios' own."""
+
+from wan_patches.registry import Patch, Target
+from wan_patches.rewrite import Body
+
+_CALL = "_wan_patches_rope"
+_IMPLEMENTATIONS = {"cpu": "complex product over whole rows", "others": "stack + flatten", "compile": "stack + flatten"}
+
+
+def _patch(module: str, qualname: str, edit: Body, formerly: str | None = None) -> Patch:
+    return Patch(
+        name="rope",
+        module=f"diffusers.models.transformers.{module}",
+        targets=(Target(qualname, (edit,), formerly),),
+        calls={_CALL: "wan_patches.ops.rope:apply_rotary_emb"},
+        implementations=_IMPLEMENTATIONS,
+    )
+
+
+_COMPLEX = "keeps its rotary tables as complex numbers (diffusers before 0.35 for Wan, 0.36 for SkyReels-V2)"
+
+_NESTED = Body(  # one text in every family that keeps its tables as two real tensors
+    nested="apply_rotary_emb",
+    replacements=(
+        ("eb82049e08f68673", f"return {_CALL}(hidden_states, freqs_cos[..., 0::2], freqs_sin[..., 1::2])"),
+    ),
+    declined=(("2aac59bc43e80b30", _COMPLEX), ("c3a2c35ea5844c11", _COMPLEX), ("9b38ac46fc205917", _COMPLEX)),
+)
+
+_PACKED = Body(  # cosines and sines in one table
+    replacements=(
+        (
+            "0effcaf784d1db72",
+            f"""
+cos, sin = freqs_cis.unsqueeze(-2).chunk(2, dim=-1)
+return {_CALL}(hidden_states, cos[..., 0::2], sin[..., 1::2])
+""",
+        ),
+    ),
+)
+
+PATCHES = (
+    # VACE uses Wan's blocks
+    _patch("transformer_wan", "WanAttnProcessor.__call__", _NESTED, formerly="WanAttnProcessor2_0.__call__"),
+    _patch("transformer_wan_animate", "WanAttnProcessor.__call__", _NESTED),
+    _patch(
+        "transformer_skyreels_v2",
+        "SkyReelsV2AttnProcessor.__call__",
+        _NESTED,
+        formerly="SkyReelsV2AttnProcessor2_0.__call__",
+    ),
+    _patch("transformer_chronoedit", "WanAttnProcessor.__call__", _NESTED),
+    _patch("transformer_sana_video", "SanaLinearAttnProcessor3_0.__call__", _NESTED),
+    _patch("transformer_helios", "apply_rotary_emb_transposed", _PACKED),
+)

@@ -1,0 +1,395 @@
+"""Which patches exist, which of them are wanted, and the one place that installs and removes them.
+
+Patches are plain values, found through the entry-point group `wan_patches.patches`. Each belongs to one
+module of another library and is installed in it all or nothing: at once if the module is loaded, by a
+post-import hook otherwise. Nothing here knows tensors or models.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.metadata
+import inspect
+import logging
+import sys
+import threading
+import types
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import wrapt
+
+from wan_patches.codeswap import functions_behind, site, stock
+from wan_patches.fidelity import Fidelity, Verdict, gate
+from wan_patches.rewrite import Edit, Unknown, fingerprint
+
+logger = logging.getLogger("wan_patches")
+
+ENTRY_POINT_GROUP = "wan_patches.patches"
+
+ACTIVE, WAITING, SKIPPED, OFF = "active", "waiting for import", "skipped", "off"
+
+
+class PatchError(RuntimeError):
+    """Raised by `enable(strict=True)` when a wanted patch cannot be installed."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A function (`"Class.method"` or `"function"`), the edits it gets, and what it was called in older versions."""
+
+    qualname: str
+    edits: tuple[Edit, ...]
+    formerly: str | None = None
+
+
+@dataclass(frozen=True)
+class Known:
+    """A function that a patch relies on without changing it: it must have one of these fingerprints."""
+
+    module: str
+    qualname: str
+    fingerprints: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Patch:
+    """A change to one module, installed all or nothing.
+
+    name: what users select it by; patches for several modules can share a name.
+    module: the module it changes, by its full name.
+    targets: the functions it changes there.
+    calls: what the edits call: name in the module's globals -> `"module:function"`, or `STOCK` for the
+        target as it was.
+    fidelity: what it promises about the numbers.
+    implementations: what runs, by kind of device, for `status()`.
+    requires: functions it relies on being as they are known.
+    optional: the targets live elsewhere in some versions; their absence is no news.
+    """
+
+    name: str
+    module: str
+    targets: tuple[Target, ...]
+    calls: Mapping[str, object]
+    fidelity: Fidelity = Fidelity.EXACT
+    implementations: Mapping[str, str] = field(default_factory=dict)
+    requires: tuple[Known, ...] = ()
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class Report:
+    """The state of one patch: `active`, `waiting for import`, `skipped` (and why) or `off`."""
+
+    name: str
+    module: str
+    targets: tuple[str, ...]
+    state: str
+    reason: str = ""
+    fidelity: Fidelity = Fidelity.EXACT
+    implementations: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Status:
+    """What is patched and what is not; prints as a table."""
+
+    reports: tuple[Report, ...]
+    verdicts: tuple[Verdict, ...] = ()
+
+    def of(self, name: str) -> tuple[Report, ...]:
+        """The reports of the patches called `name`."""
+        return tuple(report for report in self.reports if report.name == name)
+
+    def skipped(self) -> tuple[Report, ...]:
+        """The reports of wanted patches that could not be installed."""
+        return tuple(report for report in self.reports if report.state == SKIPPED)
+
+    def __str__(self) -> str:
+        from wan_patches.tables import status_table
+
+        return status_table(self)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What one call of `enable` asked for; `names` None means every patch."""
+
+    names: frozenset[str] | None = None
+    fidelity: Fidelity = Fidelity.EXACT
+    gate: bool = True
+
+    def wants(self, patch: Patch) -> bool:
+        return (self.names is None or patch.name in self.names) and self.fidelity.allows(patch.fidelity)
+
+
+class _Frame:
+    """One level of `with enabled(...)`; the bottom one belongs to `enable` and `disable`."""
+
+    def __init__(self, choice: Choice | None) -> None:
+        self.choice = choice
+
+
+class _Entry:
+    """A patch, its state, and the functions that it was put into."""
+
+    def __init__(self, patch: Patch) -> None:
+        self.patch = patch
+        self.state, self.reason = OFF, ""
+        self.functions: list[tuple[types.FunctionType, Target]] = []
+
+    def report(self) -> Report:
+        patch = self.patch
+        targets = tuple(target.qualname for target in patch.targets)
+        return Report(
+            patch.name, patch.module, targets, self.state, self.reason, patch.fidelity, patch.implementations
+        )
+
+
+class Registry:
+    """The patches of a process and their state. One lives behind the functions of `wan_patches`."""
+
+    def __init__(self, patches: Iterable[Patch] | None = None) -> None:
+        """Knows the given patches, or else those that installed packages register."""
+        self._lock = threading.RLock()
+        self._entries = None if patches is None else [_Entry(patch) for patch in patches]
+        self._broken_plugins: list[Report] = []
+        self._frames = [_Frame(None)]
+        self._hooked: set[str] = set()
+
+    # What users call
+
+    def enable(
+        self,
+        patches: Iterable[str] | None = None,
+        *,
+        fidelity: Fidelity | str = Fidelity.EXACT,
+        strict: bool = False,
+        gate: bool = True,
+    ) -> Status:
+        """Installs patches, now and in modules that are imported later. See `wan_patches.enable`."""
+        choice = self._choice(patches, fidelity, gate)
+        return self._choose(self._frames[-1], choice, strict)
+
+    def disable(self) -> None:
+        """Takes every patch out; stock's own code objects are back in place."""
+        with self._lock:
+            self._frames[-1].choice = None
+            self._apply()
+
+    @contextlib.contextmanager
+    def enabled(
+        self,
+        patches: Iterable[str] | None = None,
+        *,
+        fidelity: Fidelity | str = Fidelity.EXACT,
+        strict: bool = False,
+        gate: bool = True,
+    ) -> Iterator[Status]:
+        """`enable(...)` for the length of a `with` block; afterwards what was chosen before holds again."""
+        choice = self._choice(patches, fidelity, gate)
+        with self._lock:
+            frame = _Frame(self._frames[-1].choice)
+            self._frames.append(frame)
+        try:
+            yield self._choose(frame, choice, strict)
+        finally:
+            with self._lock:  # by identity: other threads may have opened or closed frames in between
+                self._frames.remove(frame)
+                self._apply()
+
+    def status(self) -> Status:
+        """The state of every patch and the verdicts of the first-sight gate."""
+        with self._lock:
+            reports = [entry.report() for entry in self._load()]
+            return Status(tuple(reports + self._broken_plugins), tuple(gate.verdicts()))
+
+    # Finding patches
+
+    def _load(self) -> list[_Entry]:
+        if self._entries is None:
+            self._entries = []
+            for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
+                try:
+                    loaded = list(point.load())
+                    if wrong := [p for p in loaded if not isinstance(p, Patch)]:
+                        raise TypeError(f"{wrong[0]!r} is not a wan_patches.Patch")
+                    self._entries += [_Entry(patch) for patch in loaded]
+                except Exception as error:  # someone else's plugin must not take ours down
+                    reason = f"the plugin {point.value!r} raised {_describe(error)}"
+                    self._broken_plugins.append(Report(point.name, point.value, (), SKIPPED, reason))
+            if not self._entries:
+                logger.warning("no patches found: install the package (pip install wan-patches), do not only copy it")
+        return self._entries
+
+    def _choice(self, names: Iterable[str] | None, fidelity: Fidelity | str, gate: bool) -> Choice:
+        try:
+            fidelity = Fidelity(fidelity)
+        except ValueError:
+            known = ", ".join(repr(f.value) for f in Fidelity)
+            raise ValueError(f"unknown fidelity {fidelity!r}; known: {known}") from None
+        if names is not None:
+            names = frozenset([names] if isinstance(names, str) else names)
+            known_names = {report.name for report in self.status().reports}
+            if unknown := sorted(str(name) for name in names - known_names):
+                raise ValueError(f"unknown patch {', '.join(unknown)}; known: {', '.join(sorted(known_names))}")
+        return Choice(names, fidelity, bool(gate))
+
+    # Following imports
+
+    def _hook_modules(self, import_now: bool) -> None:
+        # outside the lock: a hook can fire here, and an import can wait for another thread's
+        with self._lock:
+            modules = {entry.patch.module for entry in self._load()}
+            fresh = modules - self._hooked
+            self._hooked |= modules
+        for name in sorted(fresh):  # hooks can't be unregistered; they ask what is wanted when they fire
+            wrapt.register_post_import_hook(self._on_import, name)
+        for name in sorted(modules):
+            if import_now or _is_importing(name):
+                with contextlib.suppress(ModuleNotFoundError):  # the installed version has no such module
+                    importlib.import_module(name)
+
+    def _on_import(self, module: types.ModuleType) -> None:
+        try:
+            with self._lock:
+                if self._frames[-1].choice is None:
+                    return
+                before = set(map(id, self._skipped()))
+                self._apply(just_imported=module)
+                skipped = [entry for entry in self._skipped() if id(entry) not in before]
+                self._log_skipped(skipped)
+        except Exception as error:  # an exception here would break the user's import
+            logger.warning("could not patch %s: %s", getattr(module, "__name__", module), _describe(error))
+
+    # Putting in and taking out
+
+    def _choose(self, frame: _Frame, choice: Choice, strict: bool) -> Status:
+        self._hook_modules(import_now=strict)
+        with self._lock:
+            before = frame.choice
+            frame.choice = choice
+            self._apply()
+            skipped = self._skipped()
+            if strict and skipped:
+                frame.choice = before
+                reasons = "; ".join(f"{e.patch.name} in {e.patch.module}: {e.reason}" for e in skipped)
+                self._apply()
+                raise PatchError(reasons)
+            if before != choice:
+                self._log_skipped(skipped)
+            return self.status()
+
+    def _apply(self, just_imported: types.ModuleType | None = None) -> None:
+        choice = self._frames[-1].choice
+        gate.enabled = choice is None or choice.gate
+        for entry in self._load():
+            if just_imported is not None and entry.patch.module != just_imported.__name__:
+                continue
+            if choice is not None and choice.wants(entry.patch):
+                module = just_imported or _loaded(entry.patch.module)
+                entry.state, entry.reason = self._install(entry, module) if module else (WAITING, "")
+            else:
+                self._remove(entry)
+                entry.state, entry.reason = OFF, ""
+
+    def _install(self, entry: _Entry, module: types.ModuleType) -> tuple[str, str]:
+        if entry.functions and all(_holds(module, *item) for item in entry.functions):
+            return ACTIVE, ""
+        self._remove(entry)
+        if entry.patch.optional and not any(_exists(module, target) for target in entry.patch.targets):
+            return OFF, "not in this version"
+        try:
+            for known in entry.patch.requires:
+                _check(known)
+            calls = {name: _resolve(path) for name, path in entry.patch.calls.items()}
+            for target in entry.patch.targets:
+                entry.functions.append((_put(module, target, calls), target))
+        except Exception as error:  # all or nothing
+            self._remove(entry)
+            return SKIPPED, str(error) if isinstance(error, Unknown) else f"raised {_describe(error)}"
+        return ACTIVE, ""
+
+    def _remove(self, entry: _Entry) -> None:
+        for function, target in entry.functions:
+            site(function).remove(target.edits)
+        entry.functions = []
+
+    def _skipped(self) -> list[_Entry]:
+        return [entry for entry in self._load() if entry.state == SKIPPED]
+
+    def _log_skipped(self, skipped: list[_Entry]) -> None:
+        if skipped:
+            first = f"{skipped[0].patch.name} in {skipped[0].patch.module}: {skipped[0].reason}"
+            more = f" (and {len(skipped) - 1} more)" if len(skipped) > 1 else ""
+            logger.warning("left stock code alone: %s%s; see wan_patches.status()", first, more)
+
+
+def _put(module: types.ModuleType, target: Target, calls: dict[str, object]) -> types.FunctionType:
+    """Puts the edits into the first function behind the target that they know."""
+    functions = _functions(module, target)
+    reason = Unknown(f"{target.qualname} is not a Python function")
+    for function in functions:
+        try:
+            site(function).add(target.edits, calls)
+        except Unknown as error:
+            reason = Unknown(f"{target.qualname}: {error}")
+        else:
+            return function
+    raise reason
+
+
+def _holds(module: types.ModuleType, function: types.FunctionType, target: Target) -> bool:
+    return function in _functions(module, target) and site(function).holds(target.edits)
+
+
+def _functions(module: types.ModuleType, target: Target) -> list[types.FunctionType]:
+    renamed = target.formerly is not None and not _exists(module, target, older=False)
+    name = target.formerly if renamed else target.qualname
+    return functions_behind(_attribute(module, str(name)), getattr(module, "__file__", None))
+
+
+def _exists(module: types.ModuleType, target: Target, older: bool = True) -> bool:
+    for name in [target.qualname] + [target.formerly] * older:
+        with contextlib.suppress(Unknown):
+            return name is not None and _attribute(module, name) is not None
+    return False
+
+
+def _check(known: Known) -> None:
+    module = importlib.import_module(known.module)
+    for function in functions_behind(_attribute(module, known.qualname), getattr(module, "__file__", None)):
+        if fingerprint(stock(function)) in known.fingerprints:
+            return
+    raise Unknown(f"it relies on {known.qualname}, whose text is not known")
+
+
+def _attribute(module: types.ModuleType, qualname: str) -> object:
+    value: object = module
+    for name in qualname.split("."):
+        try:
+            value = inspect.getattr_static(value, name)
+        except AttributeError:
+            raise Unknown(f"there is no {qualname} in the installed {module.__name__}") from None
+    return value
+
+
+def _resolve(path: object) -> object:
+    if not isinstance(path, str):
+        return path
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _loaded(name: str) -> types.ModuleType | None:
+    return None if _is_importing(name) else sys.modules.get(name)
+
+
+def _is_importing(name: str) -> bool:
+    spec = getattr(sys.modules.get(name), "__spec__", None)
+    return bool(getattr(spec, "_initializing", False))
+
+
+def _describe(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"

@@ -1,0 +1,352 @@
+"""Small rewrites of installed source code, and the refusal of whatever is not known.
+
+A rewrite never carries upstream's text. It either names a small expression that must occur exactly so
+often, or recognises a function or block by a fingerprint of its syntax tree, and says what stands there
+instead. Whatever does not match is `Unknown`, and left alone.
+"""
+
+from __future__ import annotations
+
+import __future__ as futures
+import ast
+import contextlib
+import copy
+import functools
+import hashlib
+import inspect
+import linecache
+import types
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+_FUTURE_FLAGS = functools.reduce(lambda flags, name: flags | getattr(futures, name).compiler_flag, futures.all_feature_names, 0)
+_TYPE_PARAMS: dict[str, Any] = {"type_params": []} if hasattr(ast, "TypeAlias") else {}
+_NOT_SEMANTIC = {"ctx", "kind", "type_comment", "type_params", "annotation", "returns", "decorator_list", "simple"}
+
+
+class Unknown(Exception):
+    """The installed code is not one that a rewrite was written for; the message says why."""
+
+
+class Edit(Protocol):
+    """One rewrite: changes the syntax tree of a function in place, or raises `Unknown`."""
+
+    def apply(self, function: ast.FunctionDef) -> None: ...
+
+
+@dataclass(frozen=True)
+class Replace:
+    """Replaces an expression that occurs exactly `count` times.
+
+    In `pattern`, names in capitals stand for any expression, and `*ARGS` for all arguments of a call;
+    `replacement` may use them again.
+    """
+
+    pattern: str
+    replacement: str
+    count: int = 1
+
+    def apply(self, function: ast.FunctionDef) -> None:
+        pattern, replacement = _expression(self.pattern), _expression(self.replacement)
+        found = 0
+        for place, key, node in [p for p in _places(function) if type(p[2]) is type(pattern)]:
+            bindings: dict[str, Any] = {}
+            if _matches(pattern, node, bindings):
+                found += 1
+                place[key] = _fill(replacement, bindings, node)
+        if found != self.count:
+            raise Unknown(f"`{self.pattern}` occurs {found} times, expected {self.count}")
+
+
+@dataclass(frozen=True)
+class Block:
+    """Replaces the run of statements from the one that matches `first` to the one that matches `last`.
+
+    The run must have a known fingerprint. Capitals in `last` can be used in `replacement`.
+    """
+
+    first: str
+    last: str
+    replacement: str
+    fingerprints: frozenset[str]
+
+    def apply(self, function: ast.FunctionDef) -> None:
+        first, last, replacement = (ast.parse(text).body[0] for text in (self.first, self.last, self.replacement))
+        for body in _bodies(function):
+            start = next((i for i, statement in enumerate(body) if _matches(first, statement, {})), None)
+            if start is None:
+                continue
+            for end in range(start + 1, len(body)):
+                bindings: dict[str, Any] = {}
+                if _matches(last, body[end], bindings):
+                    _require(fingerprint(body[start : end + 1]), self.fingerprints, f"the block `{self.first}` ...")
+                    body[start : end + 1] = [_fill(replacement, bindings, body[start])]
+                    return
+        raise Unknown(f"no block from `{self.first}` to `{self.last}`")
+
+
+@dataclass(frozen=True)
+class Body:
+    """Replaces the whole body of a function; `nested` names one inside the target.
+
+    `replacements` pairs fingerprints with statements, for texts that say the same in other words;
+    `declined` pairs fingerprints that are known, but not rewritten, with the reason.
+    """
+
+    replacements: tuple[tuple[str, str], ...]
+    nested: str | None = None
+    declined: tuple[tuple[str, str], ...] = ()
+
+    def apply(self, function: ast.FunctionDef) -> None:
+        if self.nested is not None:
+            inner = [n for n in ast.walk(function) if isinstance(n, ast.FunctionDef) and n.name == self.nested]
+            if len(inner) != 1:
+                raise Unknown(f"holds {len(inner)} functions named {self.nested}, expected 1")
+            function = inner[0]
+        found = fingerprint(function)
+        if found in dict(self.declined):
+            raise Unknown(dict(self.declined)[found])
+        _require(found, frozenset(dict(self.replacements)), f"the text of {function.name}")
+        at = function.body[0]
+        function.body = [_fill(statement, {}, at) for statement in ast.parse(dict(self.replacements)[found]).body]
+
+
+def fingerprint(code: ast.AST | Sequence[ast.AST] | types.FunctionType) -> str:
+    """A hash of what a function or block says, stable over Python versions, formatting, annotations, docstrings."""
+    if isinstance(code, types.FunctionType):
+        return _function_fingerprint(code, code.__code__)
+    return hashlib.sha256(_normal_form(code).encode()).hexdigest()[:16]
+
+
+@functools.lru_cache(maxsize=256)
+def _function_fingerprint(function: types.FunctionType, code: types.CodeType) -> str:
+    """`code` is part of the key: it can be exchanged in place."""
+    return fingerprint(parse(function))
+
+
+def parse(function: types.FunctionType) -> ast.FunctionDef:
+    """The syntax tree of an installed function, proved to be the one that runs.
+
+    Raises `Unknown` where there is no source, or where the source compiles to something else.
+    """
+    code = function.__code__
+    lines = linecache.getlines(code.co_filename, function.__globals__)
+    if not lines:
+        raise Unknown("its source is not available")
+    node = _parse_block(lines, code)
+    if node is None or node.name != code.co_name:
+        raise Unknown("its source could not be read")
+    if not _same(compile_function(node, function), code):
+        raise Unknown("its source is not what runs (changed on disk, or replaced in memory)")
+    return node
+
+
+def compile_function(node: ast.FunctionDef, function: types.FunctionType) -> types.CodeType:
+    """Compiles a syntax tree into a code object that can take the place of `function.__code__`."""
+    code = function.__code__
+    node = copy.copy(node)
+    node.decorator_list = []  # they ran when the function was made
+    tree: ast.stmt = node
+    path = [name for name in function.__qualname__.split(".")[:-1] if name != "<locals>"]
+    for name in reversed(path):  # name mangling and `super()` depend on the class
+        tree = ast.ClassDef(name=name, bases=[], keywords=[], body=[tree], decorator_list=[], **_TYPE_PARAMS)
+        ast.copy_location(tree, node)
+    free = [name for name in code.co_freevars if name != "__class__"]
+    if free:
+        outer = ast.parse(f"def _({', '.join(free)}): pass").body[0]
+        assert isinstance(outer, ast.FunctionDef)
+        outer.body = [tree]
+        tree = outer
+        path.insert(0, outer.name)
+    module = ast.Module(body=[*_imports(code.co_filename), tree], type_ignores=[])
+    flags = code.co_flags & _FUTURE_FLAGS
+    compiled = _find(compile(module, code.co_filename, "exec", flags=flags, dont_inherit=True), [*path, node.name])
+    if compiled.co_freevars != code.co_freevars:
+        raise Unknown("its closure changed")
+    qualified = {"co_qualname": code.co_qualname} if hasattr(code, "co_qualname") else {}
+    return compiled.replace(co_firstlineno=code.co_firstlineno, **qualified)
+
+
+def rewritten(function: types.FunctionType, edits: Iterable[Edit]) -> types.CodeType:
+    """The code of `function` with every edit applied. Raises `Unknown` where one does not know it."""
+    node = parse(function)
+    for edit in edits:
+        edit.apply(node)
+    return compile_function(node, function)
+
+
+def _parse_block(lines: list[str], code: types.CodeType) -> ast.FunctionDef | None:
+    start = code.co_firstlineno - 1
+    if start >= len(lines):
+        return None
+    indent = len(lines[start]) - len(lines[start].lstrip())
+    end, inside = start, False
+    for end in range(start, len(lines) + 1):
+        if end == len(lines):
+            break
+        text = lines[end].strip()
+        if text and len(lines[end]) - len(lines[end].lstrip()) <= indent and inside and text[0] not in ")]}#":
+            break
+        inside = inside or text.startswith(("def ", "async def "))
+    # the quick cut by indentation fails on text at the margin (of a string, say); the tokenizer does not
+    for block in (lambda: lines[start:end], lambda: inspect.getblock(lines[start:])):
+        try:
+            header = "\n" * (start - 1) + "if True:\n" if indent else "\n" * start
+            tree = ast.parse(header + "".join(block()))
+        except (SyntaxError, IndentationError):
+            continue
+        statement = tree.body[0]
+        node = statement.body[0] if isinstance(statement, ast.If) else statement
+        return node if isinstance(node, ast.FunctionDef) else None
+    return None
+
+
+@functools.lru_cache(maxsize=128)
+def _imports(filename: str) -> tuple[ast.stmt, ...]:
+    """The imports at module level, as statements that stand alone.
+
+    The compiler treats `name.method()` differently where the module imports `name`. Parsing whole modules
+    for that would cost more than everything else here.
+    """
+    found: list[ast.stmt] = []
+    lines = linecache.getlines(filename)
+    module_level = True
+    for i, line in enumerate(lines):
+        if not line[:1].isspace() and line[0] not in "#)]}":
+            module_level = not line.startswith(("def ", "class ", "async def ", "@"))
+        text = line.lstrip()
+        if module_level and text.startswith(("import ", "from ")):
+            end = i + 1
+            while end < len(lines) and text.count("(") > text.count(")"):
+                text, end = text + lines[end], end + 1
+            with contextlib.suppress(SyntaxError):  # a line of some docstring
+                statement = ast.parse(text.strip()).body[0]
+                if not (isinstance(statement, ast.ImportFrom) and statement.module == "__future__"):
+                    found.append(statement)
+    return tuple(found)
+
+
+def _find(code: types.CodeType, names: Sequence[str]) -> types.CodeType:
+    for name in names:
+        code = next(c for c in code.co_consts if isinstance(c, types.CodeType) and c.co_name == name)
+    return code
+
+
+def _same(a: types.CodeType, b: types.CodeType) -> bool:
+    def consts(code: types.CodeType) -> list[Any]:
+        return [c if isinstance(c, types.CodeType) else (type(c), repr(c)) for c in code.co_consts]
+
+    def equal(x: Any, y: Any) -> bool:
+        return _same(x, y) if isinstance(x, types.CodeType) and isinstance(y, types.CodeType) else x == y
+
+    names = ("co_code", "co_names", "co_varnames", "co_freevars", "co_cellvars", "co_argcount", "co_kwonlyargcount")
+    return (
+        all(getattr(a, name) == getattr(b, name) for name in names)
+        and len(a.co_consts) == len(b.co_consts)
+        and all(equal(x, y) for x, y in zip(consts(a), consts(b)))
+    )
+
+
+def _normal_form(node: Any) -> str:
+    if isinstance(node, list):
+        return "[" + ",".join(_normal_form(n) for n in node) + "]"
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    if isinstance(node, ast.AnnAssign) and node.value is not None:  # `x: T = v` says `x = v`
+        return _normal_form(ast.Assign(targets=[node.target], value=node.value))
+    fields = []
+    for name, value in ast.iter_fields(node):
+        if name in _NOT_SEMANTIC or value is None or value == []:
+            continue
+        if name == "body" and isinstance(node, ast.FunctionDef) and ast.get_docstring(node, clean=False) is not None:
+            value = value[1:]
+        fields.append(f"{name}={_normal_form(value)}")
+    return f"{type(node).__name__}({','.join(fields)})"
+
+
+def _matches(pattern: Any, node: Any, bindings: dict[str, Any]) -> bool:
+    if isinstance(pattern, ast.Name) and pattern.id.isupper():
+        if pattern.id in bindings:
+            return _normal_form(bindings[pattern.id]) == _normal_form(node)
+        bindings[pattern.id] = node
+        return isinstance(node, ast.expr)
+    if type(pattern) is not type(node):
+        return False
+    if isinstance(pattern, ast.Call) and _star(pattern) is not None:
+        if any(isinstance(a, ast.Starred) for a in node.args) or any(k.arg is None for k in node.keywords):
+            return False
+        bindings[_star(pattern)] = (node.args, node.keywords)  # type: ignore[index]
+        return _matches(pattern.func, node.func, bindings)
+    if isinstance(pattern, list):
+        return len(pattern) == len(node) and all(_matches(p, n, bindings) for p, n in zip(pattern, node))
+    if isinstance(pattern, ast.AST):
+        return all(
+            _matches(getattr(pattern, f, None), getattr(node, f, None), bindings)
+            for f in pattern._fields
+            if f not in _NOT_SEMANTIC
+        )
+    return bool(pattern == node)
+
+
+def _fill(template: Any, bindings: dict[str, Any], at: ast.AST) -> Any:
+    """A copy of `template` with its capitals bound, every node at the line of `at` (for tracebacks)."""
+
+    class Filler(ast.NodeTransformer):
+        def visit_Name(self, node: ast.Name) -> ast.AST:
+            return copy.deepcopy(bindings[node.id]) if node.id in bindings else node
+
+        def visit_Call(self, node: ast.Call) -> ast.AST:
+            star = _star(node)
+            if star in bindings:
+                args, keywords = copy.deepcopy(bindings[star])
+                node.args = [a for a in node.args if not isinstance(a, ast.Starred)] + args
+                node.keywords = node.keywords + keywords
+            return self.generic_visit(node)
+
+    filled = Filler().visit(copy.deepcopy(template))
+    for node in ast.walk(filled):
+        if "lineno" in node._attributes:
+            ast.copy_location(node, at)
+    return filled
+
+
+def _places(root: ast.AST) -> Iterator[tuple[Any, Any, ast.AST]]:
+    """Every expression and statement below `root`, and where it can be exchanged: `place[key] is node`."""
+    stack = [root]
+    while stack:
+        fields = vars(stack.pop())
+        for name, value in fields.items():
+            if isinstance(value, list):
+                for i, child in enumerate(value):
+                    if isinstance(child, ast.AST):
+                        stack.append(child)
+                        yield value, i, child
+            elif isinstance(value, ast.AST) and name != "ctx":
+                stack.append(value)
+                yield fields, name, value
+
+
+def _star(call: ast.Call) -> str | None:
+    """`ARGS` of a call pattern `f(*ARGS)`."""
+    for arg in call.args:
+        if isinstance(arg, ast.Starred) and isinstance(arg.value, ast.Name) and arg.value.id.isupper():
+            return arg.value.id
+    return None
+
+
+def _bodies(function: ast.FunctionDef) -> Iterable[list[ast.stmt]]:
+    for node in ast.walk(function):
+        for name in ("body", "orelse", "finalbody"):
+            body = getattr(node, name, None)
+            if isinstance(body, list):
+                yield body
+
+
+def _expression(text: str) -> ast.expr:
+    return ast.parse(text, mode="eval").body
+
+
+def _require(found: str, known: frozenset[str], what: str) -> None:
+    if found not in known:
+        raise Unknown(f"{what} is not known (fingerprint {found})")

@@ -1,0 +1,40 @@
+"""Tables for people: what `status()` and the benches print."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from wan_patches.registry import Status
+
+
+def text(*renderables: object, width: int = 140) -> str:
+    """What `rich` would print, as plain text."""
+    console = Console(file=io.StringIO(), width=width, color_system=None)
+    for renderable in renderables:
+        console.print(renderable)
+    return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
+
+
+def status_table(status: Status) -> str:
+    """The status as a table, with a line for each operation that the first-sight gate has judged."""
+    table = Table(box=box.SIMPLE)
+    for column in ("patch", "target", "state", "fidelity", "implementation"):
+        table.add_column(column, overflow="fold")
+    for report in status.reports:
+        module = report.module.removeprefix("diffusers.").removeprefix("pipelines.").removeprefix("models.transformers.")
+        state = f"{report.state}: {report.reason}" if report.reason else report.state
+        runs = "; ".join(f"{device}: {what}" for device, what in report.implementations.items())
+        table.add_row(report.name, f"{module}: {', '.join(report.targets)}", state, report.fidelity.value, runs)
+    count = Counter(report.state for report in status.reports)
+    lines: list[object] = [table, "  " + ", ".join(f"{n} {state}" for state, n in count.items())]
+    judged = Counter((verdict.op, verdict.exact, verdict.reason) for verdict in status.verdicts)
+    for (op, exact, reason), n in judged.items():
+        lines.append(f"  gate: {op}: {'exact' if exact else 'stock used, ' + reason} ({n} kinds of input)")
+    return text(*lines)
