@@ -100,9 +100,15 @@ class _Make:
     vae: Mapping[str, Any] = field(default_factory=dict)
 
     def pipeline(self, name: str, **components: Any) -> diffusers.DiffusionPipeline:
-        given = {"tokenizer": tokenizer, "text_encoder": self.umt5, "vae": self.wan_vae, "scheduler": unipc}
-        parts = {part: make() for part, make in given.items() if part not in components}
-        pipe = getattr(diffusers, name)(**parts, **components)
+        """The named pipeline of the given components, with Wan's own for the rest."""
+        usual: dict[str, Callable[[], Any]] = {
+            "tokenizer": tokenizer,
+            "text_encoder": self.umt5,
+            "vae": self.wan_vae,
+            "scheduler": unipc,
+        }
+        rest = {part: make() for part, make in usual.items() if part not in components}
+        pipe = getattr(diffusers, name)(**rest, **components)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
@@ -122,11 +128,12 @@ class _Make:
             config.setdefault("added_kv_proj_dim", width)
         return self.build(getattr(diffusers, name), nth, **config)
 
-    def build(self, cls: type, nth: int = 0, *, as_vae: bool = False, **config: Any) -> torch.nn.Module:
+    def build(self, cls: type, nth: int = 0, *, as_vae: bool = False, **config: Any) -> Any:
         with _seeded(self.seed + 1000 * nth):
             return _finish(cls(**config), self.vae_dtype if as_vae else self.dtype)
 
     def wan_vae(self, **config: Any) -> torch.nn.Module:
+        """Wan's VAE, or what the configuration makes of it."""
         config = {"base_dim": 8, "num_res_blocks": 1, **config, **self.vae}
         vae = self.build(diffusers.AutoencoderKLWan, as_vae=True, **config)
         with torch.no_grad():
@@ -156,12 +163,9 @@ class _Make:
             hidden_size=IMAGE_DIM, intermediate_size=64, projection_dim=16, num_hidden_layers=3,
             num_attention_heads=4, image_size=32, patch_size=8,
         )  # fmt: skip
-        # transformers 5 has two, and warns when the plain name must stand in for torchvision's
-        name = "CLIPImageProcessor"
-        processor = getattr(transformers, f"{name}Pil", None) or getattr(transformers, name)
         return {
             "image_encoder": self.build(cls, config=config),
-            "image_processor": processor(crop_size=32, size=32),
+            "image_processor": transformers.CLIPImageProcessor(crop_size=32, size=32),
         }
 
 
@@ -191,7 +195,7 @@ def wan22_i2v(**options: Unpack[Options]) -> diffusers.DiffusionPipeline:
 def wan21_i2v(*, first_last: bool = False, **options: Unpack[Options]) -> diffusers.DiffusionPipeline:
     """Wan 2.1 image to video, or with `first_last` FLF2V, which takes the last image too."""
     make = _Make(**options)
-    more = {"pos_embed_seq_len": 2 * CLIP_TOKENS} if first_last else {}
+    more: dict[str, Any] = {"pos_embed_seq_len": 2 * CLIP_TOKENS} if first_last else {}
     dit = make.dit(in_channels=36, out_channels=16, image_dim=IMAGE_DIM, **more)
     return make.pipeline("WanImageToVideoPipeline", transformer=dit, **make.clip())
 
@@ -408,7 +412,8 @@ class Family:
         """The arguments of one call, made from `seed` where they are not given.
 
         Pictures that the family has no use for are ignored. The generator is fresh: take the inputs anew for
-        every call that is to give the same video.
+        every call that is to give the same video. (Before diffusers 0.38, the Helios pyramid draws from the
+        global generator as well.)
         """
         width, height = size = size or self.size
         frames = frames or self.frames
@@ -446,7 +451,11 @@ _SEGMENTS = {"segment_frame_length": 5, "guidance_scale": 1.0}  # two segments o
 _LONG = {"base_num_frames": 9, "overlap_history": 5}  # two rounds of thirteen frames
 _SANA = {"use_resolution_binning": False, "complex_human_instruction": []}
 _CHUNKS = {"num_latent_frames_per_chunk": 2}  # two chunks of five frames
-_PYRAMID = {**_CHUNKS, "pyramid_num_inference_steps_list": [], "num_inference_steps": None}
+_PYRAMID: dict[str, Any] = {
+    **_CHUNKS,
+    "num_inference_steps": None,
+    "pyramid_num_inference_steps_list": [],  # filled in by `inputs`
+}
 
 FAMILIES: Mapping[str, Family] = {
     family.name: family

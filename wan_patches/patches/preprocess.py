@@ -100,14 +100,11 @@ def preprocess(
     """`processor.preprocess(image, height, width)` on `device`: `(images, 3, height, width)`, fp32 in [-1, 1]."""
     images = image if isinstance(image, list) else [image]
     size = None if kwargs else _size(processor, images, height, width, PREPROCESS)
-    if size is None:
+
+    def stock() -> Any:
         return processor.preprocess(image, height=height, width=width, **kwargs)
-    import torch
 
-    def channels_last(device: torch.device) -> torch.Tensor:  # the strides that stock's arrays leave
-        return torch.empty((len(images), *size, 3), device=device).permute(0, 3, 1, 2)
-
-    return _fill(images, size, device, channels_last, lambda: processor.preprocess(image, height=height, width=width))
+    return stock() if size is None else _tensor(images, size, device, stock)
 
 
 def preprocess_video(
@@ -121,17 +118,12 @@ def preprocess_video(
         size = sizes.pop() if len(sizes) == 1 else None
     if size is None:
         return processor.preprocess_video(video, height=height, width=width, **kwargs)
-    import torch
 
-    def channels_first(device: torch.device) -> torch.Tensor:
-        return torch.empty((len(images), 3, *size), device=device)
-
-    def stock() -> torch.Tensor:
+    def stock() -> Any:
         return processor.preprocess_video(video, height=height, width=width).transpose(1, 2).flatten(0, 1)
 
-    images = [image for frames in videos for image in frames]
-    filled = _fill(images, size, device, channels_first, stock)
-    return filled.unflatten(0, (len(videos), -1)).transpose(1, 2)
+    pixels = _tensor([image for frames in videos for image in frames], size, device, stock)
+    return pixels.unflatten(0, (len(videos), -1)).transpose(1, 2)
 
 
 def _size(processor: Any, images: list[Any], height: Any, width: Any, methods: tuple[str, ...]) -> Any:
@@ -155,8 +147,8 @@ def _size(processor: Any, images: list[Any], height: Any, width: Any, methods: t
     return (height, width) if min(height, width) > 0 else None
 
 
-def _fill(images: list[Any], size: tuple[int, int], device: Any, empty: Callable[..., Any], stock: Callable[..., Any]):
-    """`empty(device)` of shape `(images, 3, *size)`, filled with what `stock()` would have uploaded."""
+def _tensor(images: list[Any], size: tuple[int, int], device: Any, stock: Callable[[], Any]) -> Any:
+    """`(images, 3, *size)` on `device`: what `stock()` uploads, in its strides (channels last, as arrays have them)."""
     import torch
 
     from wan_patches.fidelity import gate
@@ -164,18 +156,14 @@ def _fill(images: list[Any], size: tuple[int, int], device: Any, empty: Callable
 
     device = torch.device("cpu" if device is None else device)
     if device.type == "cpu":
-        return _on_cpu(images, size, empty(device))
+        return _on_cpu(images, size)
     if not all(supported(image.height, image.width, *size) for image in images):
         return stock().to(device)
-    return gate(
-        "preprocess",
-        (device, size, tuple(image.size for image in images)),
-        lambda: _on_device(images, size, empty(device)),
-        lambda: stock().to(device),
-    )
+    key = (device, size, tuple(image.size for image in images))
+    return gate("preprocess", key, lambda: _on_device(images, size, device), lambda: stock().to(device))
 
 
-def _on_cpu(images: list[Any], size: tuple[int, int], out: Any) -> Any:
+def _on_cpu(images: list[Any], size: tuple[int, int]) -> Any:
     import numpy as np
     import PIL.Image
     import torch
@@ -183,20 +171,22 @@ def _on_cpu(images: list[Any], size: tuple[int, int], out: Any) -> Any:
     from wan_patches.ops.resize import normalize_uint8
 
     height, width = size
+    out = torch.empty((len(images), height, width, 3)).permute(0, 3, 1, 2)
     for image, target in zip(images, out):
         resized = torch.from_numpy(np.array(image.resize((width, height), PIL.Image.Resampling.LANCZOS)))
         normalize_uint8(resized[None], out=target[None])
     return out
 
 
-def _on_device(images: list[Any], size: tuple[int, int], out: Any) -> Any:
+def _on_device(images: list[Any], size: tuple[int, int], device: Any) -> Any:
     """One upload for all images, as the bytes that they are."""
     import numpy as np
     import torch
 
     from wan_patches.ops.resize import lanczos_resize, normalize_uint8
 
-    flat = torch.from_numpy(np.concatenate([np.asarray(image).reshape(-1) for image in images])).to(out.device)
+    flat = torch.from_numpy(np.concatenate([np.asarray(image).reshape(-1) for image in images])).to(device)
+    out = torch.empty((len(images), *size, 3), device=device).permute(0, 3, 1, 2)
     done, start = 0, 0
     for (width, height), group in groupby(images, key=lambda image: image.size):
         count = len(list(group))

@@ -1,0 +1,116 @@
+"""The condition mask against the pipelines of the installed diffusers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import wan_patches
+from wan_patches.ops.conditioning import condition_mask, in_latent_frames, reference
+
+pytestmark = pytest.mark.upstream
+
+
+@pytest.mark.parametrize("temporal", [1, 2, 4, 8])
+@pytest.mark.parametrize("last_frame", [False, True])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_latent_frames_hold_what_pixel_frames_say(temporal, last_frame, batch):
+    for latent_frames in (1, 2, 3, 21):
+        args = (batch, (latent_frames - 1) * temporal + 1, 3, 5, temporal, torch.device("cpu"), last_frame)
+        expected = reference(*args)
+        for make in (in_latent_frames, condition_mask):
+            actual = make(*args)
+            assert actual.dtype == expected.dtype
+            assert torch.equal(actual, expected)
+
+
+class _Vae(torch.nn.Module):
+    """As much of a VAE as `prepare_latents` asks for."""
+
+    dtype, device = torch.float32, torch.device("cpu")
+    config = type("Config", (), {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4, "z_dim": 4})
+
+    def encode(self, video):
+        frames = (video.shape[2] - 1) // 4 + 1
+        latents = torch.arange(4.0 * frames * 6 * 8).view(1, 4, frames, 6, 8) / 7
+        latents = latents.expand(video.shape[0], -1, -1, -1, -1)
+        return type("Output", (), {"latents": latents})
+
+
+def _pipelines():
+    import diffusers
+
+    names = ("WanImageToVideoPipeline", "SkyReelsV2ImageToVideoPipeline", "ChronoEditPipeline")
+    return [getattr(diffusers, name) for name in names if hasattr(diffusers, name)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("frames", [1, 5, 9, 81])
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_prepare_latents_is_bit_identical_to_stock(dtype, frames, last, batch):
+    for pipeline in _pipelines():
+        if last and (frames == 1 or pipeline.__name__ == "ChronoEditPipeline"):
+            continue
+        pipe = object.__new__(pipeline)
+        pipe.__dict__.update(vae=_Vae(), vae_scale_factor_temporal=4, vae_scale_factor_spatial=8)
+        pipe.__dict__["_internal_dict"] = type("Config", (dict,), {"expand_timesteps": False})()
+        generators = {1: torch.Generator, 2: lambda: [torch.Generator(), torch.Generator()]}[batch]
+
+        def run(pipe=pipe, generators=generators):
+            made = generators()
+            for generator in made if isinstance(made, list) else [made]:
+                generator.manual_seed(0)
+            image = torch.ones(1, 3, 48, 64)
+            extra = {"last_image": image} if last else {}
+            return pipe.prepare_latents(image, batch, 4, 48, 64, frames, dtype, torch.device("cpu"), made, **extra)
+
+        stock = run()
+        with wan_patches.enabled(["conditioning"]) as status:
+            assert not status.skipped()
+            patched = run()
+        for a, b in zip(stock, patched):
+            assert a.dtype == b.dtype
+            assert a.stride() == b.stride()
+            assert torch.equal(a, b)
+        assert stock[1].dtype == torch.float32  # stock's mask is, and the concatenation with it
+
+
+def test_frames_that_do_not_fit_raise_what_stock_raises():
+    pipe = object.__new__(_pipelines()[0])
+    pipe.__dict__.update(vae=_Vae(), vae_scale_factor_temporal=4, vae_scale_factor_spatial=8)
+    pipe.__dict__["_internal_dict"] = type("Config", (dict,), {"expand_timesteps": False})()
+    call = (torch.ones(1, 3, 48, 64), 1, 4, 48, 64, 7, torch.float32, torch.device("cpu"))
+    with pytest.raises(RuntimeError) as stock:
+        pipe.prepare_latents(*call)
+    with wan_patches.enabled(), pytest.raises(RuntimeError) as patched:
+        pipe.prepare_latents(*call)
+    assert str(patched.value) == str(stock.value)
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_modular_steps_are_bit_identical_to_stock(last):
+    encoders = pytest.importorskip("diffusers.modular_pipelines.wan.encoders")
+    name = "WanPrepareFirstLastFrameLatentsStep" if last else "WanPrepareFirstFrameLatentsStep"
+    if not hasattr(encoders, name):
+        encoders = pytest.importorskip("diffusers.modular_pipelines.wan.before_denoise")
+    if not hasattr(encoders, name):
+        pytest.skip("this diffusers has no such step")
+    step = getattr(encoders, name)()
+    components = type("Components", (), {"vae_scale_factor_temporal": 4})()
+    for dtype in (torch.float32, torch.bfloat16):
+        latents = torch.randn(2, 4, 6, 5, 7).to(dtype)
+
+        def run(latents=latents):
+            state = type("State", (), {"num_frames": 21, f"first_{'last_' * last}frame_latents": latents})()
+            step.__dict__.update(get_block_state=lambda _: state, set_block_state=lambda *_: None)
+            step(components, state)
+            return state.image_condition_latents
+
+        stock = run()
+        with wan_patches.enabled(["conditioning"]) as status:
+            assert not status.skipped()
+            patched = run()
+        assert stock.dtype == patched.dtype
+        assert stock.stride() == patched.stride()
+        assert torch.equal(stock, patched)

@@ -1,0 +1,154 @@
+"""The rotary embedding against the function that the installed diffusers runs."""
+
+from __future__ import annotations
+
+import inspect
+import types
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from wan_patches.ops import rope
+
+pytestmark = pytest.mark.upstream
+
+
+def _stock_wan():
+    from diffusers.models.transformers import transformer_wan
+
+    call = inspect.unwrap(transformer_wan.WanAttnProcessor.__call__)
+    code = next(c for c in call.__code__.co_consts if getattr(c, "co_name", "") == "apply_rotary_emb")
+    return types.FunctionType(code, transformer_wan.__dict__)
+
+
+def _tables(seq: int, dim: int, batch: int = 1, dtype: torch.dtype = torch.float32):
+    angles = torch.rand(batch, seq, 1, dim // 2) * 100
+    full = angles.repeat_interleave(2, dim=-1)
+    return full.cos().to(dtype), full.sin().to(dtype)
+
+
+def _check(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    expected = _stock_wan()(x, cos, sin)
+    for rotate in (rope.apply_rotary_emb, rope.stacked, rope.reference):
+        actual = rotate(x, cos[..., 0::2], sin[..., 1::2])
+        assert actual.dtype == expected.dtype
+        assert torch.equal(actual, expected), rotate.__name__
+    assert rope.apply_rotary_emb(x, cos[..., 0::2], sin[..., 1::2]).stride() == expected.stride()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("threads", [1, 2, 3, 4])
+@pytest.mark.parametrize("shape", [(1, 1000, 12, 128), (2, 517, 3, 64), (1, 8191, 2, 96), (1, 777, 5, 32)])
+def test_rope_is_bit_identical_to_stock(shape, dtype, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        torch.manual_seed(0)
+        x = torch.randn(shape).to(dtype)
+        cos, sin = _tables(shape[1], shape[3])
+        assert rope._is_fast(x, cos[..., 0::2], sin[..., 1::2])  # or this test says nothing about the fast form
+        _check(x, cos, sin)
+    finally:
+        torch.set_num_threads(before)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    seq=st.integers(1, 400),
+    heads=st.integers(1, 6),
+    half=st.integers(1, 70),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
+    table_dtype=st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float64]),
+    seed=st.integers(0, 99),
+)
+def test_any_shape_and_dtype(batch, seq, heads, half, dtype, table_dtype, seed):
+    torch.manual_seed(seed)
+    x = torch.randn(batch, seq, heads, 2 * half, dtype=torch.float64).to(dtype)
+    _check(x, *_tables(seq, 2 * half, batch if seed % 2 else 1, table_dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_views_of_a_fused_projection_and_permuted_input(dtype):
+    torch.manual_seed(0)
+    cos, sin = _tables(600, 64)
+    fused = torch.randn(2, 600, 3 * 4 * 64).to(dtype)
+    for part in fused.chunk(3, dim=-1):
+        _check(part.unflatten(2, (4, -1)), cos, sin)
+    odd = torch.randn(1 + 600 * 4 * 64).to(dtype)[1:].view(1, 600, 4, 64)  # pairs that are not aligned
+    _check(odd, cos, sin)
+    permuted = torch.randn(2, 4, 600, 64).to(dtype).transpose(1, 2)
+    expected = _stock_wan()(permuted, cos, sin)
+    actual = rope.apply_rotary_emb(permuted, cos[..., 0::2], sin[..., 1::2])
+    assert torch.equal(actual, expected)
+    assert actual.stride() == expected.stride()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_special_values(dtype):
+    torch.manual_seed(0)
+    x = torch.randn(1, 2048, 4, 64)
+    special = torch.tensor([float("inf"), -float("inf"), float("nan"), 0.0, -0.0, 1e-42, 3e38, -3e38])
+    x.view(-1)[torch.randperm(x.numel())[:20000]] = special.repeat(2500)
+    x = x.to(dtype)
+    cos, sin = _tables(2048, 64)
+    cos[:, :64], sin[:, 64:128] = 0, 0
+    expected = _stock_wan()(x, cos, sin)
+    actual = rope.apply_rotary_emb(x, cos[..., 0::2], sin[..., 1::2])
+    assert torch.equal(actual.isnan(), expected.isnan())
+    assert torch.equal(actual.nan_to_num(nan=7.0), expected.nan_to_num(nan=7.0))
+
+
+def test_helios_table_per_batch():
+    helios = pytest.importorskip("diffusers.models.transformers.transformer_helios")
+    import wan_patches
+
+    torch.manual_seed(0)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for batch in (1, 2):
+            x = torch.randn(2, 1500, 4, 64).to(dtype)
+            table = torch.cat(_tables(1500, 64, batch), dim=-1).squeeze(2)
+            stock = helios.apply_rotary_emb_transposed(x, table)
+            with wan_patches.enabled(["rope"]):
+                assert torch.equal(helios.apply_rotary_emb_transposed(x, table), stock)
+
+
+def test_an_inexact_processor_is_found_out(monkeypatch):
+    """Where complex products round differently, the probe must keep the plain formulation."""
+    exact = rope.complex_rows
+    monkeypatch.setattr(rope, "complex_rows", lambda x, cos, sin: exact(x, cos, sin) * (1 + 2**-7))
+    rope._is_exact.cache_clear()
+    try:
+        _check(torch.randn(1, 3000, 4, 64), *_tables(3000, 64))
+    finally:
+        rope._is_exact.cache_clear()
+
+
+def test_the_users_random_state_and_input_are_left_alone():
+    rope._is_exact.cache_clear()
+    torch.manual_seed(3)
+    x = torch.randn(1, 3000, 4, 64)
+    before, copy = torch.get_rng_state(), x.clone()
+    cos, sin = _tables(3000, 64)
+    torch.set_rng_state(before)
+    rope.apply_rotary_emb(x, cos[..., 0::2], sin[..., 1::2])
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(x, copy)
+
+
+def test_autograd_and_transforms_see_plain_torch():
+    cos, sin = _tables(3000, 64)
+    half = cos[..., 0::2], sin[..., 1::2]
+    x = torch.randn(1, 3000, 4, 64, requires_grad=True)
+    stock_x = x.detach().clone().requires_grad_()
+    rope.apply_rotary_emb(x, *half).square().sum().backward()
+    _stock_wan()(stock_x, cos, sin).square().sum().backward()
+    assert torch.equal(x.grad, stock_x.grad)
+    batched = torch.func.vmap(lambda v: rope.apply_rotary_emb(v, *half))(x.detach()[None])
+    assert torch.equal(batched[0], rope.reference(x.detach(), *half))
+    primal, tangent = torch.func.jvp(lambda v: rope.apply_rotary_emb(v, *half), (x.detach(),), (x.detach(),))
+    assert torch.equal(primal, tangent)  # it is linear
+    with torch.device("meta"):
+        assert rope.apply_rotary_emb(torch.empty(1, 3000, 4, 64), *[t.to("meta") for t in half]).is_meta

@@ -1,0 +1,148 @@
+"""Decoded video to frames: bytes for images, or floats in [0, 1].
+
+`x * 0.5 + 0.5` is rounded after each step in the video's own dtype, then clamped; what follows is fp32.
+The constants stay apart: folding them, or fp32 throughout, changes pixels of half-precision videos.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+_CPU_CHUNK = 4_800_000  # elements, four frames of 480 x 832: less is faster on idle cores, not on shared ones
+_CHUNK = 1 << 24  # elements on accelerators: 64 MiB of fp32, few launches
+_FEW_CHANNELS = 4
+
+
+def video_to_uint8(video: torch.Tensor, frames_per_chunk: int | None = None) -> torch.Tensor:
+    """The pixels of diffusers' `VideoProcessor.postprocess_video(video, "pil")`.
+
+    Works on a few frames at a time in reused buffers and never waits for the device.
+
+    Args:
+        video: `(batch, channels, frames, height, width)` in [-1, 1], any floating dtype, strides and device;
+            values outside (infinities too) are clamped, NaN becomes 0. Must not require grad.
+        frames_per_chunk: frames worked on at a time, by default some five million elements on the CPU and
+            some sixteen million elsewhere.
+
+    Returns:
+        A new contiguous uint8 tensor, `(batch, frames, height, width, channels)`, on the device of `video`.
+        EXACT: half-way cases are rounded to even.
+
+    Raises:
+        TypeError: `video` is not floating.
+        ValueError: `video` is not five-dimensional, or `frames_per_chunk` is below one.
+    """
+    _check(video)
+    batch, channels, frames, height, width = video.shape
+    out = torch.empty((batch, frames, height, width, channels), dtype=torch.uint8, device=video.device)
+    step = _step(video, frames_per_chunk)
+    scratch = _buffer(video, step, video.dtype)
+    floats = scratch if video.dtype == torch.float32 else _buffer(video, step, torch.float32)
+    for item, frames_out in zip(video, out, strict=True):
+        for chunk in _chunks(frames, step):
+            source = item[:, chunk]
+            values = _denormalize(source, scratch[:, : source.shape[1]])
+            if floats is not scratch:
+                values = floats[:, : source.shape[1]].copy_(values)
+            values.mul_(255).round_()
+            if not video.is_cpu or channels > _FEW_CHANNELS:
+                frames_out[chunk].copy_(values.permute(1, 2, 3, 0))
+                continue
+            # plane by plane: ATen's copy of a permutation runs its inner loop over the few channels
+            for channel, plane in enumerate(values):
+                frames_out[chunk, ..., channel].copy_(plane)
+    return out
+
+
+def video_to_float(video: torch.Tensor, frames_per_chunk: int | None = None) -> torch.Tensor:
+    """The array of diffusers' `VideoProcessor.postprocess_video(video, "np")`, as a tensor on the CPU.
+
+    One copy from the device, and none to stack the batch.
+
+    Args:
+        video: as in `video_to_uint8`; NaN stays NaN.
+        frames_per_chunk: as in `video_to_uint8`.
+
+    Returns:
+        A new fp32 CPU tensor, `(batch, frames, height, width, channels)`, with the strides of stock's array:
+        those of a stack of items that each keep the order of axes in memory of `video` (so a contiguous
+        video gives `(batch, channels, frames, height, width)` in memory). EXACT.
+
+    Raises:
+        TypeError: `video` is not floating.
+        ValueError: `video` is not five-dimensional, or `frames_per_chunk` is below one.
+    """
+    _check(video)
+    batch, channels, frames, height, width = video.shape
+    shape = (batch, frames, height, width, channels)
+    strides = _stacked_strides(tuple(video.shape), video.stride())
+    out = torch.empty_strided(shape, strides, dtype=torch.float32, device=video.device)
+    step = _step(video, frames_per_chunk)
+    scratch = None if video.dtype == torch.float32 else _buffer(video, step, video.dtype)
+    for item, item_out in zip(video, out.permute(0, 4, 1, 2, 3), strict=True):
+        for chunk in _chunks(frames, step):
+            source, target = item[:, chunk], item_out[:, chunk]
+            if scratch is None:
+                _denormalize(source, target)
+            else:
+                target.copy_(_denormalize(source, scratch[:, : source.shape[1]]))
+    if out.is_cpu:
+        return out
+    return torch.empty_strided(shape, strides, dtype=torch.float32, device="cpu").copy_(out)
+
+
+def _check(video: torch.Tensor) -> None:
+    if not video.is_floating_point():
+        raise TypeError(f"video is {video.dtype}, not floating")
+    if video.dim() != 5:
+        raise ValueError(f"video is {tuple(video.shape)}, not (batch, channels, frames, height, width)")
+
+
+def _step(video: torch.Tensor, frames_per_chunk: int | None) -> int:
+    if frames_per_chunk is None:
+        _, channels, _, height, width = video.shape
+        elements = _CPU_CHUNK if video.is_cpu else _CHUNK
+        frames_per_chunk = max(1, elements // max(1, channels * height * width))
+    if frames_per_chunk < 1:
+        raise ValueError(f"frames_per_chunk is {frames_per_chunk}, below 1")
+    return min(frames_per_chunk, max(1, video.shape[2]))
+
+
+def _chunks(frames: int, step: int) -> Iterator[slice]:
+    return (slice(start, min(start + step, frames)) for start in range(0, frames, step))
+
+
+def _buffer(video: torch.Tensor, step: int, dtype: torch.dtype) -> torch.Tensor:
+    _, channels, _, height, width = video.shape
+    return torch.empty((channels, step, height, width), dtype=dtype, device=video.device)
+
+
+def _denormalize(source: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """[-1, 1] to [0, 1] in the dtype of `source`, which is that of `out`; two roundings, as in stock."""
+    return torch.mul(source, 0.5, out=out).add_(0.5).clamp_(0, 1)
+
+
+@functools.lru_cache(maxsize=64)
+def _stacked_strides(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides, in elements, of stock's `(batch, frames, height, width, channels)` array.
+
+    Two libraries decide them: an elementwise torch operation those of an item, `np.stack` those of the
+    batch. Both are asked: torch on tensors without storage, numpy on an array of one or two elements
+    along each axis, in a stack of one (the new axis is the outermost for any number).
+    """
+    batch, channels, frames, height, width = shape
+    item = torch.empty_strided(shape[1:], strides[1:], device="meta").permute(1, 0, 2, 3)
+    item = ((item * 0.5 + 0.5).clamp(0, 1)).permute(0, 2, 3, 1)
+    order = sorted(range(4), key=item.stride, reverse=True)
+    small = np.empty([min(item.shape[axis], 2) for axis in order], np.uint8).transpose(np.argsort(order))
+    stacked = np.stack([small]).strides
+    sizes = (batch, frames, height, width, channels)
+    return tuple(
+        math.prod(size for size, inner in zip(sizes, stacked, strict=True) if size > 1 and inner < stride)
+        for stride in stacked
+    )
