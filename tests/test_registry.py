@@ -67,7 +67,9 @@ def test_a_module_imported_while_disabled_stays_stock(modules):
 
 def test_the_newest_choice_holds(modules):
     a = importlib.import_module("made_a")
-    registry = Registry([patch("one"), patch("two", functions=("g",)), patch("loose", "made_b", fidelity=Fidelity.CLOSE)])
+    registry = Registry(
+        [patch("one"), patch("two", functions=("g",)), patch("loose", "made_b", fidelity=Fidelity.CLOSE)]
+    )
     importlib.import_module("made_b")
     registry.enable(["one"])
     assert (a.f(1), a.g(1)) == (4, 3)

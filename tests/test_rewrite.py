@@ -192,5 +192,3 @@ def test_functions_are_found_behind_wrappers(module):
     for value in (function, decorated, closure, proxy, staticmethod(function), functools.partial(function, 1)):
         assert codeswap.functions_behind(value, module.__file__)[-1] is function
     assert codeswap.functions_behind(print, module.__file__) == []
-
-

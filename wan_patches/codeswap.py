@@ -12,7 +12,6 @@ from collections.abc import Mapping
 
 from wan_patches.rewrite import Edit, Unknown, rewritten
 
-
 #: As the value of a name that edits call: the function as it was, running the code that was installed.
 STOCK = object()
 
@@ -118,7 +117,7 @@ def functions_behind(value: object, filename: str | None) -> list[types.Function
             if item in found:
                 continue
             found.append(item)
-            cells = [cell.cell_contents for cell in item.__closure__ or () if _filled(cell)]
+            cells = [_contents(cell) for cell in item.__closure__ or ()]
             known = [c for c in cells if type(c) is types.FunctionType and c.__code__.co_filename == filename]
             queue += [item.__wrapped__] if hasattr(item, "__wrapped__") else known
         elif hasattr(item, "__wrapped__"):
@@ -128,10 +127,8 @@ def functions_behind(value: object, filename: str | None) -> list[types.Function
     return found
 
 
-def _filled(cell: types.CellType) -> bool:
+def _contents(cell: types.CellType) -> object:
     try:
-        cell.cell_contents
-    except ValueError:
-        return False
-    return True
-
+        return cell.cell_contents
+    except ValueError:  # not filled yet
+        return None

@@ -142,9 +142,7 @@ class _Entry:
     def report(self) -> Report:
         patch = self.patch
         targets = tuple(target.qualname for target in patch.targets)
-        return Report(
-            patch.name, patch.module, targets, self.state, self.reason, patch.fidelity, patch.implementations
-        )
+        return Report(patch.name, patch.module, targets, self.state, self.reason, patch.fidelity, patch.implementations)
 
 
 class Registry:

@@ -6,8 +6,8 @@ instead. Whatever does not match is `Unknown`, and left alone.
 """
 
 from __future__ import annotations
-
 import __future__ as futures
+
 import ast
 import contextlib
 import copy
@@ -20,7 +20,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-_FUTURE_FLAGS = functools.reduce(lambda flags, name: flags | getattr(futures, name).compiler_flag, futures.all_feature_names, 0)
+_FUTURE_FLAGS = functools.reduce(
+    lambda flags, name: flags | getattr(futures, name).compiler_flag, futures.all_feature_names, 0
+)
 _TYPE_PARAMS: dict[str, Any] = {"type_params": []} if hasattr(ast, "TypeAlias") else {}
 _NOT_SEMANTIC = {"ctx", "kind", "type_comment", "type_params", "annotation", "returns", "decorator_list", "simple"}
 

@@ -28,7 +28,9 @@ def status_table(status: Status) -> str:
     for column in ("patch", "target", "state", "fidelity", "implementation"):
         table.add_column(column, overflow="fold")
     for report in status.reports:
-        module = report.module.removeprefix("diffusers.").removeprefix("pipelines.").removeprefix("models.transformers.")
+        module = (
+            report.module.removeprefix("diffusers.").removeprefix("pipelines.").removeprefix("models.transformers.")
+        )
         state = f"{report.state}: {report.reason}" if report.reason else report.state
         runs = "; ".join(f"{device}: {what}" for device, what in report.implementations.items())
         table.add_row(report.name, f"{module}: {', '.join(report.targets)}", state, report.fidelity.value, runs)

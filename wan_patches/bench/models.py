@@ -171,9 +171,7 @@ class _Make:
 
 def unipc(shift: float = 5.0) -> diffusers.UniPCMultistepScheduler:
     """The scheduler that Wan and SkyReels models are published with."""
-    return diffusers.UniPCMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
-    )
+    return diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
 
 
 # Builders, one a family

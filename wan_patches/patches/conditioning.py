@@ -28,9 +28,7 @@ def _patch(module: str, *targets: Target, optional: bool = False) -> Patch:
 
 
 _FIRST = _block("self.vae_scale_factor_temporal", "num_frames", "False", "4f3ec3ad5d98d8bc")
-_FIRST_OR_LAST = _block(
-    "self.vae_scale_factor_temporal", "num_frames", "last_image is not None", "a5441adcb01c6c3f"
-)
+_FIRST_OR_LAST = _block("self.vae_scale_factor_temporal", "num_frames", "last_image is not None", "a5441adcb01c6c3f")
 _MODULAR = tuple(
     Target(
         f"{step}.__call__",

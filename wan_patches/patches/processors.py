@@ -31,9 +31,7 @@ POSTPROCESS = ("postprocess", "denormalize", "_denormalize_conditionally", "pt_t
 
 def known(methods: Iterable[str]) -> tuple[Known, ...]:
     """The methods as requirements of a patch."""
-    return tuple(
-        Known("diffusers.video_processor", f"VideoProcessor.{name}", _fingerprints(name)) for name in methods
-    )
+    return tuple(Known("diffusers.video_processor", f"VideoProcessor.{name}", _fingerprints(name)) for name in methods)
 
 
 def is_stock(processor: object, methods: Iterable[str]) -> bool:

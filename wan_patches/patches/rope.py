@@ -21,9 +21,7 @@ _COMPLEX = "keeps its rotary tables as complex numbers (diffusers before 0.35 fo
 
 _NESTED = Body(  # one text in every family that keeps its tables as two real tensors
     nested="apply_rotary_emb",
-    replacements=(
-        ("eb82049e08f68673", f"return {_CALL}(hidden_states, freqs_cos[..., 0::2], freqs_sin[..., 1::2])"),
-    ),
+    replacements=(("eb82049e08f68673", f"return {_CALL}(hidden_states, freqs_cos[..., 0::2], freqs_sin[..., 1::2])"),),
     declined=(("2aac59bc43e80b30", _COMPLEX), ("c3a2c35ea5844c11", _COMPLEX), ("9b38ac46fc205917", _COMPLEX)),
 )
 
