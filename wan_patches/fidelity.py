@@ -126,8 +126,11 @@ gate = Gate()
 
 
 def signature(*tensors: torch.Tensor) -> tuple[Hashable, ...]:
-    """The part of a gate key that tensors contribute: shape, strides, dtype and device of each."""
-    return tuple((t.shape, t.stride(), t.dtype, t.device) for t in tensors)
+    """The part of a gate key that tensors of one device contribute: the device; shape, strides, dtype of each."""
+    key: list[Hashable] = [tensors[0].device]
+    for tensor in tensors:
+        key += (tensor.shape, tensor.stride(), tensor.dtype)
+    return tuple(key)
 
 
 def _identical(a: torch.Tensor, b: torch.Tensor) -> bool:

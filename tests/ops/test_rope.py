@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import types
 
@@ -38,6 +39,14 @@ def _check(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
     assert rope.apply_rotary_emb(x, cos[..., 0::2], sin[..., 1::2]).stride() == expected.stride()
 
 
+@contextlib.contextmanager
+def _fast_calls():
+    calls, fast = [], rope.complex_rows
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rope, "complex_rows", lambda *args: calls.append(1) or fast(*args))
+        yield calls
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("threads", [1, 2, 3, 4])
 @pytest.mark.parametrize("shape", [(1, 1000, 12, 128), (2, 517, 3, 64), (1, 8191, 2, 96), (1, 777, 5, 32)])
@@ -48,7 +57,9 @@ def test_rope_is_bit_identical_to_stock(shape, dtype, threads):
         torch.manual_seed(0)
         x = torch.randn(shape).to(dtype)
         cos, sin = _tables(shape[1], shape[3])
-        assert rope._is_fast(x, cos[..., 0::2], sin[..., 1::2])  # or this test says nothing about the fast form
+        with _fast_calls() as calls:
+            rope.apply_rotary_emb(x, cos[..., 0::2], sin[..., 1::2])
+        assert calls  # or this test says nothing about the fast form
         _check(x, cos, sin)
     finally:
         torch.set_num_threads(before)
@@ -115,19 +126,24 @@ def test_helios_table_per_batch():
                 assert torch.equal(helios.apply_rotary_emb_transposed(x, table), stock)
 
 
+def _forget():
+    rope._is_exact.cache_clear()
+    rope._is_fast.cache_clear()
+
+
 def test_an_inexact_processor_is_found_out(monkeypatch):
     """Where complex products round differently, the probe must keep the plain formulation."""
     exact = rope.complex_rows
     monkeypatch.setattr(rope, "complex_rows", lambda x, cos, sin: exact(x, cos, sin) * (1 + 2**-7))
-    rope._is_exact.cache_clear()
+    _forget()
     try:
         _check(torch.randn(1, 3000, 4, 64), *_tables(3000, 64))
     finally:
-        rope._is_exact.cache_clear()
+        _forget()
 
 
 def test_the_users_random_state_and_input_are_left_alone():
-    rope._is_exact.cache_clear()
+    _forget()
     torch.manual_seed(3)
     x = torch.randn(1, 3000, 4, 64)
     before, copy = torch.get_rng_state(), x.clone()

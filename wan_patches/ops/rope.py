@@ -36,7 +36,11 @@ def apply_rotary_emb(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> t
     if torch.compiler.is_compiling() or _is_transformed(x):
         return stacked(x, cos, sin)
     if x.is_cpu:
-        return complex_rows(x, cos, sin) if _is_fast(x, cos, sin) else reference(x, cos, sin)
+        if x.numel() < _SMALL or not _is_fast(
+            x.dtype, x.shape, cos.dtype, cos.shape, sin.dtype, sin.shape, torch.get_num_threads()
+        ):
+            return reference(x, cos, sin)
+        return complex_rows(x, cos, sin)
     if x.is_meta:
         return stacked(x, cos, sin)
     return gate("rope", signature(x, cos, sin), stacked, reference, x, cos, sin)
@@ -93,20 +97,25 @@ def complex_rows(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
     return out
 
 
-def _is_fast(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> bool:
-    """Whether `complex_rows` applies to this input, and is exact on this machine."""
-    if x.dim() != 4 or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+@functools.lru_cache(maxsize=1024)
+def _is_fast(
+    dtype: torch.dtype,
+    shape: torch.Size,
+    cos_dtype: torch.dtype,
+    cos_shape: torch.Size,
+    sin_dtype: torch.dtype,
+    sin_shape: torch.Size,
+    threads: int,
+) -> bool:
+    """Whether `complex_rows` applies to such input, and is exact on this machine."""
+    if len(shape) != 4 or dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False
-    batch, seq, heads, dim = x.shape
-    for table in (cos, sin):
-        if table.dtype != torch.float32 or table.dim() != 4 or table.shape[1:] != (seq, 1, dim // 2):
-            return False
-        if table.shape[0] not in (1, batch):
-            return False
-    if dim % 32 or x.numel() < _SMALL:
+    batch, seq, heads, dim = shape
+    if dim % 32 or cos_dtype != torch.float32 or sin_dtype != torch.float32:
         return False
-    threads = torch.get_num_threads()
-    return _step(seq, heads, dim // 2, threads) > 0 and _is_exact(x.dtype, heads, dim, threads)
+    if any(table not in ((1, seq, 1, dim // 2), (batch, seq, 1, dim // 2)) for table in (cos_shape, sin_shape)):
+        return False
+    return _step(seq, heads, dim // 2, threads) > 0 and _is_exact(dtype, heads, dim, threads)
 
 
 def _is_transformed(x: torch.Tensor) -> bool:

@@ -20,30 +20,25 @@ _CALL = "_wan_patches_preprocess"
 _CALL_VIDEO = "_wan_patches_preprocess_video"
 
 
-def _image(first: str, count: int, owner: str = "self") -> Replace:
+def _image(count: int, owner: str = "self") -> Replace:
     return Replace(
-        f"{owner}.video_processor.preprocess({first}, height=height, width=width)",
-        f"{_CALL}({owner}.video_processor, device, {first}, height=height, width=width)",
+        f"{owner}.video_processor.preprocess(*ARGS)", f"{_CALL}({owner}.video_processor, device, *ARGS)", count
+    )
+
+
+def _video(count: int, owner: str = "self") -> Replace:
+    return Replace(
+        f"{owner}.video_processor.preprocess_video(*ARGS)",
+        f"{_CALL_VIDEO}({owner}.video_processor, device, *ARGS)",
         count,
     )
 
 
-def _video(count: int, owner: str = "self", processor: str = "video_processor") -> Replace:
-    return Replace(
-        f"{owner}.{processor}.preprocess_video(*ARGS)",
-        f"{_CALL_VIDEO}({owner}.{processor}, device, *ARGS)",
-        count,
-    )
-
-
-def _patch(module: str, *targets: tuple[str, Replace], optional: bool = False) -> Patch:
-    edits: dict[str, tuple[Replace, ...]] = {}
-    for qualname, edit in targets:
-        edits[qualname] = (*edits.get(qualname, ()), edit)
+def _patch(module: str, *targets: Target, optional: bool = False) -> Patch:
     return Patch(
         name="preprocess",
         module=f"diffusers.{module}",
-        targets=tuple(Target(qualname, edit) for qualname, edit in edits.items()),
+        targets=targets,
         calls={
             _CALL: "wan_patches.patches.preprocess:preprocess",
             _CALL_VIDEO: "wan_patches.patches.preprocess:preprocess_video",
@@ -57,39 +52,43 @@ def _patch(module: str, *targets: tuple[str, Replace], optional: bool = False) -
     )
 
 
-_SKYREELS = "pipelines.skyreels_v2.pipeline_skyreels_v2"
+def _pipeline(module: str, name: str, *edits: Replace, method: str = "__call__") -> Patch:
+    return _patch(f"pipelines.{module}", Target(f"{name}.{method}", edits))
+
+
+_SKYREELS = "skyreels_v2.pipeline_skyreels_v2"
 
 PATCHES = (
-    _patch("pipelines.wan.pipeline_wan_i2v", ("WanImageToVideoPipeline.__call__", _image("IMAGE", 2))),
-    _patch("pipelines.wan.pipeline_wan_video2video", ("WanVideoToVideoPipeline.__call__", _video(1))),
-    _patch("pipelines.wan.pipeline_wan_vace", ("WanVACEPipeline.preprocess_conditions", _video(2))),
-    _patch("pipelines.wan.pipeline_wan_animate", ("WanAnimatePipeline.__call__", _video(3))),
-    _patch(f"{_SKYREELS}_i2v", ("SkyReelsV2ImageToVideoPipeline.__call__", _image("IMAGE", 2))),
+    _pipeline("wan.pipeline_wan_i2v", "WanImageToVideoPipeline", _image(2)),
+    _pipeline("wan.pipeline_wan_video2video", "WanVideoToVideoPipeline", _video(1)),
+    _pipeline("wan.pipeline_wan_vace", "WanVACEPipeline", _video(2), method="preprocess_conditions"),
+    _pipeline("wan.pipeline_wan_animate", "WanAnimatePipeline", _video(3)),
+    _pipeline(f"{_SKYREELS}_i2v", "SkyReelsV2ImageToVideoPipeline", _image(2)),
+    _pipeline(f"{_SKYREELS}_diffusion_forcing_i2v", "SkyReelsV2DiffusionForcingImageToVideoPipeline", _image(2)),
+    _pipeline(f"{_SKYREELS}_diffusion_forcing_v2v", "SkyReelsV2DiffusionForcingVideoToVideoPipeline", _video(1)),
+    _pipeline("chronoedit.pipeline_chronoedit", "ChronoEditPipeline", _image(1)),
+    _pipeline("sana_video.pipeline_sana_video_i2v", "SanaImageToVideoPipeline", _image(1)),
+    _pipeline("helios.pipeline_helios", "HeliosPipeline", _image(1), _video(1)),
+    _pipeline("helios.pipeline_helios_pyramid", "HeliosPyramidPipeline", _image(1), _video(1)),
     _patch(
-        f"{_SKYREELS}_diffusion_forcing_i2v",
-        ("SkyReelsV2DiffusionForcingImageToVideoPipeline.__call__", _image("IMAGE", 2)),
-    ),
-    _patch(
-        f"{_SKYREELS}_diffusion_forcing_v2v",
-        ("SkyReelsV2DiffusionForcingVideoToVideoPipeline.__call__", _video(1)),
-    ),
-    _patch("pipelines.chronoedit.pipeline_chronoedit", ("ChronoEditPipeline.__call__", _image("IMAGE", 1))),
-    _patch("pipelines.sana_video.pipeline_sana_video_i2v", ("SanaImageToVideoPipeline.__call__", _image("IMAGE", 1))),
-    _patch(
-        "pipelines.helios.pipeline_helios",
-        ("HeliosPipeline.__call__", _image("IMAGE", 1)),
-        ("HeliosPipeline.__call__", _video(1)),
-    ),
-    _patch(
-        "pipelines.helios.pipeline_helios_pyramid",
-        ("HeliosPyramidPipeline.__call__", _image("IMAGE", 1)),
-        ("HeliosPyramidPipeline.__call__", _video(1)),
+        "modular_pipelines.wan.encoders",
+        Target("WanVaeEncoderStep.__call__", (_image(1, "components"),), "WanVaeImageEncoderStep.__call__"),
+        Target(
+            "WanFirstLastFrameVaeEncoderStep.__call__",
+            (_image(2, "components"),),
+            "WanFirstLastFrameVaeImageEncoderStep.__call__",
+        ),
+        optional=True,  # since diffusers 0.36
     ),
     _patch(
         "modular_pipelines.wan.encoders",
-        ("WanVaeEncoderStep.__call__", _image("IMAGE", 1, "components")),
-        ("WanFirstLastFrameVaeEncoderStep.__call__", _image("IMAGE", 2, "components")),
-        optional=True,
+        Target("WanVaceEncoderStep.preprocess_conditions", (_video(2, "components"),)),
+        optional=True,  # since diffusers 0.41
+    ),
+    _patch(
+        "modular_pipelines.helios.encoders",
+        Target("HeliosImageVaeEncoderStep.__call__", (_image(1, "components"),)),
+        Target("HeliosVideoVaeEncoderStep.__call__", (_video(1, "components"),)),
     ),
 )
 
