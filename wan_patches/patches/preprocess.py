@@ -143,7 +143,8 @@ def _size(processor: Any, images: list[Any], height: Any, width: Any, methods: t
     if not plain or not rgb or not images:
         return None
     height, width = processor.get_default_height_width(images[0], height, width)
-    return (height, width) if min(height, width) > 0 else None
+    whole = isinstance(height, int) and isinstance(width, int) and min(height, width) > 0
+    return (height, width) if whole else None
 
 
 def _tensor(images: list[Any], size: tuple[int, int], device: Any, stock: Callable[[], Any]) -> Any:

@@ -1,0 +1,91 @@
+"""`VideoProcessor.postprocess_video`, patched in place, against what it was."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from diffusers.video_processor import VideoProcessor
+
+import wan_patches
+
+pytestmark = pytest.mark.upstream
+
+
+def as_array(frames):
+    return np.stack([np.stack([np.asarray(f) for f in v]) for v in frames]) if isinstance(frames, list) else frames
+
+
+def outcome(call):
+    try:
+        return call()
+    except Exception as error:
+        return error
+
+
+def same(processor, video, *args, **kwargs):
+    with wan_patches.enabled(["frames"]) as status:
+        assert not status.skipped()
+        patched = outcome(lambda: processor.postprocess_video(video, *args, **kwargs))
+    stock = outcome(lambda: processor.postprocess_video(video, *args, **kwargs))
+    assert type(stock) is type(patched)
+    if isinstance(stock, Exception):
+        assert str(patched) == str(stock)
+        return
+    if isinstance(stock, list):
+        assert [len(v) for v in stock] == [len(v) for v in patched]
+        assert {(f.mode, f.size) for v in stock for f in v} == {(f.mode, f.size) for v in patched for f in v}
+    stock, patched = as_array(stock), as_array(patched)
+    assert stock.dtype == patched.dtype
+    if isinstance(stock, np.ndarray):
+        assert stock.strides == patched.strides
+        assert np.array_equal(stock, patched)
+    else:
+        assert torch.equal(stock, patched)
+
+
+@pytest.mark.parametrize("output_type", ["np", "pil", "pt", "latent", "mp4", None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("shape", [(1, 3, 5, 16, 24), (2, 3, 1, 8, 8), (1, 1, 2, 8, 8), (1, 4, 2, 8, 8)], ids=str)
+@pytest.mark.filterwarnings("ignore")
+def test_every_output_type(output_type, dtype, shape):
+    video = (torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 1.5).to(dtype)
+    same(VideoProcessor(vae_scale_factor=8), video, output_type=output_type)
+
+
+def test_defaults_and_other_input():
+    processor = VideoProcessor(vae_scale_factor=8)
+    video = torch.randn(1, 3, 3, 8, 8)
+    same(processor, video)
+    same(processor, video.transpose(3, 4))
+    same(processor, video[:, :, ::2], "pil")
+    same(processor, video.requires_grad_(), "np")
+    same(processor, torch.zeros(0, 3, 1, 8, 8), "np")
+    same(processor, torch.zeros(1, 3, 0, 8, 8), "np")
+    same(processor, video[0], "np")
+    same(processor, video.detach().numpy(), "np")
+    same(VideoProcessor(vae_scale_factor=8, do_normalize=False), video.detach(), "pil")
+    same(processor, torch.zeros(1, 3, 1, 8, 8, dtype=torch.uint8), "pil")
+
+
+def test_processors_of_someone_elses_keep_their_ways():
+    class Inverted(VideoProcessor):
+        @staticmethod
+        def denormalize(images):
+            return 1 - VideoProcessor.denormalize(images)
+
+    video = torch.rand(1, 3, 2, 8, 8)
+    same(Inverted(vae_scale_factor=8), video, "np")
+    instance = VideoProcessor(vae_scale_factor=8)
+    instance.pt_to_numpy = lambda images: np.zeros((2, 8, 8, 3), np.float32)
+    same(instance, video, "np")
+
+
+def test_the_fast_way_is_taken(monkeypatch):
+    from wan_patches.ops import frames
+
+    monkeypatch.setattr(frames, "video_to_uint8", lambda video: torch.full((1, 2, 8, 8, 3), 7, dtype=torch.uint8))
+    processor, video = VideoProcessor(vae_scale_factor=8), torch.rand(1, 3, 2, 8, 8)
+    with wan_patches.enabled():
+        assert np.asarray(processor.postprocess_video(video, "pil")[0][0]).max() == 7
+    assert np.asarray(processor.postprocess_video(video, "pil")[0][0]).max() > 7
