@@ -325,8 +325,9 @@ class Registry:
 
 
 def _put(module: types.ModuleType, target: Target, calls: dict[str, object]) -> types.FunctionType:
-    """Puts the edits into the first function behind the target that they know."""
-    functions = _functions(module, target)
+    """Puts the edits into the first function behind the target that they know, the module's own first."""
+    home = getattr(module, "__file__", None)
+    functions = sorted(_functions(module, target), key=lambda function: function.__code__.co_filename != home)
     reason = Unknown(f"{target.qualname} is not a Python function")
     for function in functions:
         try:

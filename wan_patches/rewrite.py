@@ -16,7 +16,7 @@ import hashlib
 import inspect
 import linecache
 import types
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -52,7 +52,7 @@ class Replace:
     def apply(self, function: ast.FunctionDef) -> None:
         pattern, replacement = _expression(self.pattern), _expression(self.replacement)
         found = 0
-        for place, key, node in [p for p in _places(function) if type(p[2]) is type(pattern)]:
+        for place, key, node in _places(function, type(pattern)):
             bindings: dict[str, Any] = {}
             if _matches(pattern, node, bindings):
                 found += 1
@@ -313,20 +313,26 @@ def _fill(template: Any, bindings: dict[str, Any], at: ast.AST) -> Any:
     return filled
 
 
-def _places(root: ast.AST) -> Iterator[tuple[Any, Any, ast.AST]]:
-    """Every expression and statement below `root`, and where it can be exchanged: `place[key] is node`."""
+def _places(root: ast.AST, kind: type) -> list[tuple[Any, Any, ast.AST]]:
+    """The nodes of one kind below `root`, and where each can be exchanged: `place[key] is node`."""
+    found: list[tuple[Any, Any, ast.AST]] = []
     stack = [root]
     while stack:
         fields = vars(stack.pop())
         for name, value in fields.items():
-            if isinstance(value, list):
-                for i, child in enumerate(value):
-                    if isinstance(child, ast.AST):
-                        stack.append(child)
-                        yield value, i, child
-            elif isinstance(value, ast.AST) and name != "ctx":
-                stack.append(value)
-                yield fields, name, value
+            children: Iterable[tuple[Any, Any]]
+            if type(value) is list:
+                place, children = value, enumerate(value)
+            elif name == "ctx" or not isinstance(value, ast.AST):
+                continue
+            else:
+                place, children = fields, ((name, value),)
+            for key, child in children:
+                if type(child) is kind:
+                    found.append((place, key, child))
+                if isinstance(child, ast.AST) and type(child) is not ast.Name and type(child) is not ast.Constant:
+                    stack.append(child)
+    return found
 
 
 def _star(call: ast.Call) -> str | None:

@@ -96,7 +96,7 @@ def lanczos_resize(images: torch.Tensor, height: int, width: int) -> torch.Tenso
     if len(axes) == 2 and not _vertical_first(in_height, in_width, height, width):
         axes.reverse()
     passes = [(dim, _on_device(images.device, before, after)) for dim, before, after in axes]
-    # Whole images are cut, not rows: every input row takes part in the vertical pass of a whole image.
+    # Pillow's first pass skips the rows that the second does not read; without a crop box there are none.
     size, largest = [in_height, in_width], 0
     for dim, _, after in axes:
         size[dim - 1] = after
