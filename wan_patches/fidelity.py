@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import logging
+import threading
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -55,6 +56,7 @@ class Gate:
         self.enabled = True
         self._verdicts: dict[Hashable, Verdict] = {}
         self._warned: set[str] = set()
+        self._lock = threading.Lock()
 
     def __call__(
         self,
@@ -80,12 +82,14 @@ class Gate:
 
     def verdicts(self) -> list[Verdict]:
         """What has been found so far, oldest first."""
-        return list(self._verdicts.values())
+        with self._lock:
+            return list(self._verdicts.values())
 
     def reset(self) -> None:
         """Forgets every verdict, so that each key proves itself again."""
-        self._verdicts.clear()
-        self._warned.clear()
+        with self._lock:
+            self._verdicts.clear()
+            self._warned.clear()
 
     def _first_sight(self, op: str, key: Hashable, implementation, reference, args) -> torch.Tensor:
         import torch
@@ -106,9 +110,10 @@ class Gate:
         if not exact:
             reason = reason or "differs from the stock formulation"
             self._warn(op, reason)
-        while len(self._verdicts) >= self.CAPACITY:
-            self._verdicts.pop(next(iter(self._verdicts)), None)
-        self._verdicts[(op, key)] = Verdict(op, key, exact, reason)
+        with self._lock:
+            while len(self._verdicts) >= self.CAPACITY:
+                del self._verdicts[next(iter(self._verdicts))]
+            self._verdicts[(op, key)] = Verdict(op, key, exact, reason)
         return stock
 
     def _warn(self, op: str, reason: str) -> None:

@@ -23,19 +23,19 @@ def text(*renderables: object, width: int = 140) -> str:
 
 
 def status_table(status: Status) -> str:
-    """The status as a table, with a line for each operation that the first-sight gate has judged."""
+    """The status as a table; below it what each patch runs, and what the first-sight gate has found."""
     table = Table(box=box.SIMPLE)
-    for column in ("patch", "target", "state", "fidelity", "implementation"):
+    for column in ("patch", "module", "target", "state"):
         table.add_column(column, overflow="fold")
     for report in status.reports:
-        module = (
-            report.module.removeprefix("diffusers.").removeprefix("pipelines.").removeprefix("models.transformers.")
-        )
         state = f"{report.state}: {report.reason}" if report.reason else report.state
-        runs = "; ".join(f"{device}: {what}" for device, what in report.implementations.items())
-        table.add_row(report.name, f"{module}: {', '.join(report.targets)}", state, report.fidelity.value, runs)
+        targets = ", ".join(target.removesuffix(".__call__") for target in report.targets)
+        table.add_row(report.name, report.module.rpartition("diffusers.")[2], targets, state)
     count = Counter(report.state for report in status.reports)
     lines: list[object] = [table, "  " + ", ".join(f"{n} {state}" for state, n in count.items())]
+    for name, report in {report.name: report for report in status.reports}.items():
+        runs = "; ".join(f"{what} on {device}" for device, what in report.implementations.items())
+        lines.append(f"  {name} ({report.fidelity.value}): {runs}")
     judged = Counter((verdict.op, verdict.exact, verdict.reason) for verdict in status.verdicts)
     for (op, exact, reason), n in judged.items():
         lines.append(f"  gate: {op}: {'exact' if exact else 'stock used, ' + reason} ({n} kinds of input)")

@@ -119,11 +119,12 @@ def _is_fast(
 
 
 def _is_transformed(x: torch.Tensor) -> bool:
-    """Whether something looks into the operations: autograd, a functorch transform, a tensor subclass."""
+    """Whether something looks into the operations: autograd, a transform, a tracer, a tensor subclass."""
     return (
         (x.requires_grad and torch.is_grad_enabled())
         or type(x) is not torch.Tensor
         or torch._C._are_functorch_transforms_active()
+        or torch.jit.is_tracing()
         or torch.autograd.forward_ad._current_level >= 0
     )
 

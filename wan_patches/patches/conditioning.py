@@ -22,7 +22,7 @@ def _patch(module: str, *targets: Target, optional: bool = False) -> Patch:
         module=f"diffusers.{module}",
         targets=targets,
         calls={_CALL: "wan_patches.ops.conditioning:condition_mask"},
-        implementations={"all": "in latent frames, on the device"},
+        implementations={"all devices": "built in latent frames"},
         optional=optional,
     )
 

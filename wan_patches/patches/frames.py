@@ -30,7 +30,7 @@ PATCHES = (
             ),
         ),
         calls={_CALL: "wan_patches.patches.frames:postprocess_video", _STOCK: STOCK},
-        implementations={"all": "uint8 on the device, a few frames at a time"},
+        implementations={"all devices": "bytes made a few frames at a time"},
         requires=known(POSTPROCESS),
     ),
 )

@@ -44,8 +44,8 @@ def _patch(module: str, *targets: Target, optional: bool = False) -> Patch:
             _CALL_VIDEO: "wan_patches.patches.preprocess:preprocess_video",
         },
         implementations={
-            "cpu": "PIL resize, normalised in place",
-            "others": "uploaded as uint8, Pillow's Lanczos on the device",
+            "CPUs": "PIL resize, normalised in place",
+            "other devices": "one upload of bytes, Pillow's Lanczos in integers",
         },
         requires=known(PREPROCESS_VIDEO),
         optional=optional,

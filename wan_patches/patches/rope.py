@@ -4,7 +4,7 @@ from wan_patches.registry import Patch, Target
 from wan_patches.rewrite import Body
 
 _CALL = "_wan_patches_rope"
-_IMPLEMENTATIONS = {"cpu": "complex product over whole rows", "others": "stack + flatten", "compile": "stack + flatten"}
+_IMPLEMENTATIONS = {"CPUs": "complex product over whole rows", "other devices, compilers, autograd": "stack + flatten"}
 
 
 def _patch(module: str, qualname: str, edit: Body, formerly: str | None = None) -> Patch:
