@@ -36,7 +36,10 @@ def _compare(name, *, dtype=torch.float32, vae_dtype=torch.float32, head_dim=32,
         for model in (pipe.transformer, getattr(pipe, "transformer_2", None)):
             if model is not None:
                 model.fuse_qkv_projections()
-    stock = _frames(pipe, name, **more)
+    try:
+        stock = _frames(pipe, name, **more)
+    except RuntimeError as error:
+        pytest.skip(f"stock itself fails: {error}")  # half precision, in some older versions
     with wan_patches.enabled() as status:
         patched = _frames(pipe, name, **more)
         skipped = [r for r in wan_patches.status().skipped() if "as complex numbers" not in r.reason]
