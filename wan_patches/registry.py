@@ -254,10 +254,9 @@ class Registry:
             with self._lock:
                 if self._frames[-1].choice is None:
                     return
-                before = set(map(id, self._skipped()))
+                before = self._skipped()
                 self._apply(just_imported=module)
-                skipped = [entry for entry in self._skipped() if id(entry) not in before]
-                self._log_skipped(skipped)
+                _log([report for report in self._skipped() if report not in before])
         except Exception as error:  # an exception here would break the user's import
             logger.warning("could not patch %s: %s", getattr(module, "__name__", module), _describe(error))
 
@@ -272,11 +271,10 @@ class Registry:
             skipped = self._skipped()
             if strict and skipped:
                 frame.choice = before
-                reasons = "; ".join(f"{e.patch.name} in {e.patch.module}: {e.reason}" for e in skipped)
                 self._apply()
-                raise PatchError(reasons)
+                raise PatchError("; ".join(map(_why, skipped)))
             if before != choice:
-                self._log_skipped(skipped)
+                _log(skipped)
             return self.status()
 
     def _apply(self, just_imported: types.ModuleType | None = None) -> None:
@@ -314,14 +312,19 @@ class Registry:
             site(function).remove(target.edits)
         entry.functions = []
 
-    def _skipped(self) -> list[_Entry]:
-        return [entry for entry in self._load() if entry.state == SKIPPED]
+    def _skipped(self) -> list[Report]:
+        """What is wanted and not there. A plugin that could not be loaded might have had any patch."""
+        return [entry.report() for entry in self._load() if entry.state == SKIPPED] + self._broken_plugins
 
-    def _log_skipped(self, skipped: list[_Entry]) -> None:
-        if skipped:
-            first = f"{skipped[0].patch.name} in {skipped[0].patch.module}: {skipped[0].reason}"
-            more = f" (and {len(skipped) - 1} more)" if len(skipped) > 1 else ""
-            logger.warning("left stock code alone: %s%s; see wan_patches.status()", first, more)
+
+def _why(report: Report) -> str:
+    return f"{report.name} in {report.module}: {report.reason}"
+
+
+def _log(skipped: list[Report]) -> None:
+    if skipped:
+        more = f" (and {len(skipped) - 1} more)" if len(skipped) > 1 else ""
+        logger.warning("left stock code alone: %s%s; see wan_patches.status()", _why(skipped[0]), more)
 
 
 def _put(module: types.ModuleType, target: Target, calls: dict[str, object]) -> types.FunctionType:

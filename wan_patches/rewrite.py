@@ -320,18 +320,12 @@ def _places(root: ast.AST, kind: type) -> list[tuple[Any, Any, ast.AST]]:
     while stack:
         fields = vars(stack.pop())
         for name, value in fields.items():
-            children: Iterable[tuple[Any, Any]]
-            if type(value) is list:
-                place, children = value, enumerate(value)
-            elif name == "ctx" or not isinstance(value, ast.AST):
-                continue
-            else:
-                place, children = fields, ((name, value),)
-            for key, child in children:
-                if type(child) is kind:
-                    found.append((place, key, child))
-                if isinstance(child, ast.AST) and type(child) is not ast.Name and type(child) is not ast.Constant:
+            in_list = type(value) is list
+            for key, child in enumerate(value) if in_list else ((name, value),):
+                if isinstance(child, ast.AST) and name != "ctx":
                     stack.append(child)
+                    if type(child) is kind:
+                        found.append((value if in_list else fields, key, child))
     return found
 
 

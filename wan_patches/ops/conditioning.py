@@ -33,15 +33,14 @@ def condition_mask(
         concatenation with half-precision latents in fp32, as in stock; an expanded view. EXACT.
 
     Raises:
-        RuntimeError: where `frames` does not fit `temporal`, as in stock.
+        RuntimeError: where `frames` does not fit `temporal`, or there is nothing to mask, as in stock.
     """
-    key = (batch, frames, height, width, temporal, last_frame, device, torch.get_default_dtype())
     args = (batch, frames, height, width, temporal, device, last_frame)
-    if torch.device(device).type == "cpu" and (frames - 1) % temporal == 0:
-        return in_latent_frames(*args)
-    if (frames - 1) % temporal != 0:
+    if (frames - 1) % temporal != 0 or min(batch, height, width) < 1:
         return reference(*args)
-    return gate("condition mask", key, in_latent_frames, reference, *args)
+    if torch.device(device).type == "cpu":
+        return in_latent_frames(*args)
+    return gate("condition mask", (*args, torch.get_default_dtype()), in_latent_frames, reference, *args)
 
 
 def reference(

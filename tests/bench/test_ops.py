@@ -1,0 +1,110 @@
+"""The bench of single operations: what its rows say, and that it measures what it claims."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+
+import pytest
+import torch
+
+from wan_patches.bench import measure, ops
+
+CPU = torch.device("cpu")
+
+
+def _case(op, stock, patched):
+    return ops.Case(op, "1", lambda device, dtype: (stock, patched))
+
+
+def test_rows_say_how_fast_and_whether_exact():
+    def slow():
+        time.sleep(0.004)
+        return torch.ones(3)
+
+    def fast():
+        return torch.ones(3)
+
+    row, wrong = ops.measure(
+        CPU, torch.float32, quick=True, cases=[_case("right", slow, fast), _case("wrong", fast, lambda: fast() + 1e-7)]
+    )
+    assert row.exact
+    assert row.ratio > 2
+    assert row.stock_ms >= 4
+    assert row.dtype == "fp32"
+    assert not wrong.exact
+
+
+@pytest.mark.parametrize("case", [c for c in ops._cases(quick=True) if "rope" not in c.op or "tiny" in c.op])
+def test_stock_and_patched_give_the_same(case):
+    with torch.no_grad():
+        stock, patched = case.make(CPU, torch.bfloat16)
+        assert measure.identical(stock(), patched())
+
+
+def test_both_sides_are_what_diffusers_holds_with_patches_off_and_on():
+    stock, patched = ops._both(ops._wan_rope)
+    assert "_wan_patches_rope" not in stock.__code__.co_names
+    assert "_wan_patches_rope" in patched.__code__.co_names
+
+
+def test_json_has_rows_and_facts_and_no_names_of_places(tmp_path):
+    rows = ops.measure(CPU, torch.bfloat16, quick=True, cases=[ops._rope((1, 64, 2, 32))])
+    ops.write_json(tmp_path / "rows.json", rows, CPU)
+    text = (tmp_path / "rows.json").read_text()
+    found = json.loads(text)
+    assert found["machine"].keys() >= {"cpu", "threads", "device", "torch", "diffusers", "pillow"}
+    assert found["rows"][0].keys() == {
+        "op", "shape", "dtype", "stock_ms", "patched_ms", "ratio", "stock_extra_mib", "patched_extra_mib", "exact",
+        "spread",
+    }  # fmt: skip
+    assert math.isclose(found["rows"][0]["ratio"], found["rows"][0]["stock_ms"] / found["rows"][0]["patched_ms"])
+    assert "/" not in text
+
+
+def test_threads_hold_for_the_measurement_only():
+    before, seen = torch.get_num_threads(), []
+    ops.measure(
+        CPU,
+        torch.float32,
+        quick=True,
+        threads=1,
+        cases=[_case("x", lambda: seen.append(torch.get_num_threads()), lambda: None)],
+    )
+    assert set(seen) == {1}
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_peak_memory_sees_what_a_call_holds(sampled, monkeypatch):
+    if sampled:  # as where there is no such file
+        monkeypatch.setattr(measure, "_proc_status", lambda field: {}[field])
+
+    def call():
+        block = torch.ones(1 << 24)  # 64 MiB
+        time.sleep(0.01)
+        del block
+
+    assert 60 << 20 < measure.peak_extra_bytes(call, CPU) < 80 << 20
+    assert measure.peak_extra_bytes(lambda: None, CPU) < 4 << 20
+
+
+def test_calls_are_taken_in_turns():
+    order = []
+    measure.interleaved(lambda: order.append("s"), lambda: order.append("p"), CPU, seconds=0.0, sample=0.0)
+    assert order.count("p") == 3
+    assert order.count("s") == 4  # once to see how long it takes
+
+
+def test_the_table_names_what_is_slower_and_when_the_machine_was_busy():
+    from wan_patches.tables import text
+
+    rows = [
+        ops.Row("fine", "1", "bf16", 2.0, 1.0, 1.0, None, True),
+        ops.Row("slow", "2", "bf16", 1.0, 2.0, None, None, True, spread=1.5),
+    ]
+    shown = text(ops.table(rows))
+    assert "Slower than stock: slow 2, 0.50x" in shown
+    assert "Slower than stock: fine" not in shown
+    assert "busy during 1 of 2 rows" in shown

@@ -1,0 +1,241 @@
+"""What measurements share: devices, interleaved medians, peak memory, equal bits, facts about the machine."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import importlib
+import math
+import os
+import platform
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class MeasurementError(RuntimeError):
+    """What keeps a measurement from being taken, in a sentence for the user."""
+
+
+# Devices
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The dtype called `fp32`, `bf16` or `fp16`; `MeasurementError` for any other name."""
+    if name not in DTYPES:
+        raise MeasurementError(f"Unknown dtype {name!r}; known: {', '.join(DTYPES)}.")
+    return DTYPES[name]
+
+
+def device_of(name: str) -> torch.device:
+    """The device called `name`; `auto` is the accelerator that torch finds, or else the CPU.
+
+    Raises:
+        MeasurementError: torch cannot use it here.
+    """
+    if name == "auto":
+        found = torch.accelerator.current_accelerator() if hasattr(torch, "accelerator") else None
+        if found is not None and torch.accelerator.is_available():
+            return torch.device(found.type)
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        if name.startswith("npu"):
+            importlib.import_module("torch_npu")
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise MeasurementError(f"The device {name!r} cannot be used: {reason}") from None
+    return device
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until `device` has done what it was given."""
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+
+
+# Equal bits
+
+
+def identical(a: Any, b: Any) -> bool:
+    """Whether two results have the same types, dtypes, shapes and bits (0 and -0 differ).
+
+    Takes tensors, arrays, PIL images, and lists, tuples and mappings of them.
+    """
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return a.dtype == b.dtype and a.shape == b.shape and torch.equal(_bytes(a), _bytes(b))
+    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
+        return a.dtype == b.dtype and a.shape == b.shape and identical(torch.from_numpy(a), torch.from_numpy(b))
+    if isinstance(a, Image.Image) and isinstance(b, Image.Image):
+        return (a.mode, a.size, a.tobytes()) == (b.mode, b.size, b.tobytes())
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(identical(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(map(identical, a, b))
+    return type(a) is type(b) and a == b
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+# Time
+
+
+@dataclass(frozen=True)
+class Times:
+    """Median seconds of a call of each; `spread` is how far the worse median lies above its side's fastest sample."""
+
+    stock: float
+    patched: float
+    spread: float
+
+
+def interleaved(
+    stock: Callable[[], Any],
+    patched: Callable[[], Any],
+    device: torch.device,
+    *,
+    seconds: float = 3.0,
+    sample: float = 0.01,
+) -> Times:
+    """Median seconds of one call of each, taken in turns so that a busy machine hits both alike.
+
+    Both must have run before. A sample lasts at least `sample` seconds (of as many calls as that takes);
+    there are 3 to 31 of each, within some `seconds` in all.
+    """
+    once = max(_time(stock, device, 1), 1e-7)
+    calls = max(1, math.ceil(sample / once))
+    rounds = min(31, max(3, int(seconds / (2 * once * calls))))
+    times: dict[bool, list[float]] = {False: [], True: []}
+    for nth in range(rounds):
+        for which in (False, True) if nth % 2 else (True, False):  # neither always comes first
+            times[which].append(_time(patched if which else stock, device, calls))
+    stock_time, patched_time = statistics.median(times[False]), statistics.median(times[True])
+    return Times(stock_time, patched_time, max(stock_time / min(times[False]), patched_time / min(times[True])))
+
+
+def _time(call: Callable[[], Any], device: torch.device, calls: int) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    synchronize(device)
+    return (time.perf_counter() - start) / calls
+
+
+# Memory
+
+
+def peak_extra_bytes(call: Callable[[], Any], device: torch.device) -> int | None:
+    """Most bytes that a call holds at a time beyond what was held before, its result among them.
+
+    On accelerators as torch's allocator counts, on the CPU by the resident set of the process, which sees
+    numpy and Pillow too and is good to some hundred KiB. None where the device has no such counters.
+    """
+    gc.collect()
+    if device.type == "cpu":
+        _return_free_memory()
+        with _resident_peak() as peak:
+            call()
+        return max(0, peak())
+    backend = getattr(torch, device.type)
+    if not hasattr(backend, "max_memory_allocated"):
+        return None
+    synchronize(device)
+    backend.reset_peak_memory_stats()
+    before = backend.memory_allocated()
+    call()
+    synchronize(device)
+    return backend.max_memory_allocated() - before
+
+
+def _return_free_memory() -> None:
+    """Else the call would reuse what is free in the process, and nothing would show."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # glibc only
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+@contextlib.contextmanager
+def _resident_peak() -> Iterator[Callable[[], int]]:
+    """Gives a function that tells, after the block, how far the resident set rose in it."""
+    try:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")  # resets the high-water mark that Linux keeps
+        before = _proc_status("VmRSS")
+    except (OSError, KeyError):
+        yield from _sampled_peak()
+        return
+    yield lambda: peak - before
+    peak = _proc_status("VmHWM")
+
+
+def _proc_status(field: str) -> int:
+    with open("/proc/self/status") as file:
+        return int(dict(map(_pairs, file))[field].split()[0]) * 1024
+
+
+def _pairs(line: str) -> tuple[str, str]:
+    key, _, rest = line.partition(":")
+    return key, rest
+
+
+def _sampled_peak() -> Iterator[Callable[[], int]]:
+    import psutil
+
+    process, done = psutil.Process(os.getpid()), threading.Event()
+    before = peak = process.memory_info().rss
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.0005):
+            peak = max(peak, process.memory_info().rss)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield lambda: peak - before
+    finally:
+        done.set()
+        thread.join()
+        peak = max(peak, process.memory_info().rss)
+
+
+# The machine
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What a measurement depends on: processor, threads, device, versions. No names, no paths."""
+    facts: dict[str, Any] = {
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": device.type,
+        "python": platform.python_version(),
+    }
+    if device.type != "cpu" and hasattr(getattr(torch, device.type), "get_device_name"):
+        facts["device"] = getattr(torch, device.type).get_device_name()
+    for package in ("wan-patches", "torch", "diffusers", "pillow", "numpy"):
+        with contextlib.suppress(PackageNotFoundError):
+            facts[package] = version(package)
+    return facts
+
+
+def _cpu() -> str:
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
+        for key, value in map(_pairs, file):
+            if key.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,296 @@
+"""Each operation by itself: the installed diffusers' own code against the same code with patches in it.
+
+Both sides are taken out of diffusers once, with patches off and on, and called in turns.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import importlib.util
+import inspect
+import json
+import types
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from diffusers.video_processor import VideoProcessor
+from rich import box
+from rich.console import Group
+from rich.table import Table
+
+import wan_patches
+from wan_patches.bench.measure import DTYPES, identical, interleaved, machine, peak_extra_bytes
+from wan_patches.bench.models import images
+from wan_patches.codeswap import with_code
+
+CALM = 1.25  # spread of a quiet machine
+SLOWER = 0.97  # ratios below are a bug; above, the noise of a median
+_MIB = 1 << 20
+
+Call = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One operation on one kind of input: milliseconds and MiB of a call, None where memory cannot be told.
+
+    `spread` above `CALM` says that other work was on the machine: see `measure.Times`.
+    """
+
+    op: str
+    shape: str
+    dtype: str
+    stock_ms: float
+    patched_ms: float
+    stock_extra_mib: float | None
+    patched_extra_mib: float | None
+    exact: bool
+    spread: float = 1.0
+
+    @property
+    def ratio(self) -> float:
+        """How many times as fast as stock."""
+        return self.stock_ms / self.patched_ms
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a row measures: `make` gives the stock and the patched call on the same input."""
+
+    op: str
+    shape: str
+    make: Callable[[torch.device, torch.dtype], tuple[Call, Call]]
+    dtype: str | None = None  # where it is not the one asked for
+
+
+def measure(
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    quick: bool = False,
+    threads: int | None = None,
+    cases: Sequence[Case] | None = None,
+) -> list[Row]:
+    """Measures the cases (by default all, or with `quick` the smaller) with so many threads of torch."""
+    with _threads(threads):
+        return [_row(case, device, dtype, 0.5 if quick else 3.0) for case in (cases or _cases(quick))]
+
+
+def _row(case: Case, device: torch.device, dtype: torch.dtype, seconds: float) -> Row:
+    with torch.no_grad():
+        stock, patched = case.make(device, dtype)
+        patched()  # on accelerators the first call returns what the first-sight gate got from stock
+        exact = identical(stock(), patched())
+        times = interleaved(stock, patched, device, seconds=seconds)
+        peaks = [peak_extra_bytes(call, device) for call in (stock, patched)]
+    del stock, patched
+    gc.collect()
+    extra = [None if peak is None else peak / _MIB for peak in peaks]
+    shown = case.dtype or next(name for name, known in DTYPES.items() if known == dtype)
+    return Row(
+        case.op, case.shape, shown, times.stock * 1e3, times.patched * 1e3, extra[0], extra[1], exact, times.spread
+    )
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+# What is printed and written
+
+
+def table(rows: Sequence[Row]) -> Group:
+    """The rows for people, and which of them are slower than stock."""
+    found = Table(box=box.SIMPLE, pad_edge=False)
+    for column in ("op", "shape", "dtype"):
+        found.add_column(column, overflow="fold")
+    for column in ("stock ms", "patched ms", "ratio", "stock MiB", "patched MiB"):
+        found.add_column(column, justify="right")
+    found.add_column("exact")
+    for row in rows:
+        busy = "~" if row.spread > CALM else ""
+        times = (_number(row.stock_ms), _number(row.patched_ms), f"{busy}{row.ratio:.2f}x")
+        memory = (_number(row.stock_extra_mib), _number(row.patched_extra_mib))
+        found.add_row(row.op, row.shape, row.dtype, *times, *memory, "yes" if row.exact else "NO")
+    notes = ["Medians of calls in turns. MiB: peak of a call beyond what was held before, its result included."]
+    if disturbed := [row for row in rows if row.spread > CALM]:
+        worst = max(row.spread for row in disturbed)
+        count = f"{len(disturbed)} of {len(rows)} rows"
+        notes.append(f"The machine was busy during {count} (~): medians up to {worst:.1f} times the best.")
+    notes += [f"Slower than stock: {row.op} {row.shape}, {row.ratio:.2f}x" for row in rows if row.ratio < SLOWER]
+    return Group(found, *notes)
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,.1f}" if value >= 10 else f"{value:.3f}" if value < 1 else f"{value:.2f}"
+
+
+def write_json(path: Path, rows: Sequence[Row], device: torch.device) -> None:
+    """Writes the rows and the facts about the machine."""
+    content = {"machine": machine(device), "rows": [{**asdict(row), "ratio": row.ratio} for row in rows]}
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+# The cases
+
+
+def _cases(quick: bool) -> list[Case]:
+    frames = 17 if quick else 81
+    pictures = 9 if quick else 81
+    cases = [_rope((1, 4095, 40, 128)), _rope((1, 4095, 12, 128))]
+    if not quick:
+        cases.append(_rope((1, 32760, 12, 128)))
+    if _has_helios():
+        cases.append(_helios_rope((1, 4095, 40, 128)))
+    return [
+        *cases,
+        _rope((1, 4095, 12, 44), "rope, odd head size"),
+        _rope((1, 64, 2, 32), "rope, tiny"),
+        _rope((1, 4095, 12, 128), "rope, view of a fused projection", fused=True),
+        Case("condition mask", "81x480x832", _condition_mask, "fp32"),
+        Case("image preprocess", "1280x720 to 832x480", _preprocess, "uint8"),
+        Case("video preprocess", f"{pictures} of 1280x720 to 832x480", _preprocess_video(pictures), "uint8"),
+        Case("frames to pil", f"{frames}x480x832", _postprocess(frames, "pil")),
+        Case("frames to np", f"{frames}x480x832", _postprocess(frames, "np")),
+    ]
+
+
+def _both(take: Callable[[], Any]) -> tuple[Any, Any]:
+    """What `take` finds with patches off and on."""
+    with wan_patches.enabled(()):
+        stock = take()
+    with wan_patches.enabled():
+        return stock, take()
+
+
+def _method(cls: type, name: str) -> types.FunctionType:
+    """The method as it is now, whatever is put in its place later."""
+    function = inspect.unwrap(getattr(cls, name))
+    return with_code(function, function.__code__)
+
+
+def _wan_rope() -> types.FunctionType:
+    module = importlib.import_module("diffusers.models.transformers.transformer_wan")
+    code = inspect.unwrap(module.WanAttnProcessor.__call__).__code__
+    nested = next(c for c in code.co_consts if isinstance(c, types.CodeType) and c.co_name == "apply_rotary_emb")
+    return types.FunctionType(nested, vars(module))
+
+
+def _tables(seq: int, dim: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    angles = (torch.rand(1, seq, 1, dim // 2) * 100).repeat_interleave(2, dim=-1)
+    return angles.cos().to(device), angles.sin().to(device)
+
+
+def _rope(shape: tuple[int, int, int, int], op: str = "rope", *, fused: bool = False) -> Case:
+    def make(device: torch.device, dtype: torch.dtype) -> tuple[Call, Call]:
+        _, seq, heads, dim = shape
+        stock, patched = _both(_wan_rope)
+        if fused:
+            x = torch.randn(1, seq, 3 * heads * dim).to(device, dtype).chunk(3, dim=-1)[0].unflatten(2, (heads, -1))
+        else:
+            x = torch.randn(shape).to(device, dtype)
+        tables = _tables(seq, dim, device)
+        return lambda: stock(x, *tables), lambda: patched(x, *tables)
+
+    return Case(op, _by(shape), make)
+
+
+def _has_helios() -> bool:
+    return importlib.util.find_spec("diffusers.models.transformers.transformer_helios") is not None
+
+
+def _helios_rope(shape: tuple[int, int, int, int]) -> Case:
+    def make(device: torch.device, dtype: torch.dtype) -> tuple[Call, Call]:
+        module: Any = importlib.import_module("diffusers.models.transformers.transformer_helios")
+        stock, patched = _both(lambda: _method(module, "apply_rotary_emb_transposed"))
+        x = torch.randn(shape).to(device, dtype)
+        both = torch.cat(_tables(shape[1], shape[3], device), dim=-1).squeeze(2)
+        return lambda: stock(x, both), lambda: patched(x, both)
+
+    return Case("rope, Helios", _by(shape), make)
+
+
+def _condition_mask(device: torch.device, dtype: torch.dtype) -> tuple[Call, Call]:
+    """`prepare_latents` around a VAE without channels, which leaves the mask and its concatenation."""
+    from diffusers import WanImageToVideoPipeline
+
+    stock, patched = _both(lambda: _method(WanImageToVideoPipeline, "prepare_latents"))
+    none = torch.empty(1, 0, 21, 60, 104, device=device)
+    pipe = SimpleNamespace(
+        vae=_NoVae(none),
+        vae_scale_factor_temporal=4,
+        vae_scale_factor_spatial=8,
+        config=SimpleNamespace(expand_timesteps=False),
+    )
+    image = torch.empty(1, 0, 480, 832, device=device)
+
+    def call(prepare: Callable[..., Any]) -> Call:
+        return lambda: prepare(pipe, image, 1, 0, 480, 832, 81, torch.float32, device, None, none)
+
+    return call(stock), call(patched)
+
+
+class _NoVae(torch.nn.Module):
+    config = SimpleNamespace(latents_mean=[], latents_std=[], z_dim=0)
+    dtype = torch.float32
+
+    def __init__(self, latents: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("latents", latents)  # tells the device, as a real one does
+        self.device = latents.device
+
+    def encode(self, video: torch.Tensor) -> SimpleNamespace:
+        return SimpleNamespace(latents=self.latents)
+
+
+def _preprocess(device: torch.device, dtype: torch.dtype) -> tuple[Call, Call]:
+    from wan_patches.patches.preprocess import preprocess
+
+    processor, (picture,) = VideoProcessor(vae_scale_factor=8), images(0, 1, (1280, 720))
+    size = {"height": 480, "width": 832}
+    return (
+        lambda: processor.preprocess(picture, **size).to(device, dtype=torch.float32),
+        lambda: preprocess(processor, device, picture, **size).to(device, dtype=torch.float32),
+    )
+
+
+def _preprocess_video(count: int) -> Callable[[torch.device, torch.dtype], tuple[Call, Call]]:
+    def make(device: torch.device, dtype: torch.dtype) -> tuple[Call, Call]:
+        from wan_patches.patches.preprocess import preprocess_video
+
+        processor, pictures = VideoProcessor(vae_scale_factor=8), images(0, count, (1280, 720))
+        size = {"height": 480, "width": 832}
+        return (
+            lambda: processor.preprocess_video(pictures, **size).to(device, dtype=torch.float32),
+            lambda: preprocess_video(processor, device, pictures, **size).to(device, dtype=torch.float32),
+        )
+
+    return make
+
+
+def _postprocess(frames: int, output_type: str) -> Callable[[torch.device, torch.dtype], tuple[Call, Call]]:
+    def make(device: torch.device, dtype: torch.dtype) -> tuple[Call, Call]:
+        stock, patched = _both(lambda: _method(VideoProcessor, "postprocess_video"))
+        processor = VideoProcessor(vae_scale_factor=8)
+        video = (torch.rand(1, 3, frames, 480, 832) * 2.2 - 1.1).to(device, dtype)
+        return lambda: stock(processor, video, output_type), lambda: patched(processor, video, output_type)
+
+    return make
+
+
+def _by(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
