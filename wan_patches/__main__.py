@@ -129,6 +129,21 @@ def ops(
         _fail(f"NOT bit-identical: {'; '.join(different)}.")
 
 
+@bench.command()
+def overhead(
+    json: Annotated[Optional[Path], typer.Option(help="Write the rows and the machine's facts here.")] = None,  # noqa: UP045
+    repeats: Annotated[int, typer.Option(min=1, help="Fresh processes per row.")] = 5,
+) -> None:
+    """What enable() costs, and the dispatch of one call."""
+    with _errors("bench"):
+        from wan_patches.bench import overhead as run
+
+        rows = run.measure(repeats)
+        typer.echo(text(run.table(rows)))
+        if json is not None:
+            run.write_json(json, rows)
+
+
 @contextlib.contextmanager
 def _errors(extra: str) -> Iterator[None]:
     """What the user can mend, in one sentence and without a traceback."""

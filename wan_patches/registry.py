@@ -236,18 +236,21 @@ class Registry:
 
     # Following imports
 
-    def _hook_modules(self, import_now: bool) -> None:
+    def _hook_modules(self, choice: Choice, import_now: bool) -> None:
         # outside the lock: a hook can fire here, and an import can wait for another thread's
         with self._lock:
-            modules = {entry.patch.module for entry in self._load()}
+            patches = [entry.patch for entry in self._load()]
+            modules = {patch.module for patch in patches}
             fresh = modules - self._hooked
             self._hooked |= modules
         for name in sorted(fresh):  # hooks can't be unregistered; they ask what is wanted when they fire
             wrapt.register_post_import_hook(self._on_import, name)
-        for name in sorted(modules):
-            if import_now or _is_importing(name):
-                with contextlib.suppress(ModuleNotFoundError):  # the installed version has no such module
-                    importlib.import_module(name)
+        for name in sorted(filter(_is_importing, modules)):
+            with contextlib.suppress(Exception):  # another thread imports it: wait; an error there is theirs
+                importlib.import_module(name)
+        for name in sorted({patch.module for patch in patches if import_now and choice.wants(patch)}):
+            with contextlib.suppress(ModuleNotFoundError):  # the installed version has no such module
+                importlib.import_module(name)
 
     def _on_import(self, module: types.ModuleType) -> None:
         try:
@@ -263,7 +266,7 @@ class Registry:
     # Putting in and taking out
 
     def _choose(self, frame: _Frame, choice: Choice, strict: bool) -> Status:
-        self._hook_modules(import_now=strict)
+        self._hook_modules(choice, import_now=strict)
         with self._lock:
             before = frame.choice
             frame.choice = choice
@@ -331,15 +334,15 @@ def _put(module: types.ModuleType, target: Target, calls: dict[str, object]) -> 
     """Puts the edits into the first function behind the target that they know, the module's own first."""
     home = getattr(module, "__file__", None)
     functions = sorted(_functions(module, target), key=lambda function: function.__code__.co_filename != home)
-    reason = Unknown(f"{target.qualname} is not a Python function")
+    reasons = []
     for function in functions:
         try:
             site(function).add(target.edits, calls)
         except Unknown as error:
-            reason = Unknown(f"{target.qualname}: {error}")
+            reasons.append(str(error))
         else:
             return function
-    raise reason
+    raise Unknown(f"{target.qualname}: {reasons[0] if reasons else 'not a Python function'}")
 
 
 def _holds(module: types.ModuleType, function: types.FunctionType, target: Target) -> bool:
@@ -362,8 +365,9 @@ def _exists(module: types.ModuleType, target: Target, older: bool = True) -> boo
 def _check(known: Known) -> None:
     module = importlib.import_module(known.module)
     for function in functions_behind(_attribute(module, known.qualname), getattr(module, "__file__", None)):
-        if fingerprint(stock(function)) in known.fingerprints:
-            return
+        with contextlib.suppress(Unknown):  # a wrapper without source
+            if fingerprint(stock(function)) in known.fingerprints:
+                return
     raise Unknown(f"it relies on {known.qualname}, whose text is not known")
 
 

@@ -57,7 +57,7 @@ def test_json_has_rows_and_facts_and_no_names_of_places(tmp_path):
     assert found["machine"].keys() >= {"cpu", "threads", "device", "torch", "diffusers", "pillow"}
     assert found["rows"][0].keys() == {
         "op", "shape", "dtype", "stock_ms", "patched_ms", "ratio", "stock_extra_mib", "patched_extra_mib", "exact",
-        "spread",
+        "other_cores",
     }  # fmt: skip
     assert math.isclose(found["rows"][0]["ratio"], found["rows"][0]["stock_ms"] / found["rows"][0]["patched_ms"])
     assert "/" not in text
@@ -102,9 +102,9 @@ def test_the_table_names_what_is_slower_and_when_the_machine_was_busy():
 
     rows = [
         ops.Row("fine", "1", "bf16", 2.0, 1.0, 1.0, None, True),
-        ops.Row("slow", "2", "bf16", 1.0, 2.0, None, None, True, spread=1.5),
+        ops.Row("slow", "2", "bf16", 1.0, 2.0, None, None, True, other_cores=1.5),
     ]
     shown = text(ops.table(rows))
     assert "Slower than stock: slow 2, 0.50x" in shown
     assert "Slower than stock: fine" not in shown
-    assert "busy during 1 of 2 rows" in shown
+    assert "~ in 1 of 2 rows: other processes kept up to 1.5 cores busy" in shown

@@ -96,11 +96,11 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Times:
-    """Median seconds of a call of each; `spread` is how far the worse median lies above its side's fastest sample."""
+    """Median seconds of a call of each, and how many cores other processes kept busy meanwhile (None: unknown)."""
 
     stock: float
     patched: float
-    spread: float
+    other_cores: float | None
 
 
 def interleaved(
@@ -120,11 +120,25 @@ def interleaved(
     calls = max(1, math.ceil(sample / once))
     rounds = min(31, max(3, int(seconds / (2 * once * calls))))
     times: dict[bool, list[float]] = {False: [], True: []}
+    start, busy = time.perf_counter(), _others_cpu_seconds()
     for nth in range(rounds):
         for which in (False, True) if nth % 2 else (True, False):  # neither always comes first
             times[which].append(_time(patched if which else stock, device, calls))
-    stock_time, patched_time = statistics.median(times[False]), statistics.median(times[True])
-    return Times(stock_time, patched_time, max(stock_time / min(times[False]), patched_time / min(times[True])))
+    # not from the spread of samples: threads that wait for a core another process has are slow every time
+    others = None if busy is None else (_others_cpu_seconds() or busy) - busy
+    cores = None if others is None else max(0.0, others) / (time.perf_counter() - start)
+    return Times(statistics.median(times[False]), statistics.median(times[True]), cores)
+
+
+def _others_cpu_seconds() -> float | None:
+    """CPU time that all processes but this one have used, on cores that this machine can see."""
+    try:
+        import psutil
+    except ImportError:
+        return None
+    whole, own = psutil.cpu_times(), os.times()
+    idle = {"idle", "iowait", "guest", "guest_nice"}  # guests are in "user" already
+    return sum(value for name, value in whole._asdict().items() if name not in idle) - own.user - own.system
 
 
 def _time(call: Callable[[], Any], device: torch.device, calls: int) -> float:

@@ -29,7 +29,7 @@ from wan_patches.bench.measure import DTYPES, identical, interleaved, machine, p
 from wan_patches.bench.models import images
 from wan_patches.codeswap import with_code
 
-CALM = 1.25  # spread of a quiet machine
+CALM = 0.25  # cores
 SLOWER = 0.97  # ratios below are a bug; above, the noise of a median
 _MIB = 1 << 20
 
@@ -40,7 +40,7 @@ Call = Callable[[], Any]
 class Row:
     """One operation on one kind of input: milliseconds and MiB of a call, None where memory cannot be told.
 
-    `spread` above `CALM` says that other work was on the machine: see `measure.Times`.
+    `other_cores`: how many cores other processes kept busy meanwhile; above `CALM`, times and ratios mean little.
     """
 
     op: str
@@ -51,7 +51,7 @@ class Row:
     stock_extra_mib: float | None
     patched_extra_mib: float | None
     exact: bool
-    spread: float = 1.0
+    other_cores: float | None = None
 
     @property
     def ratio(self) -> float:
@@ -94,7 +94,7 @@ def _row(case: Case, device: torch.device, dtype: torch.dtype, seconds: float) -
     extra = [None if peak is None else peak / _MIB for peak in peaks]
     shown = case.dtype or next(name for name, known in DTYPES.items() if known == dtype)
     return Row(
-        case.op, case.shape, shown, times.stock * 1e3, times.patched * 1e3, extra[0], extra[1], exact, times.spread
+        case.op, case.shape, shown, times.stock * 1e3, times.patched * 1e3, extra[0], extra[1], exact, times.other_cores
     )
 
 
@@ -120,17 +120,22 @@ def table(rows: Sequence[Row]) -> Group:
         found.add_column(column, justify="right")
     found.add_column("exact")
     for row in rows:
-        busy = "~" if row.spread > CALM else ""
+        busy = "~" if _is_disturbed(row) else ""
         times = (_number(row.stock_ms), _number(row.patched_ms), f"{busy}{row.ratio:.2f}x")
         memory = (_number(row.stock_extra_mib), _number(row.patched_extra_mib))
         found.add_row(row.op, row.shape, row.dtype, *times, *memory, "yes" if row.exact else "NO")
     notes = ["Medians of calls in turns. MiB: peak of a call beyond what was held before, its result included."]
-    if disturbed := [row for row in rows if row.spread > CALM]:
-        worst = max(row.spread for row in disturbed)
-        count = f"{len(disturbed)} of {len(rows)} rows"
-        notes.append(f"The machine was busy during {count} (~): medians up to {worst:.1f} times the best.")
+    if disturbed := sum(map(_is_disturbed, rows)):
+        most = max(row.other_cores or 0.0 for row in rows)
+        notes.append(
+            f"~ in {disturbed} of {len(rows)} rows: other processes kept up to {most:.1f} cores busy. Run again."
+        )
     notes += [f"Slower than stock: {row.op} {row.shape}, {row.ratio:.2f}x" for row in rows if row.ratio < SLOWER]
     return Group(found, *notes)
+
+
+def _is_disturbed(row: Row) -> bool:
+    return row.other_cores is not None and row.other_cores > CALM
 
 
 def _number(value: float | None) -> str:

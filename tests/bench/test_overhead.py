@@ -1,0 +1,18 @@
+"""The overhead bench runs and writes what it prints."""
+
+from __future__ import annotations
+
+import json
+
+from wan_patches.bench import overhead
+from wan_patches.tables import text
+
+
+def test_rows_are_printed_and_written(tmp_path):
+    rows = overhead.measure(repeats=1)
+    assert len(rows) == 5
+    assert all(row.seconds > 0 for row in rows[:3])
+    overhead.write_json(tmp_path / "overhead.json", rows)
+    written = json.loads((tmp_path / "overhead.json").read_text())
+    assert [row["what"] for row in written["rows"]] == [row.what for row in rows]
+    assert all(row.what in text(overhead.table(rows)) for row in rows)
