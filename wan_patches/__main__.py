@@ -124,7 +124,7 @@ def ops(
         rows = run.measure(device_of(device), dtype_of(dtype), quick=quick, threads=threads)
         typer.echo(text(run.table(rows)))
         if json is not None:
-            run.write_json(json, rows, device_of(device))
+            run.write_json(json, rows, device_of(device), threads)
     if different := [f"{row.op} {row.shape}" for row in rows if not row.exact]:
         _fail(f"NOT bit-identical: {'; '.join(different)}.")
 

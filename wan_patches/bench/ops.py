@@ -144,9 +144,11 @@ def _number(value: float | None) -> str:
     return f"{value:,.1f}" if value >= 10 else f"{value:.3f}" if value < 1 else f"{value:.2f}"
 
 
-def write_json(path: Path, rows: Sequence[Row], device: torch.device) -> None:
-    """Writes the rows and the facts about the machine."""
-    content = {"machine": machine(device), "rows": [{**asdict(row), "ratio": row.ratio} for row in rows]}
+def write_json(path: Path, rows: Sequence[Row], device: torch.device, threads: int | None = None) -> None:
+    """Writes the rows and the facts about the machine; `threads` as it was given to `measure`."""
+    with _threads(threads):
+        facts = machine(device)
+    content = {"machine": facts, "rows": [{**asdict(row), "ratio": row.ratio} for row in rows]}
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 

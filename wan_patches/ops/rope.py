@@ -19,7 +19,7 @@ from wan_patches.fidelity import gate, signature
 
 _GRAIN = 32768  # at::internal::GRAIN_SIZE: elements below which ATen does not split an elementwise operation
 _SMALL = 1 << 14  # elements below which the plain formulation's few calls are the fastest
-_CHUNK = 1 << 16  # complex numbers per thread and chunk: fp32 scratch of 512 KiB stays in a core's cache
+_CHUNK = 1 << 18  # complex numbers per thread and chunk: little scratch, and few parallel regions to wait for
 
 
 def apply_rotary_emb(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
