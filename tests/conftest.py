@@ -17,3 +17,14 @@ def _stock_before_and_after():
     wan_patches.disable()
     yield
     wan_patches.disable()
+
+
+@pytest.fixture
+def one_thread():
+    """Small models only wait for more, and much so on a busy machine."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -42,13 +42,7 @@ diffusers = pytest.importorskip("diffusers", minversion="0.38")
 TRANSFORMER = "diffusers.models.transformers.transformer_wan"
 PIPELINE = "diffusers.pipelines.wan.pipeline_wan_i2v"
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # models this small only wait for their threads
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

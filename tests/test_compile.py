@@ -41,14 +41,11 @@ class Graphs:
 
 
 @pytest.fixture(autouse=True)
-def _fresh_dynamo() -> Iterator[None]:
+def _fresh_dynamo(one_thread: None) -> Iterator[None]:
     torch._dynamo.reset()
     counters.clear()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # models this small only wait for their threads
     with torch.no_grad():
         yield
-    torch.set_num_threads(threads)
     torch._dynamo.reset()
 
 

@@ -24,14 +24,11 @@ CHOICES = [None, ["rope"], ["conditioning"], ["rope", "frames"], ["preprocess", 
 
 
 @pytest.fixture(autouse=True)
-def _one_thread_for_each() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _many_switches(one_thread: None) -> Iterator[None]:
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-4)  # more chances to go wrong
     yield
     sys.setswitchinterval(interval)
-    torch.set_num_threads(before)
 
 
 def target_functions() -> dict[tuple[str, str], types.FunctionType]:

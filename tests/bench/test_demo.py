@@ -17,6 +17,8 @@ from wan_patches.bench.measure import MeasurementError, identical
 from wan_patches.bench.models import FAMILIES, available, images
 
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMALL = {"size": (48, 32), "frames": 5, "steps": 2}
 FAMILY_NAMES = [name for name in demo._SMALL if name in available()]
 
@@ -28,15 +30,6 @@ def _subjects(*families: str):
     return _small_subjects(
         image, CPU, torch.bfloat16, **SMALL, families=families, head_dim=32, transformer={"num_attention_heads": 2}
     )
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Small shapes gain nothing from more, and machines that run several tests at once lose much."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -63,14 +63,11 @@ def _device(request: pytest.FixtureRequest) -> Device:
 
 
 @pytest.fixture
-def device(_device: Device) -> Iterator[Device]:
+def device(_device: Device, one_thread: None) -> Iterator[Device]:
     """The emulated accelerator `"npu"`, nothing counted yet and no verdict of the gate in force."""
     from wan_patches.fidelity import gate
 
     gate.reset()
     _device.reset()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # models this small only wait for their threads
     yield _device
-    torch.set_num_threads(threads)
     gate.reset()

@@ -9,16 +9,7 @@ import torch
 import wan_patches
 from wan_patches.bench.models import FAMILIES, available
 
-pytestmark = pytest.mark.upstream
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Small shapes gain nothing from more, and machines that run several tests at once lose much."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = [pytest.mark.upstream, pytest.mark.usefixtures("one_thread")]
 
 
 def _frames(pipe, name, **more):
