@@ -168,3 +168,19 @@ def test_autograd_and_transforms_see_plain_torch():
     assert torch.equal(primal, tangent)  # it is linear
     with torch.device("meta"):
         assert rope.apply_rotary_emb(torch.empty(1, 3000, 4, 64), *[t.to("meta") for t in half]).is_meta
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_default_dtype_and_device_do_not_matter(dtype):
+    x, (cos, sin) = torch.randn(1, 3000, 4, 64).to(dtype), _tables(3000, 64)
+    expected = _stock_wan()(x, cos, sin)
+    before = torch.get_default_dtype()
+    _forget()
+    try:
+        torch.set_default_dtype(torch.float64)
+        with torch.device("meta"), _fast_calls() as calls:
+            actual = rope.apply_rotary_emb(x, cos[..., 0::2], sin[..., 1::2])
+    finally:
+        torch.set_default_dtype(before)
+    assert calls
+    assert torch.equal(actual, expected)

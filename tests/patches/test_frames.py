@@ -89,3 +89,14 @@ def test_the_fast_way_is_taken(monkeypatch):
     with wan_patches.enabled():
         assert np.asarray(processor.postprocess_video(video, "pil")[0][0]).max() == 7
     assert np.asarray(processor.postprocess_video(video, "pil")[0][0]).max() > 7
+
+
+@pytest.mark.parametrize("output_type", ["np", "pil"])
+def test_default_dtype_and_device_do_not_matter(output_type):
+    video, before = torch.randn(1, 3, 3, 8, 8).bfloat16(), torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        with torch.device("meta"):
+            same(VideoProcessor(vae_scale_factor=8), video, output_type)
+    finally:
+        torch.set_default_dtype(before)

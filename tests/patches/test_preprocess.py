@@ -182,3 +182,16 @@ def test_pictures_are_not_changed():
     before = image.tobytes()
     preprocess(VideoProcessor(vae_scale_factor=8), "cpu", image, 32, 48)
     assert image.tobytes() == before
+
+
+def test_default_dtype_and_device_do_not_matter():
+    frames, processor = images(0, 3, (90, 70)), VideoProcessor(vae_scale_factor=8)
+    expected, video = processor.preprocess(frames, 32, 48), processor.preprocess_video(frames, 32, 48)
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        with torch.device("meta"):
+            assert torch.equal(preprocess(processor, "cpu", frames, 32, 48), expected)
+            assert torch.equal(preprocess_video(processor, "cpu", frames, 32, 48), video)
+    finally:
+        torch.set_default_dtype(before)

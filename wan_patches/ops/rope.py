@@ -71,11 +71,11 @@ def complex_rows(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
     batch, seq, heads, dim = x.shape
     step = _step(seq, heads, dim // 2, torch.get_num_threads())
     out = torch.empty_like(x)
-    table = torch.empty((step, 1, dim // 2), dtype=torch.complex64)
+    table = torch.empty((step, 1, dim // 2), dtype=torch.complex64, device="cpu")
     table_cos, table_sin = torch.view_as_real(table).unbind(-1)
     in_place = _is_complex_view(x) and _is_complex_view(out)
     if not in_place:
-        scratch = torch.empty((step, heads, dim), dtype=torch.float32)
+        scratch = torch.empty((step, heads, dim), dtype=torch.float32, device="cpu")
         rows = torch.view_as_complex(scratch.unflatten(-1, (-1, 2)))
     for b in range(batch):
         x_b, out_b = x[b], out[b]
@@ -148,12 +148,13 @@ def _step(seq: int, heads: int, half: int, threads: int) -> int:
 @functools.lru_cache(maxsize=64)
 def _is_exact(dtype: torch.dtype, heads: int, dim: int, threads: int) -> bool:
     """Tries `complex_rows` on this processor against the plain formulation."""
-    generator = torch.Generator().manual_seed(0)  # the user's random state is not ours to move
+    generator = torch.Generator("cpu").manual_seed(0)  # the user's random state is not ours to move
+    random = functools.partial(torch.randn, generator=generator, dtype=torch.float32, device="cpu")
     token = heads * dim // 2
     for seq in {1, max(1, _GRAIN // token), threads * -(-_GRAIN // token) + 1}:
         if _step(seq, heads, dim // 2, threads) > 0:
-            x = torch.randn((1, seq, heads, dim), generator=generator).to(dtype)
-            cos, sin = torch.randn((2, 1, seq, 1, dim // 2), generator=generator)
+            x = random((1, seq, heads, dim)).to(dtype)
+            cos, sin = random((2, 1, seq, 1, dim // 2))
             if not torch.equal(complex_rows(x, cos, sin), reference(x, cos, sin)):
                 return False
     return True

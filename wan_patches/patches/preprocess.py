@@ -171,7 +171,7 @@ def _on_cpu(images: list[Any], size: tuple[int, int]) -> Any:
     from wan_patches.ops.resize import normalize_uint8
 
     height, width = size
-    out = torch.empty((len(images), height, width, 3)).permute(0, 3, 1, 2)
+    out = torch.empty((len(images), height, width, 3), dtype=torch.float32, device="cpu").permute(0, 3, 1, 2)
     for image, target in zip(images, out):
         resized = torch.from_numpy(np.array(image.resize((width, height), PIL.Image.Resampling.LANCZOS)))
         normalize_uint8(resized[None], out=target[None])
@@ -186,7 +186,7 @@ def _on_device(images: list[Any], size: tuple[int, int], device: Any) -> Any:
     from wan_patches.ops.resize import lanczos_resize, normalize_uint8
 
     flat = torch.from_numpy(np.concatenate([np.asarray(image).reshape(-1) for image in images])).to(device)
-    out = torch.empty((len(images), *size, 3), device=device).permute(0, 3, 1, 2)
+    out = torch.empty((len(images), *size, 3), dtype=torch.float32, device=device).permute(0, 3, 1, 2)
     done, start = 0, 0
     for (width, height), group in groupby(images, key=lambda image: image.size):
         count = len(list(group))
