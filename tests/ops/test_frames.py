@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from wan_patches.ops.frames import video_to_float, video_to_uint8
+from wan_patches.ops.frames import layout, video_to_float, video_to_uint8
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ORDERS = (
@@ -174,6 +174,36 @@ def test_an_empty_video_gives_no_frames():
     assert video_to_float(torch.empty(0, 3, 2, 4, 5)).shape == (0, 2, 4, 5, 3)
 
 
+RESULTS = ((video_to_uint8, torch.uint8), (video_to_float, torch.float32))
+
+
+@pytest.mark.parametrize(("op", "kind"), RESULTS)
+@settings(max_examples=100, deadline=None)
+@given(videos, st.permutations(range(5)), st.sampled_from((None, 1, 2)))
+def test_the_memory_that_is_given_may_have_any_order(op, kind, video, order, frames_per_chunk):
+    expected = op(video)
+    out = make(expected.shape, order=order, sliced=True).mul(0).to(kind)
+    assert op(video, out, frames_per_chunk) is out
+    assert torch.equal(out.nan_to_num(2), expected.nan_to_num(2))
+
+
+@pytest.mark.parametrize(("op", "kind"), RESULTS)
+@settings(max_examples=100, deadline=None)
+@given(videos)
+def test_layout_is_that_of_the_result(op, kind, video):
+    result = op(video)
+    assert layout(video, kind) == (tuple(result.shape), result.stride())
+
+
+@pytest.mark.parametrize(("op", "kind"), RESULTS)
+def test_memory_that_does_not_fit_is_refused(op, kind):
+    video = torch.zeros(1, 3, 2, 4, 5)
+    with pytest.raises(TypeError, match="float16"):
+        op(video, torch.empty(1, 2, 4, 5, 3, dtype=torch.float16))
+    with pytest.raises(ValueError, match=r"out must be \(1, 2, 4, 5, 3\)"):
+        op(video, torch.empty(1, 2, 4, 5, 1, dtype=kind))
+
+
 @pytest.mark.parametrize("op", [video_to_uint8, video_to_float])
 def test_other_tensors_are_refused(op):
     with pytest.raises(TypeError, match="int32"):
@@ -196,6 +226,18 @@ def test_a_device_is_never_waited_for_and_copied_from_at_most_once(dtype):
     assert not {*pixels.ops, *floats.ops} & {*WAITS}
 
 
+@pytest.mark.parametrize(("op", "kind"), RESULTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_device_is_copied_from_once_to_the_memory_that_is_given(op, kind, dtype):
+    video = torch.empty(2, 3, 9, 16, 16, dtype=dtype, device="meta")
+    shape, strides = layout(video, kind)
+    out = torch.empty_strided(shape, strides, dtype=kind)
+    with Recorder() as found:
+        assert op(video, out, 2) is out
+    assert found.crossings == ["copy_"]
+    assert not {*found.ops} & {*WAITS}
+
+
 @pytest.mark.parametrize("op", [video_to_uint8, video_to_float])
 def test_nothing_larger_than_a_chunk_is_allocated_beside_the_result(op):
     class Sizes(TorchDispatchMode):
@@ -211,3 +253,22 @@ def test_nothing_larger_than_a_chunk_is_allocated_beside_the_result(op):
     with Sizes() as sizes:
         op(video, frames_per_chunk=2)
     assert sizes.largest == (video[:, :, :2].numel(), video.numel())
+
+
+@pytest.mark.parametrize(("op", "kind"), RESULTS)
+def test_nothing_larger_than_a_chunk_is_allocated_beside_the_memory_that_is_given(op, kind):
+    class Sizes(TorchDispatchMode):
+        total = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if "empty" in func.overloadpacket.__name__ and out.device.type != "meta":
+                self.total += out.numel()
+            return out
+
+    video = make((1, 3, 40, 16, 16), torch.bfloat16)
+    shape, strides = layout(video, kind)
+    out = torch.empty_strided(shape, strides, dtype=kind)
+    with Sizes() as sizes:
+        op(video, out, 2)
+    assert sizes.total <= 2 * video[:, :, :2].numel()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from diffusers.video_processor import VideoProcessor
 
 import wan_patches
+from wan_patches.delivery import Delivery, delivering
 
 pytestmark = pytest.mark.upstream
 
@@ -84,7 +86,7 @@ def test_processors_of_someone_elses_keep_their_ways():
 def test_the_fast_way_is_taken(monkeypatch):
     from wan_patches.ops import frames
 
-    monkeypatch.setattr(frames, "video_to_uint8", lambda video: torch.full((1, 2, 8, 8, 3), 7, dtype=torch.uint8))
+    monkeypatch.setattr(frames, "video_to_uint8", lambda *_: torch.full((1, 2, 8, 8, 3), 7, dtype=torch.uint8))
     processor, video = VideoProcessor(vae_scale_factor=8), torch.rand(1, 3, 2, 8, 8)
     with wan_patches.enabled():
         assert np.asarray(processor.postprocess_video(video, "pil")[0][0]).max() == 7
@@ -100,3 +102,59 @@ def test_default_dtype_and_device_do_not_matter(output_type):
             same(VideoProcessor(vae_scale_factor=8), video, output_type)
     finally:
         torch.set_default_dtype(before)
+
+
+class Memory:
+    """Gives memory for frames, and images that are only told of."""
+
+    def __init__(self) -> None:
+        self.given: list[torch.Tensor] = []
+        self.asked: list[np.ndarray] = []
+
+    def empty_strided(self, shape, stride, dtype):
+        self.given.append(torch.empty_strided(shape, stride, dtype=dtype))
+        return self.given[-1]
+
+    def image(self, frame):
+        self.asked.append(frame)
+        return PIL.Image.new("RGB", (1, 1), len(self.asked))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_arrays_lie_in_the_memory_that_is_given(dtype, transposed):
+    processor, memory = VideoProcessor(vae_scale_factor=8), Memory()
+    video = torch.randn(2, 3, 5, 16, 24).to(dtype)
+    video = video.transpose(3, 4) if transposed else video
+    stock = processor.postprocess_video(video, "np")
+    with wan_patches.enabled(["frames"]), delivering(Delivery(memory.empty_strided, memory.image)):
+        array = processor.postprocess_video(video, "np")
+    assert np.array_equal(array, stock)
+    assert array.strides == stock.strides
+    assert array.ctypes.data == memory.given[0].data_ptr()
+    assert (len(memory.given), memory.asked) == (1, [])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_images_are_made_of_the_memory_by_the_function_that_is_given(dtype):
+    processor, memory = VideoProcessor(vae_scale_factor=8), Memory()
+    video = torch.randn(2, 3, 5, 16, 24).to(dtype)
+    stock = as_array(processor.postprocess_video(video, "pil"))
+    with wan_patches.enabled(["frames"]), delivering(Delivery(memory.empty_strided, memory.image)):
+        images = processor.postprocess_video(video, "pil")
+    assert [[image.getpixel((0, 0))[0] for image in batch] for batch in images] == [[1, 2, 3, 4, 5], [6, 7, 8, 9, 10]]
+    (frames,) = memory.given
+    assert np.array_equal(frames.numpy(), stock)
+    assert [frame.ctypes.data for frame in memory.asked] == [frame.data_ptr() for frame in frames.flatten(0, 1)]
+    assert {(frame.shape, frame.dtype.name) for frame in memory.asked} == {((16, 24, 3), "uint8")}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_stock_makes_goes_where_stock_puts_it():
+    processor, memory = VideoProcessor(vae_scale_factor=8), Memory()
+    with wan_patches.enabled(["frames"]), delivering(Delivery(memory.empty_strided, memory.image)):
+        processor.postprocess_video(torch.rand(1, 3, 2, 8, 8, dtype=torch.float64), "pil")
+        processor.postprocess_video(torch.rand(1, 4, 2, 8, 8), "np")
+        processor.postprocess_video(torch.rand(1, 3, 2, 8, 8), "pt")
+    assert not memory.given
+    assert not memory.asked

@@ -21,6 +21,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from wan_patches.stages import synchronize
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -58,12 +60,6 @@ def device_of(name: str) -> torch.device:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise MeasurementError(f"The device {name!r} cannot be used: {reason}") from None
     return device
-
-
-def synchronize(device: torch.device) -> None:
-    """Waits until `device` has done what it was given."""
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
 
 
 # Equal bits

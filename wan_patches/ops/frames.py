@@ -18,32 +18,36 @@ _CHUNK = 1 << 24  # elements on accelerators: 64 MiB of fp32, few launches
 _FEW_CHANNELS = 4
 
 
-def video_to_uint8(video: torch.Tensor, frames_per_chunk: int | None = None) -> torch.Tensor:
+def video_to_uint8(
+    video: torch.Tensor, out: torch.Tensor | None = None, frames_per_chunk: int | None = None
+) -> torch.Tensor:
     """The pixels of diffusers' `VideoProcessor.postprocess_video(video, "pil")`.
 
-    Works on a few frames at a time in reused buffers and never waits for the device.
+    Works on a few frames at a time in reused buffers. Waits for the device only to copy to an `out` elsewhere.
 
     Args:
         video: `(batch, channels, frames, height, width)` in [-1, 1], any floating dtype, strides and device;
             values outside (infinities too) are clamped, NaN becomes 0. Must not require grad.
+        out: uint8 `(batch, frames, height, width, channels)`, any strides, written in place: frame by frame on
+            the device of `video`, in one copy at the end on another.
         frames_per_chunk: frames worked on at a time, by default some five million elements on the CPU and
             some sixteen million elsewhere.
 
     Returns:
-        A new contiguous uint8 tensor, `(batch, frames, height, width, channels)`, on the device of `video`.
-        EXACT: half-way cases are rounded to even.
+        `out`, or a new contiguous uint8 tensor, `(batch, frames, height, width, channels)`, on the device of
+        `video`. EXACT: half-way cases are rounded to even.
 
     Raises:
-        TypeError: `video` is not floating.
-        ValueError: `video` is not five-dimensional, or `frames_per_chunk` is below one.
+        TypeError: `video` is not floating, or `out` not uint8.
+        ValueError: `video` is not five-dimensional, `out` has another shape, or `frames_per_chunk` is below one.
     """
-    _check(video)
-    batch, channels, frames, height, width = video.shape
-    out = torch.empty((batch, frames, height, width, channels), dtype=torch.uint8, device=video.device)
+    _check(video, out, torch.uint8)
+    _, channels, frames, _, _ = video.shape
     step = _step(video, frames_per_chunk)
+    made = _result(video, out, torch.uint8)
     scratch = _buffer(video, step, video.dtype)
     floats = scratch if video.dtype == torch.float32 else _buffer(video, step, torch.float32)
-    for item, frames_out in zip(video, out, strict=True):
+    for item, frames_out in zip(video, made, strict=True):
         for chunk in _chunks(frames, step):
             source = item[:, chunk]
             values = _denormalize(source, scratch[:, : source.shape[1]])
@@ -56,51 +60,83 @@ def video_to_uint8(video: torch.Tensor, frames_per_chunk: int | None = None) -> 
             # plane by plane: ATen's copy of a permutation runs its inner loop over the few channels
             for channel, plane in enumerate(values):
                 frames_out[chunk, ..., channel].copy_(plane)
-    return out
+    return made if out is None or made is out else out.copy_(made)
 
 
-def video_to_float(video: torch.Tensor, frames_per_chunk: int | None = None) -> torch.Tensor:
+def video_to_float(
+    video: torch.Tensor, out: torch.Tensor | None = None, frames_per_chunk: int | None = None
+) -> torch.Tensor:
     """The array of diffusers' `VideoProcessor.postprocess_video(video, "np")`, as a tensor on the CPU.
 
     One copy from the device, and none to stack the batch.
 
     Args:
         video: as in `video_to_uint8`; NaN stays NaN.
+        out: as in `video_to_uint8`, but fp32.
         frames_per_chunk: as in `video_to_uint8`.
 
     Returns:
-        A new fp32 CPU tensor, `(batch, frames, height, width, channels)`, with the strides of stock's array:
-        those of a stack of items that each keep the order of axes in memory of `video` (so a contiguous
+        `out`, or a new fp32 CPU tensor, `(batch, frames, height, width, channels)`, with the strides of stock's
+        array: those of a stack of items that each keep the order of axes in memory of `video` (so a contiguous
         video gives `(batch, channels, frames, height, width)` in memory). EXACT.
 
     Raises:
-        TypeError: `video` is not floating.
-        ValueError: `video` is not five-dimensional, or `frames_per_chunk` is below one.
+        TypeError: `video` is not floating, or `out` not fp32.
+        ValueError: `video` is not five-dimensional, `out` has another shape, or `frames_per_chunk` is below one.
     """
-    _check(video)
-    batch, channels, frames, height, width = video.shape
-    shape = (batch, frames, height, width, channels)
-    strides = _stacked_strides(tuple(video.shape), video.stride())
-    out = torch.empty_strided(shape, strides, dtype=torch.float32, device=video.device)
+    _check(video, out, torch.float32)
     step = _step(video, frames_per_chunk)
+    made = _result(video, out, torch.float32)
     scratch = None if video.dtype == torch.float32 else _buffer(video, step, video.dtype)
-    for item, item_out in zip(video, out.permute(0, 4, 1, 2, 3), strict=True):
-        for chunk in _chunks(frames, step):
+    for item, item_out in zip(video, made.permute(0, 4, 1, 2, 3), strict=True):
+        for chunk in _chunks(video.shape[2], step):
             source, target = item[:, chunk], item_out[:, chunk]
             if scratch is None:
                 _denormalize(source, target)
             else:
                 target.copy_(_denormalize(source, scratch[:, : source.shape[1]]))
-    if out.is_cpu:
+    if made is out or (out is None and made.is_cpu):
+        return made
+    if out is None:
+        out = torch.empty_strided(*layout(video, torch.float32), dtype=torch.float32, device="cpu")
+    return out.copy_(made)
+
+
+def layout(video: torch.Tensor, dtype: torch.dtype) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shape and strides, in elements, of what the functions here return without `out`, to make an `out` alike.
+
+    `dtype` is fp32 for `video_to_float` and uint8 for `video_to_uint8`. Where strides differ, so does the order in
+    memory, and a copy from a device is more than the bytes as they are.
+    """
+    shape = _shape(video)
+    if dtype == torch.float32:
+        return shape, _stacked_strides(tuple(video.shape), video.stride())
+    return shape, torch.empty(shape, device="meta").stride()
+
+
+def _shape(video: torch.Tensor) -> tuple[int, ...]:
+    batch, channels, frames, height, width = video.shape
+    return batch, frames, height, width, channels
+
+
+def _result(video: torch.Tensor, out: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """Where the frames are made: `out`, if that is on the device of `video`, else new memory there."""
+    if out is not None and out.device == video.device:
         return out
-    return torch.empty_strided(shape, strides, dtype=torch.float32, device="cpu").copy_(out)
+    return torch.empty_strided(*layout(video, dtype), dtype=dtype, device=video.device)
 
 
-def _check(video: torch.Tensor) -> None:
+def _check(video: torch.Tensor, out: torch.Tensor | None, dtype: torch.dtype) -> None:
     if not video.is_floating_point():
         raise TypeError(f"video is {video.dtype}, not floating")
     if video.dim() != 5:
         raise ValueError(f"video is {tuple(video.shape)}, not (batch, channels, frames, height, width)")
+    if out is None:
+        return
+    if out.dtype != dtype:
+        raise TypeError(f"out is {out.dtype}, not {dtype}")
+    if out.shape != _shape(video):
+        raise ValueError(f"out must be {_shape(video)}, not {tuple(out.shape)}")
 
 
 def _step(video: torch.Tensor, frames_per_chunk: int | None) -> int:

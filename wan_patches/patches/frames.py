@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from wan_patches.codeswap import STOCK
+from wan_patches.delivery import Delivery, delivery
 from wan_patches.patches.processors import POSTPROCESS, is_stock, known
 from wan_patches.registry import Patch, Target
 from wan_patches.rewrite import Body
@@ -39,7 +40,9 @@ PATCHES = (
 def postprocess_video(stock: Callable[..., Any], processor: Any, video: Any, output_type: str, **kwargs: Any) -> Any:
     """What stock's method returns for `video` of shape `(batch, channels, frames, height, width)`.
 
-    `"pil"` and `"np"` of RGB videos in a floating dtype take the fast way; everything else is stock's.
+    `"pil"` and `"np"` of RGB videos in a floating dtype take the fast way; everything else is stock's. What takes
+    it goes where `wan_patches.delivery` says: computed into the memory given there, or copied to it once from an
+    accelerator.
     """
     import torch
 
@@ -57,44 +60,49 @@ def postprocess_video(stock: Callable[..., Any], processor: Any, video: Any, out
     )
     if not fast:
         return stock(processor, video, output_type, **kwargs)
+    to = delivery.get()
     if output_type == "np":
-        return _to_numpy(stock, processor, video)
-    return _to_pil(stock, processor, video)
+        return _to_numpy(stock, processor, video, to)
+    return _to_pil(stock, processor, video, to)
 
 
-def _to_pil(stock: Callable[..., Any], processor: Any, video: Any) -> Any:
+def _to_pil(stock: Callable[..., Any], processor: Any, video: Any, to: Delivery | None) -> Any:
     import numpy as np
     import PIL.Image
     import torch
 
-    from wan_patches.fidelity import gate, signature
-    from wan_patches.ops.frames import video_to_uint8
+    from wan_patches.ops import frames
 
-    if video.is_cpu:
-        frames = video_to_uint8(video)
-    else:
+    def reference(video: torch.Tensor) -> torch.Tensor:
+        images = stock(processor, video, "pil")
+        return torch.from_numpy(np.stack([np.stack([np.asarray(i) for i in batch]) for batch in images]))
 
-        def reference(video: torch.Tensor) -> torch.Tensor:
-            images = stock(processor, video, "pil")
-            return torch.from_numpy(np.stack([np.stack([np.asarray(i) for i in batch]) for batch in images]))
-
-        def implementation(video: torch.Tensor) -> torch.Tensor:
-            return video_to_uint8(video).cpu()
-
-        frames = gate("frames to uint8", signature(video), implementation, reference, video)
-    return [[PIL.Image.fromarray(frame) for frame in batch] for batch in frames.numpy()]
+    made = _made("frames to uint8", frames.video_to_uint8, reference, video, torch.uint8, to)
+    image = PIL.Image.fromarray if to is None else to.image
+    return [[image(frame) for frame in batch] for batch in made.numpy()]
 
 
-def _to_numpy(stock: Callable[..., Any], processor: Any, video: Any) -> Any:
+def _to_numpy(stock: Callable[..., Any], processor: Any, video: Any, to: Delivery | None) -> Any:
     import torch
 
-    from wan_patches.fidelity import gate, signature
-    from wan_patches.ops.frames import video_to_float
-
-    if video.is_cpu:
-        return video_to_float(video).numpy()
+    from wan_patches.ops import frames
 
     def reference(video: torch.Tensor) -> torch.Tensor:
         return torch.from_numpy(stock(processor, video, "np"))
 
-    return gate("frames to float", signature(video), video_to_float, reference, video).numpy()
+    return _made("frames to float", frames.video_to_float, reference, video, torch.float32, to).numpy()
+
+
+def _made(
+    name: str, op: Callable[..., Any], reference: Callable[..., Any], video: Any, dtype: Any, to: Delivery | None
+) -> Any:
+    """The frames on the CPU: in the memory of `to` where there is one, behind the gate on accelerators."""
+    from wan_patches.fidelity import gate, signature
+    from wan_patches.ops.frames import layout
+
+    out = None if to is None else to.empty_strided(*layout(video, dtype), dtype)
+    if video.is_cpu:
+        return op(video, out)
+    made = gate(name, signature(video), lambda video: op(video, out).cpu(), reference, video)
+    # at first sight, and where ours is not exact, the gate gives what stock made, in memory of its own
+    return made if out is None or made is out else out.copy_(made)
