@@ -13,10 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
 
 from wan_patches.fidelity import Fidelity, Verdict
 from wan_patches.registry import Known, Patch, PatchError, Registry, Report, Status, Target
 from wan_patches.rewrite import Block, Body, Replace, Unknown, fingerprint
+
+if TYPE_CHECKING:
+    from wan_patches.executor import ParallelExecutor, RayParallelExecutor
 
 __version__ = "0.1.0"
 
@@ -73,13 +77,23 @@ def status() -> Status:
     return _registry.status()
 
 
+def __getattr__(name: str) -> Any:
+    if name in ("ParallelExecutor", "RayParallelExecutor"):  # they need torch
+        import wan_patches.executor
+
+        return getattr(wan_patches.executor, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 __all__ = [
     "Block",
     "Body",
     "Fidelity",
     "Known",
+    "ParallelExecutor",
     "Patch",
     "PatchError",
+    "RayParallelExecutor",
     "Replace",
     "Report",
     "Status",

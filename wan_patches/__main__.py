@@ -20,7 +20,7 @@ app = typer.Typer(
     name="wan-patches", help="Faster Wan and Helios pipelines, with the same bits.", no_args_is_help=True,
     add_completion=False, pretty_exceptions_enable=False,
 )  # fmt: skip
-bench = typer.Typer(help="Measures stock against patched.", no_args_is_help=True)
+bench = typer.Typer(help="Measures what this package does against what was there before.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 
 # What an extra of this package brings, as far as the command needs it.
@@ -142,6 +142,23 @@ def overhead(
         typer.echo(text(run.table(rows)))
         if json is not None:
             run.write_json(json, rows)
+
+
+@bench.command()
+def transport(
+    json: Annotated[Optional[Path], typer.Option(help="Write the rows and the machine's facts here.")] = None,  # noqa: UP045
+    quick: Annotated[bool, typer.Option("--quick", help="An eighth of the size, shorter runs.")] = False,
+) -> None:
+    """Results from one process to another. Exits with status 1 if a value does not arrive as it was."""
+    with _errors("bench"):
+        from wan_patches.bench import transport as run
+
+        rows = run.measure(quick=quick)
+        typer.echo(text(run.table(rows)))
+        if json is not None:
+            run.write_json(json, rows)
+    if different := [f"{row.case} through {row.transport}" for row in rows if not row.equal]:
+        _fail(f"NOT what was sent: {'; '.join(different)}.")
 
 
 @contextlib.contextmanager

@@ -197,6 +197,10 @@ class Registry:
                 self._frames.remove(frame)
                 self._apply()
 
+    def chosen(self) -> Choice | None:
+        """What `enable` was last asked for; None if nothing is enabled."""
+        return self._frames[-1].choice
+
     def status(self) -> Status:
         """The state of every patch and the verdicts of the first-sight gate."""
         with self._lock:

@@ -1,0 +1,44 @@
+"""Workers import the pipelines of these tests, so their folder is on the path."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+from torch.distributed import TCPStore
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(scope="session")
+def _what_torch_keeps():
+    """A pipe, from the first store to the end of the process."""
+    TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+@pytest.fixture
+def nothing_left(_what_torch_keeps):
+    """No process, socket, pipe or shared memory outlives a test that uses executors."""
+    descriptors, processes = _descriptors(), set(psutil.Process().children(recursive=True))
+    yield
+    gc.collect()
+    children = set(psutil.Process().children(recursive=True)) - processes
+    _, alive = psutil.wait_procs(children, timeout=5)
+    assert not alive, f"left: {[child.cmdline() for child in alive]}"
+    assert _descriptors() <= descriptors
+
+
+def _descriptors() -> set[str]:
+    """The open ends of this process that another one could be behind."""
+    found = set()
+    for entry in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            target = os.readlink(f"/proc/self/fd/{entry}")
+            if target.startswith(("socket:", "pipe:", "/memfd:", "anon_inode:[pidfd]")):
+                found.add(target)
+    return found

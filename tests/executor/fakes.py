@@ -1,0 +1,183 @@
+"""Pipelines that workers of tests build: some do what they are told, some are diffusers' own with small weights."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+BIG = 1 << 20  # elements of a result that does not travel inline
+
+
+@dataclass
+class Output:
+    """Like an output class of diffusers."""
+
+    frames: Any
+    pid: int
+
+
+class CustomError(ValueError):
+    def __init__(self, code: int, text: str) -> None:
+        super().__init__(f"{text} ({code})")
+        self.code = code
+
+    def __reduce__(self):
+        return type(self), (self.code, str(self).rpartition(" (")[0])
+
+
+class Unportable(Exception):
+    def __init__(self, first: int, second: int) -> None:
+        super().__init__(f"{first} and {second}")
+
+
+class Unloadable:
+    """Pickles here, does not load there."""
+
+    def __reduce__(self):
+        return _refuse, (os.getpid(),)
+
+
+def _refuse(pid: int) -> None:
+    if pid != os.getpid():
+        raise ImportError("this does not load in another process")
+
+
+class Fake:
+    """Does `do` in `steps` steps of `seconds / steps` each."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def progress_bar(self, iterable=None, total=None):
+        raise AssertionError("the executor gives pipelines its own")
+
+    def __call__(self, do: str = "echo", value: Any = None, steps: int = 0, seconds: float = 0.0, **more: Any) -> Any:
+        self.calls += 1
+        with self.progress_bar(total=steps) as bar:
+            for _ in range(steps):
+                time.sleep(seconds / steps)
+                bar.update()
+        return getattr(self, do)(value, **more)
+
+    def echo(self, value: Any) -> Any:
+        return value
+
+    def pid(self, _: Any) -> int:
+        return os.getpid()
+
+    def count(self, _: Any) -> int:
+        return self.calls
+
+    def noise(self, generator: torch.Generator | None) -> torch.Tensor:
+        return torch.randn(4, generator=generator)
+
+    def big(self, value: int) -> Output:
+        return Output(torch.full((BIG,), value, dtype=torch.int32), os.getpid())
+
+    def fail(self, value: str) -> None:
+        raise CustomError(7, value)
+
+    def fail_oddly(self, _: Any) -> None:
+        raise Unportable(1, 2)
+
+    def unpicklable(self, _: Any) -> Any:
+        return threading.Lock()
+
+    def unloadable(self, _: Any) -> Any:
+        return Unloadable()
+
+    def say(self, value: str) -> None:
+        print(value)
+
+    def kill(self, signal_number: int) -> None:
+        print("about to go")
+        sys.stdout.flush()
+        os.kill(os.getpid(), signal_number)
+        time.sleep(60)
+
+    def kill_once(self, path: str) -> str:
+        if not os.path.exists(path):
+            with open(path, "w"):
+                os.kill(os.getpid(), signal.SIGKILL)
+        return "second time"
+
+    def leave(self, value: int) -> None:
+        os._exit(value)
+
+    def hang(self, seconds: float) -> str:
+        time.sleep(seconds)
+        return "woke up"
+
+    def take_memory(self, _: Any) -> None:
+        import resource
+
+        before = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (8 << 30, before[1]))
+        try:
+            torch.ones(64 << 30, dtype=torch.uint8)
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, before)
+
+    def patches(self, _: Any) -> list[str]:
+        import wan_patches
+
+        return sorted({report.name for report in wan_patches.status().reports if report.state != "off"})
+
+    def environment(self, name: str) -> Any:
+        return os.environ.get(name), torch.get_num_threads()
+
+    def fork_and_kill(self, _: Any) -> None:
+        """A child that holds this process's end of the socket, and outlives it."""
+        if os.fork() == 0:
+            time.sleep(20)
+            os._exit(0)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fake() -> Fake:
+    return Fake()
+
+
+def broken() -> Any:
+    raise CustomError(3, "no such weights")
+
+
+def kills_itself() -> Any:
+    print("loading")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def not_a_pipeline() -> int:
+    return 3
+
+
+def slow_to_load(seconds: float) -> Fake:
+    time.sleep(seconds)
+    return Fake()
+
+
+def family(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    """A pipeline of the real architecture with small seeded weights."""
+    from wan_patches.bench.models import FAMILIES
+
+    return FAMILIES[name].build(dtype=dtype, **options)
+
+
+def without_memfd() -> Fake:
+    del os.memfd_create
+    return Fake()
+
+
+def only_once(path: str) -> Fake:
+    """Loads the first time; later it finds its weights gone."""
+    if os.path.exists(path):
+        raise CustomError(4, "the weights are gone")
+    with open(path, "w"):
+        return Fake()

@@ -1,0 +1,129 @@
+"""Pipelines of the real architectures through every layout, against one process with as many threads."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import time
+
+import fakes
+import psutil
+import pytest
+import torch
+from PIL import Image
+
+import wan_patches
+from wan_patches import ParallelExecutor
+from wan_patches.bench.measure import identical
+from wan_patches.bench.models import FAMILIES
+from wan_patches.executor import WorkerDied
+from wan_patches.executor.images import Frame
+
+pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("nothing_left", "one_thread")]
+
+TWO = {"devices": ["cpu", "cpu"], "threads": 1}
+
+
+def alone(name: str, dtype: torch.dtype = torch.float32, **inputs):
+    return fakes.family(name, dtype)(**FAMILIES[name].inputs(**inputs)).frames
+
+
+def executor(name: str, layout: str, dtype: torch.dtype = torch.float32, **options):
+    return ParallelExecutor(functools.partial(fakes.family, name, dtype), layout=layout, **TWO, **options)
+
+
+@pytest.mark.upstream
+@pytest.mark.parametrize("patched", [False, True], ids=["stock", "patched"])
+@pytest.mark.parametrize(("name", "dtype"), [("wan22_i2v", torch.bfloat16), ("helios_i2v", torch.float32)])
+def test_replicas_give_the_video_of_one_process(name, dtype, patched):
+    kinds = ("np", "pil", "pt", "latent")
+    expected = [alone(name, dtype, seed=seed, output_type=kind) for seed, kind in enumerate(kinds)]
+    if patched:
+        wan_patches.enable()
+    with executor(name, "replicas", dtype) as ex:
+        requests = [FAMILIES[name].inputs(seed=seed, output_type=kind) for seed, kind in enumerate(kinds)]
+        outputs = list(ex.map(requests))
+    for output, video in zip(outputs, expected):
+        assert identical(output.frames, video)
+    assert all(type(frame) is Frame for frame in outputs[1].frames[0])
+    assert isinstance(outputs[1].frames[0][0], Image.Image)
+    assert list(outputs[0].timings)[-1] == "postprocess"
+    assert {"text", "denoise", "decode"} < set(outputs[0].timings)
+
+
+@pytest.mark.parametrize(
+    ("layout", "name", "dtype"),
+    [
+        ("context", "wan22_i2v", torch.float32),
+        ("cfg", "wan_t2v", torch.bfloat16),
+        ("cfg", "helios_i2v", torch.float32),
+        ("sharded", "wan22_i2v", torch.bfloat16),
+    ],
+)
+def test_groups_give_the_video_of_one_process(layout, name, dtype):
+    wan_patches.enable()
+    expected = [alone(name, dtype, seed=seed) for seed in range(2)]
+    steps = []
+    with executor(name, layout, dtype) as ex:
+        for seed in range(2):
+            future = ex.submit(
+                **FAMILIES[name].inputs(seed=seed), on_progress=lambda _, at: steps.append((at.step, at.total))
+            )
+            assert identical(future.result().frames, expected[seed])
+    assert steps[:2] == [(1, 2), (2, 2)]
+
+
+def test_a_group_draws_the_same_noise_in_every_rank():
+    inputs = FAMILIES["wan_t2v"].inputs() | {"generator": None}
+    with executor("wan_t2v", "context") as ex:
+        torch.manual_seed(1)
+        first = ex.submit(**inputs).result().frames
+    torch.manual_seed(1)
+    torch.manual_seed(int(torch.randint(2**63 - 1, ())))
+    assert identical(first, fakes.family("wan_t2v")(**inputs).frames)
+
+
+def test_a_group_leaves_a_request_together_and_goes_on():
+    with executor("wan_t2v", "context") as ex:
+        pids = {worker.pid for worker in psutil.Process().children()}
+        running = ex.submit(**FAMILIES["wan_t2v"].inputs(steps=500))
+        while running.progress is None:
+            time.sleep(0.01)
+        assert running.cancel()
+        with pytest.raises(TimeoutError):
+            ex.submit(**FAMILIES["wan_t2v"].inputs(steps=500), timeout=0.5).result(60)
+        with pytest.raises(ValueError, match="height"):  # in all ranks
+            ex.submit(**FAMILIES["wan_t2v"].inputs() | {"height": 33}).result(60)
+        assert identical(ex.submit(**FAMILIES["wan_t2v"].inputs()).result().frames, alone("wan_t2v"))
+        assert {worker.pid for worker in psutil.Process().children()} == pids
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_death_of_a_rank_fails_its_request_and_the_group_starts_again(rank):
+    with executor("wan_t2v", "context", log=lambda *_: None) as ex:
+        first = sorted(psutil.Process().children(), key=lambda worker: worker.pid)
+        running = ex.submit(**FAMILIES["wan_t2v"].inputs(steps=500))
+        while running.progress is None:
+            time.sleep(0.01)
+        os.kill(first[rank].pid, signal.SIGKILL)
+        error = running.exception(60)
+        assert isinstance(error, WorkerDied)
+        assert error.exit_code == -9
+        assert error.rank == rank
+        assert identical(ex.submit(**FAMILIES["wan_t2v"].inputs()).result(120).frames, alone("wan_t2v"))
+        assert not any(worker.is_running() for worker in first)
+
+
+def test_two_groups_work_side_by_side():
+    options = {"devices": ["cpu"] * 4, "threads": 1, "group_size": 2, "layout": "cfg"}
+    with ParallelExecutor(functools.partial(fakes.family, "wan_t2v"), **options) as ex:
+        outputs = list(ex.map([FAMILIES["wan_t2v"].inputs(seed=seed) for seed in range(3)]))
+    assert all(identical(output.frames, alone("wan_t2v", seed=seed)) for seed, output in enumerate(outputs))
+
+
+def test_a_pipeline_that_does_not_suit_the_layout_fails_the_constructor():
+    with pytest.raises(ValueError, match="layout 'cfg' cannot divide ChronoEditPipeline"):
+        executor("chronoedit", "cfg", log=lambda *_: None)
+    with pytest.raises(ValueError, match="unknown parallel mode 'usp'"):
+        executor("wan_t2v", "context", parallel="usp", log=lambda *_: None)

@@ -1,0 +1,379 @@
+"""The executor on a Ray cluster keeps the promises of the one on this machine."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import functools
+import gc
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import fakes
+import numpy as np
+import psutil
+import pytest
+import torch
+from PIL import Image
+
+import wan_patches
+from wan_patches.executor import RemoteError, WorkerDied
+
+ray = pytest.importorskip("ray", reason="Ray is an extra: pip install 'wan-patches[ray]'")
+
+from wan_patches.executor.ray import RayParallelExecutor  # noqa: E402
+
+pytestmark = pytest.mark.timeout(120)
+
+ONE = {"devices": 1}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cluster():
+    """Ray on this machine, with CPUs that are only counted; no process of it outlives the module."""
+    before = set(psutil.Process().children(recursive=True))
+    ray.init(num_cpus=4, include_dashboard=False, object_store_memory=200 << 20, log_to_driver=False)
+    yield
+    ray.shutdown()
+    _, alive = psutil.wait_procs(set(psutil.Process().children(recursive=True)) - before, timeout=20)
+    assert not alive
+
+
+@pytest.fixture(scope="module")
+def _shared(_cluster):
+    with RayParallelExecutor(fakes.fake, devices=2, threads=1) as executor:
+        yield executor
+
+
+@pytest.fixture
+def executor(_shared):
+    """Two workers, which must be as good as new after each test."""
+    yield _shared
+    assert _shared.submit(value="works").result(30) == "works"
+
+
+def _pids(executor) -> set[int]:
+    return set(executor.map([{"do": "pid", "steps": 1, "seconds": 0.2}] * 2))
+
+
+def _until_running(request) -> None:
+    while request.progress is None:
+        assert not request.done()
+        time.sleep(0.01)
+
+
+# Values
+
+
+def test_values_arrive_as_they_were(executor):
+    value = {"a": torch.randn(3, 300, 300).to(torch.bfloat16), "b": [np.arange(99999), "text", None, {1, 2}]}
+    got = executor.submit(value=value).result()
+    assert torch.equal(got["a"], value["a"])
+    assert np.array_equal(got["b"][0], value["b"][0])
+    assert got["b"][1:] == value["b"][1:]
+    assert executor.submit("echo", torch.empty(0, 3)).result().shape == (0, 3)
+
+
+def test_images_arrive_and_are_decoded_when_looked_at(executor):
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 240, 320, 3), dtype=np.uint8)
+    images = [Image.fromarray(one) for one in pixels]
+    got = executor.submit(value=images).result()
+    assert all("core" not in image._decoded for image in got)
+    assert got == images
+    assert got[1].convert("L").tobytes() == images[1].convert("L").tobytes()
+
+
+def test_results_can_be_written_to_and_are_not_the_stores(executor):
+    results = [executor.submit("big", n).result() for n in (1, 2)]
+    results[0].frames += 10
+    assert torch.equal(results[0].frames, torch.full((fakes.BIG,), 11, dtype=torch.int32))
+    assert torch.equal(results[1].frames, torch.full((fakes.BIG,), 2, dtype=torch.int32))
+
+
+def test_requests_are_spread_over_the_workers(executor):
+    assert len(_pids(executor)) == 2
+    assert os.getpid() not in _pids(executor)
+    assert list(executor.map([{"value": n} for n in range(8)])) == [*range(8)]
+
+
+def test_the_default_seed_and_generators_go_along(executor):
+    expected = torch.randn(4, generator=torch.Generator().manual_seed(5))
+    assert torch.equal(executor.submit("noise", torch.Generator().manual_seed(5)).result(), expected)
+    draws = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        draws.append(torch.stack(list(executor.map([{"do": "noise"}] * 4))))
+    assert torch.equal(draws[0], draws[1])
+
+
+def test_results_outlive_the_executor_and_ray(tmp_path):
+    done = _script(
+        tmp_path,
+        """
+        import fakes, gc, psutil, ray, torch
+        from wan_patches.executor.ray import RayParallelExecutor
+
+        with RayParallelExecutor(fakes.fake, devices=1, threads=3, address="local") as executor:
+            assert ray.is_initialized()
+            output = executor.submit("big", 7).result()
+            print(executor.submit("environment", "HOME").result()[1])
+        assert not ray.is_initialized()
+        gc.collect()
+        left = psutil.Process().children(recursive=True)
+        assert not psutil.wait_procs(left, timeout=20)[1], left
+        output.frames += 1
+        print(output.frames.sum().item())
+        """,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-2:] == ["3", str(8 * fakes.BIG)]
+
+
+# Progress, cancel, timeouts
+
+
+def test_progress_of_every_step(executor):
+    seen = []
+    future = executor.submit(
+        value=1, steps=4, on_progress=lambda request, at: seen.append((request, at.step, at.total))
+    )
+    assert future.result() == 1
+    assert seen == [(future, n, 4) for n in (1, 2, 3, 4)]
+    assert future.timings["call"] >= 0
+
+
+def test_what_runs_can_be_cancelled_and_the_worker_lives_on(executor):
+    pids = _pids(executor)
+    running = executor.submit(steps=1000, seconds=100)
+    _until_running(running)
+    start = time.monotonic()
+    assert running.cancel()
+    with pytest.raises(concurrent.futures.CancelledError):
+        running.result()
+    assert _pids(executor) == pids
+    assert time.monotonic() - start < 10
+
+
+def test_a_request_times_out_and_the_worker_lives_on(executor):
+    pids = _pids(executor)
+    with pytest.raises(TimeoutError, match=r"took longer than its timeout of 0.3 s"):
+        executor.submit(steps=1000, seconds=100, timeout=0.3).result(30)
+    assert _pids(executor) == pids
+
+
+def test_a_worker_that_does_not_reach_its_next_step_is_replaced():
+    with RayParallelExecutor(fakes.fake, **ONE, patience=0.5) as executor:
+        pid = executor.submit("pid").result()
+        with pytest.raises(TimeoutError):
+            executor.submit("hang", 100, timeout=0.3).result(30)
+        assert executor.submit("pid").result(60) != pid
+
+
+# Errors
+
+
+def test_an_exception_arrives_with_type_message_and_traceback(executor):
+    error = executor.submit("fail", "bad prompt").exception()
+    assert type(error) is fakes.CustomError
+    assert (str(error), error.code) == ("bad prompt (7)", 7)
+    assert "in fail\n    raise CustomError(7, value)" in str(error.__cause__)
+    error = executor.submit("fail_oddly").exception()
+    assert isinstance(error, RemoteError)
+    assert str(error) == "fakes.Unportable: 1 and 2"
+
+
+@pytest.mark.parametrize("do", ["unpicklable", "unloadable"])
+def test_a_result_that_cannot_travel_is_an_error_of_that_future_only(executor, do):
+    pids = _pids(executor)
+    with pytest.raises((TypeError, ImportError), match=r"pickle|load in another"):
+        executor.submit(do).result()
+    assert _pids(executor) == pids
+
+
+def test_a_request_that_cannot_travel_is_an_error_of_that_future_only(executor):
+    with pytest.raises(TypeError, match="pickle"):
+        executor.submit(value=threading.Lock()).result()
+    with pytest.raises(ImportError, match="another process"):
+        executor.submit(value=fakes.Unloadable()).result()
+
+
+def test_a_dead_worker_loses_its_own_request_only(executor):
+    lost = executor.submit("kill", signal.SIGKILL)
+    others = [executor.submit(value=n, steps=2, seconds=0.1) for n in range(4)]
+    with pytest.raises(WorkerDied, match=rf"worker \d ended during request {lost.id}") as caught:
+        lost.result(60)
+    assert caught.value.exit_code is None
+    assert "actor" in str(caught.value.__cause__)
+    assert [future.result(60) for future in others] == [*range(4)]
+
+
+def test_a_worker_that_is_killed_while_it_runs_is_replaced(executor):
+    pids = _pids(executor)
+    running = executor.submit(steps=1000, seconds=100)
+    _until_running(running)
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    with pytest.raises(WorkerDied):
+        running.result(30)
+    assert not _pids(executor) & pids
+
+
+def test_a_worker_that_dies_idle_costs_no_request():
+    with RayParallelExecutor(fakes.fake, **ONE) as executor:
+        pid = executor.submit("pid").result()
+        os.kill(pid, signal.SIGKILL)
+        time.sleep(1)
+        assert executor.submit("pid").result(60) != pid
+
+
+def test_a_lost_request_is_tried_again(tmp_path):
+    with RayParallelExecutor(fakes.fake, **ONE, retries=1) as executor:
+        assert executor.submit("kill_once", str(tmp_path / "was here")).result(60) == "second time"
+
+
+def test_a_pipeline_that_cannot_be_loaded_fails_the_constructor():
+    with pytest.raises(fakes.CustomError, match="no such weights"):
+        RayParallelExecutor(fakes.broken, devices=2)
+    with pytest.raises(TypeError, match="gave 'int', which cannot be called"):
+        RayParallelExecutor(fakes.not_a_pipeline, **ONE)
+    with pytest.raises(WorkerDied, match="while it loaded the pipeline"):
+        RayParallelExecutor(fakes.kills_itself, **ONE)
+
+
+# Patches
+
+
+def test_workers_have_the_patches_that_are_enabled_here(executor):
+    wan_patches.enable(patches=["frames", "rope"])
+    assert executor.submit("patches").result() == ["frames", "rope"]
+    wan_patches.disable()
+    assert executor.submit("patches").result() == []
+
+
+# Groups
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_two_ranks_give_what_one_process_gives_and_leave_nothing():
+    from wan_patches.bench.models import FAMILIES
+
+    inputs = FAMILIES["wan_t2v"].inputs(seed=1)
+    inputs.pop("generator", None)
+    expected = fakes.family("wan_t2v")(**inputs, generator=torch.Generator().manual_seed(4)).frames
+    with RayParallelExecutor(
+        functools.partial(fakes.family, "wan_t2v"), layout="context", devices=2, threads=1
+    ) as executor:
+        seen = []
+        request = executor.submit(
+            **inputs, generator=torch.Generator().manual_seed(4), on_progress=lambda _, at: seen.append(at.step)
+        )
+        assert np.abs(request.result().frames - expected).max() < 1e-4
+        assert seen == [*range(1, len(seen) + 1)]
+        running = executor.submit(**inputs | {"num_inference_steps": 500})
+        _until_running(running)
+        assert running.cancel()
+        running = executor.submit(**inputs | {"num_inference_steps": 500})
+        _until_running(running)
+        pids = ray.get([actor.handle.prepare.remote([]) for actor in executor._crew.groups[0]._actors])
+        os.kill(pids[1], signal.SIGKILL)
+        with pytest.raises(WorkerDied, match="worker 1 ended"):
+            running.result(60)
+        request = executor.submit(**inputs, generator=torch.Generator().manual_seed(4))
+        assert np.abs(request.result().frames - expected).max() < 1e-4
+    assert {group["state"] for group in ray.util.placement_group_table().values()} == {"REMOVED"}
+
+
+# Options and ends
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layout": "inline"}, "needs no Ray; use ParallelExecutor"),
+        ({"layout": "rows"}, "unknown layout 'rows'"),
+        ({"layout": "context", "devices": 1}, "wants groups of 2 devices, and there are 1"),
+        ({"devices": ["cuda:0"]}, "Ray chooses the devices; give a number"),
+        ({"devices": 0}, "nothing to run on"),
+        ({"resources": {"GPU": 1}}, "each worker needs 1 GPU, and the cluster has 0 GPU"),
+        ({"resources": {}}, "name what each worker needs"),
+        ({"parallel": "ring"}, 'is for layout="context"'),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        RayParallelExecutor(fakes.fake, **options)
+
+
+def test_a_factory_that_does_not_pickle_is_explained():
+    lock = threading.Lock()
+    with pytest.raises(ValueError, match="cannot be told about the factory"):
+        RayParallelExecutor(lambda: lock)
+
+
+def test_factories_need_no_module_and_inputs_can_be_written_to():
+    value = torch.zeros(fakes.BIG)
+    with RayParallelExecutor(lambda: lambda value: value.add_(1), **ONE) as executor:
+        assert executor.submit(value).result().min() == 1
+    assert not value.any()
+
+
+def test_shutdown_leaves_no_worker():
+    executor = RayParallelExecutor(fakes.fake, **ONE)
+    worker = psutil.Process(executor.submit("pid").result())
+    waiting = executor.submit(value=1, steps=1, seconds=0.3)
+    executor.shutdown()
+    assert waiting.result(0) == 1
+    assert ray.is_initialized()
+    assert not psutil.wait_procs([worker], timeout=5)[1]
+    with pytest.raises(RuntimeError, match="shut down"):
+        executor.submit()
+
+
+def test_workers_end_when_nobody_has_the_executor_any_more():
+    executor = RayParallelExecutor(fakes.fake, **ONE)
+    worker = psutil.Process(executor.submit("pid").result())
+    del executor
+    gc.collect()
+    assert not psutil.wait_procs([worker], timeout=20)[1]
+
+
+def test_python_ends_after_what_was_submitted(tmp_path):
+    done = _script(
+        tmp_path,
+        """
+        from wan_patches.executor.ray import RayParallelExecutor
+
+        def factory():  # of the script, and no guard
+            import fakes
+            return fakes.Fake()
+
+        executor = RayParallelExecutor(factory, devices=1, address="local")
+        executor.submit(value="done", steps=1, seconds=0.5).add_done_callback(lambda f: print(f.result()))
+        """,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "done"
+
+
+def test_a_missing_ray_is_explained():
+    code = (
+        "import sys; sys.modules['ray'] = None\nfrom wan_patches.executor.ray import RayParallelExecutor as E; E(int)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert 'ImportError: RayParallelExecutor needs Ray: pip install "wan-patches[ray]"' in done.stderr
+
+
+def _script(tmp_path: Path, text: str) -> subprocess.CompletedProcess[str]:
+    """A program with a Ray of its own."""
+    path = tmp_path / "script.py"
+    head = f"import sys; sys.path.insert(0, {str(Path(fakes.__file__).parent)!r})\n"
+    path.write_text(head + textwrap.dedent(text))
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    return subprocess.run(
+        [sys.executable, str(path)], capture_output=True, text=True, timeout=100, env=environment, check=False
+    )

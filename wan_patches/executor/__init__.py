@@ -1,0 +1,30 @@
+"""Runs pipelines in this or in other processes, and moves what is big through shared memory."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from wan_patches.executor.errors import ExecutorBroken, RemoteError, WorkerDied
+from wan_patches.executor.executor import ParallelExecutor
+from wan_patches.executor.requests import Progress, Request
+
+if TYPE_CHECKING:
+    from wan_patches.executor.ray import RayParallelExecutor
+
+__all__ = [
+    "ExecutorBroken",
+    "ParallelExecutor",
+    "Progress",
+    "RayParallelExecutor",
+    "RemoteError",
+    "Request",
+    "WorkerDied",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "RayParallelExecutor":  # Ray is an extra, and slow to import
+        from wan_patches.executor.ray import RayParallelExecutor
+
+        return RayParallelExecutor
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

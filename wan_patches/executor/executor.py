@@ -1,0 +1,333 @@
+"""`ParallelExecutor`: runs a diffusers pipeline on several devices, as a `concurrent.futures.Executor`."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import itertools
+import os
+import sys
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from wan_patches.executor import main_module
+from wan_patches.executor.crew import Crew
+from wan_patches.executor.groups import Group, InlineGroup, Log, WorkerGroup
+from wan_patches.executor.layouts import resolve
+from wan_patches.executor.progress import Bars
+from wan_patches.executor.rank import chosen_patches
+from wan_patches.executor.requests import Progress, Request
+from wan_patches.executor.session import Pretrained, Session
+from wan_patches.executor.transport import Packed, pack
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class PipelineExecutor(Executor):
+    """What all executors of pipelines have in common: how requests are given, and how their results come back."""
+
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        *,
+        retries: int,
+        timeout: float | None,
+        patience: float,
+        progress: bool | Callable[[Request, Progress], None],
+        script: bool = False,
+    ) -> None:
+        """Starts the groups and waits until each has its pipeline; the rest as in `ParallelExecutor`.
+
+        script: workers have imported the script, and find what is defined in it.
+        """
+        self._timeout, self._retries, self._on_progress = timeout, retries, _progress(progress)
+        self._ids = itertools.count(1)
+        self._remote, self._script = groups[0].remote, script
+        self._crew = Crew(groups, patience)
+        self._crew.start()
+        # threads hold the crew and not this object, so that it can go out of scope like any executor
+        weakref.finalize(self, self._crew.close).atexit = False
+
+    @classmethod
+    def from_pretrained(cls, model: str, *, pipeline_class: type | None = None, **options: Any) -> Self:
+        """An executor of a pipeline from the Hub or a folder; works in notebooks and without `__main__` guard.
+
+        Args:
+            model: as for `DiffusionPipeline.from_pretrained`.
+            pipeline_class: by default the one that the model names.
+            options: those of the executor; all others go to `from_pretrained`, such as `torch_dtype`.
+        """
+        known = inspect.signature(cls).parameters
+        own = {name: options.pop(name) for name in list(options) if name in known}
+        factory: Any = Pretrained(str(model), pipeline_class, options)  # the first argument of every subclass
+        return cls(factory, **own)
+
+    def submit(  # type: ignore[override]
+        self,
+        *arguments: Any,
+        timeout: float | None = None,
+        on_progress: Callable[[Request, Progress], None] | None = None,
+        **keywords: Any,
+    ) -> Request:
+        """Has the pipeline called with these arguments, in turn; returns at once.
+
+        Arguments are taken as they are now, with the state that generators have; only the contents of tensors,
+        arrays and images must not change before the request runs.
+
+        Args:
+            arguments, keywords: what the pipeline takes, as if it were called.
+            timeout, on_progress: for this request, instead of the executor's.
+
+        Returns:
+            A `concurrent.futures.Future` of what the pipeline returns. It ends with the pipeline's exception,
+            `TimeoutError`, or `WorkerDied`; `cancel()` works while it runs, too.
+
+        Raises:
+            RuntimeError: the executor was shut down, or (`ExecutorBroken`) no worker is left.
+        """
+        request = Request(
+            next(self._ids),
+            arguments,
+            keywords,
+            seed=int(torch.randint(2**63 - 1, ())) if self._remote else None,
+            timeout=self._timeout if timeout is None else timeout,
+            on_progress=on_progress or self._on_progress,
+        )
+        request._retries = self._retries
+        self._crew.check()
+        if self._remote:
+            request._patches = chosen_patches()
+            try:
+                request._packed = pack((arguments, keywords))
+                if not self._script:
+                    main_module.refuse(request._packed.stream)
+            except Exception as error:  # of this future only
+                request._begin(lambda: None)
+                request._fail(error)
+                return request
+        self._crew.add(request)
+        return request
+
+    def map(  # type: ignore[override]
+        self,
+        requests: Iterable[Mapping[str, Any]],
+        *,
+        timeout: float | None = None,
+        buffersize: int | None = None,
+    ) -> Iterator[Any]:
+        """The results for each mapping of keyword arguments, in their order.
+
+        Args:
+            requests: such as `[{"prompt": "a cat"}, {"prompt": "a dog"}]`.
+            timeout: seconds from now until `TimeoutError`, if the next result is not there.
+            buffersize: how many are submitted ahead of the result that is asked for; by default all. With it
+                the results that wait do not fill the memory.
+        """
+        if buffersize is not None and buffersize < 1:
+            raise ValueError(f"buffersize is {buffersize}, below 1")
+        end = None if timeout is None else time.monotonic() + timeout
+        todo = iter(requests)
+        futures = deque(self._submit_all(itertools.islice(todo, buffersize)))
+
+        def results() -> Iterator[Any]:  # a generator of its own: all above happens at once
+            try:
+                while futures:
+                    future = futures.popleft()
+                    try:
+                        yield future.result(None if end is None else end - time.monotonic())
+                    except BaseException:
+                        future.cancel()
+                        raise
+                    del future  # and with it the result, before the next is waited for
+                    futures.extend(self._submit_all(itertools.islice(todo, 1)))
+            finally:
+                for future in futures:
+                    future.cancel()
+
+        return results()
+
+    def _submit_all(self, requests: Iterable[Mapping[str, Any]]) -> Iterator[Request]:
+        for request in requests:
+            if not isinstance(request, Mapping):
+                raise TypeError(
+                    f"map takes mappings of the pipeline's keyword arguments, such as dict(prompt=...), not "
+                    f"{type(request).__name__!r}"
+                )
+            yield self.submit(**request)
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """No more requests are taken; workers end when the last is done.
+
+        Args:
+            wait: return only then.
+            cancel_futures: cancel the requests that have not started. Those that run go on.
+        """
+        self._crew.close(cancel_futures)
+        if wait:
+            self._crew.join()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Waits for all requests; after an exception cancels them, those that run too."""
+        if kind is not None:
+            self._crew.cancel()
+        self.shutdown()
+
+
+class ParallelExecutor(PipelineExecutor):
+    """Runs a diffusers pipeline on one or several devices of this machine and brings the results back.
+
+        with ParallelExecutor.from_pretrained("Wan-AI/Wan2.2-T2V-A14B-Diffusers", torch_dtype=torch.bfloat16) as ex:
+            future = ex.submit(prompt="a cat", generator=torch.Generator().manual_seed(42))
+            video = future.result().frames
+
+    Results are what the pipeline returns, with the same bits; tensors of accelerators arrive on the CPU, PIL
+    images are decoded when they are looked at. Of an output class, `result.timings` holds the seconds of the
+    pipeline's stages. What is enabled in this process when a request is submitted is enabled in its worker.
+
+    Layouts:
+        inline: one device; the pipeline lives in this process, on a thread, and nothing is copied.
+        replicas: a pipeline for each device; requests are spread.
+        context: all devices of a group work on one request, by diffusers' `enable_parallelism`.
+        cfg: two devices, one for each branch of classifier-free guidance.
+        sharded: the denoisers' weights are split over the devices of a group (`fully_shard`).
+        auto: inline for one device, replicas for several.
+
+    In all but inline, a request without a generator gets a seed drawn from torch's default generator here.
+    """
+
+    def __init__(
+        self,
+        factory: Callable[[], Any],
+        *,
+        devices: str | int | Sequence[str | torch.device] = "auto",
+        layout: str = "auto",
+        group_size: int | None = None,
+        parallel: Any = None,
+        retries: int = 0,
+        timeout: float | None = None,
+        patience: float = 120.0,
+        progress: bool | Callable[[Request, Progress], None] = False,
+        log: Log | None = None,
+        threads: int | None = None,
+    ) -> None:
+        """Starts the workers and waits until each has built its pipeline.
+
+        Args:
+            factory: called without arguments in every worker; returns a pipeline. A function of a module that
+                workers can import; one of the script itself needs `if __name__ == "__main__":` around what
+                starts the executor.
+            devices: "auto" for all accelerators, or else the CPU; a number of them; or a list such as
+                `["cuda:0", "cuda:1"]`. `["cpu", "cpu"]` is two processes on the CPU.
+            layout: see the class.
+            group_size: devices that work on one request together: for context and sharded (by default all) and
+                cfg (2).
+            parallel: for context: "ulysses" (also None), "ring" or "tensor", or a configuration of diffusers.
+            retries: how often a request is given to another worker after its own has died.
+            timeout: seconds that a request may run, from when it starts; `submit` can set another.
+            patience: seconds that a cancelled or timed out request may take to reach its next step before its
+                worker is ended and started anew.
+            progress: True for bars in the terminal, or a function called with the request (its future) and its
+                `Progress` after every step; `submit` can set another.
+            log: called with a worker's rank and a line of its output; by default they go to stderr, prefixed
+                with the rank.
+            threads: CPU threads of each worker; by default the cores are shared out. On CPUs results can depend
+                on it.
+
+        Raises:
+            ValueError: for options that do not go together; the message says which do.
+            WorkerDied: a worker ended while it loaded.
+            Exception: what the factory raises.
+        """
+        main_module.refuse_while_loading()
+        chosen = _devices(devices)
+        layout, size = resolve(layout, chosen, group_size, parallel)
+        groups: list[Group]
+        script = False
+        if layout == "inline":
+            groups = [InlineGroup(functools.partial(Session, factory, layout, chosen[0]))]
+        else:
+            build, setup = _worker_setup(factory, layout, parallel)
+            script = setup["main"] is not None
+            environment = {"PYTHONUNBUFFERED": "1"}
+            if threads is not None or "OMP_NUM_THREADS" not in os.environ:
+                environment["OMP_NUM_THREADS"] = str(threads or max(1, _cores() // len(chosen)))
+            groups = [
+                WorkerGroup(
+                    build,
+                    chosen[first : first + size],
+                    first_rank=first,
+                    setup=setup,
+                    environment=environment,
+                    log=log or _to_stderr,
+                )
+                for first in range(0, len(chosen), size)
+            ]
+        super().__init__(groups, retries=retries, timeout=timeout, patience=patience, progress=progress, script=script)
+
+
+def _worker_setup(factory: Callable[[], Any], layout: str, parallel: Any) -> tuple[Packed, dict[str, Any]]:
+    """What a worker needs to build its pipeline: `(factory, parallel)`, and plain facts.
+
+    Raises:
+        ValueError: the factory cannot be sent, or cannot be found by another process.
+    """
+    try:
+        build = pack((factory, parallel))
+    except Exception as error:
+        raise ValueError(
+            f"workers cannot be told about the factory {factory!r} ({error}); it must be a function at the top of a "
+            "module, or anything else that pickles"
+        ) from error
+    setup = {"layout": layout, "path": [str(path) for path in sys.path], "patches": chosen_patches()}
+    return build, setup | {"main": main_module.needed(factory)}
+
+
+def _devices(wanted: str | int | Sequence[str | torch.device]) -> list[torch.device]:
+    """The devices meant by the executor's argument of that name."""
+    if isinstance(wanted, str) and wanted != "auto":
+        wanted = [wanted]
+    if not isinstance(wanted, (str, int)):
+        devices = [torch.device(device) for device in wanted]
+        if not devices:
+            raise ValueError('devices is empty; name at least one, or "auto"')
+        return devices
+    found = _accelerators() or [torch.device("cpu")]
+    if wanted == "auto":
+        return found
+    if not 1 <= int(wanted) <= len(found):
+        names = ", ".join(map(str, found))
+        raise ValueError(
+            f"{wanted} devices are wanted, and there are {len(found)}: {names}. For several processes on "
+            'the CPU give a list: ["cpu", "cpu"]'
+        )
+    return found[: int(wanted)]
+
+
+def _accelerators() -> list[torch.device]:
+    """All accelerators of the kind that torch uses here; does not start them in this process."""
+    for kind in ("cuda", "npu", "xpu"):
+        backend = getattr(torch, kind, None)
+        if backend is not None and backend.is_available():
+            return [torch.device(kind, index) for index in range(backend.device_count())]
+    return []
+
+
+def _progress(wanted: bool | Callable[[Request, Progress], None]) -> Callable[[Request, Progress], None] | None:
+    if isinstance(wanted, bool):
+        return Bars() if wanted else None
+    return wanted
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _to_stderr(rank: int, line: str) -> None:
+    print(f"[{rank}] {line}", file=sys.stderr, flush=True)

@@ -1,0 +1,134 @@
+"""What a worker does, whatever brings it its messages: one of the processes that work on a request together."""
+
+from __future__ import annotations
+
+import contextlib
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+import wan_patches
+from wan_patches.delivery import Delivery, delivering
+from wan_patches.executor import errors
+from wan_patches.executor.images import Frame
+from wan_patches.executor.session import Report, Session
+from wan_patches.executor.transport import Message, Packed, pack
+
+_BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "npu": "cpu:gloo,npu:hccl", "xpu": "cpu:gloo,xpu:xccl"}
+
+
+class Rank:
+    """A session with the patches that requests want; results leave the first rank only, packed.
+
+    `load`, `run` and `close` are called by one thread, `interrupt` by any.
+    """
+
+    def __init__(self, rank: int, ranks: int, device: torch.device) -> None:
+        """`rank`: place of this process among the `ranks` of its group. `device`: of this process."""
+        self._rank, self._ranks, self._device = rank, ranks, device
+        self._session: Session | None = None
+        self._patches: dict[str, Any] | None = None
+
+    def load(
+        self,
+        build: Callable[[], tuple[Callable[[], Any], Any]],
+        layout: str,
+        patches: dict[str, Any] | None,
+        store: Any = None,
+    ) -> None:
+        """Builds the pipeline.
+
+        Args:
+            build: gives the factory and `parallel`; called when all that both may need is there.
+            layout: as in `ParallelExecutor`.
+            patches: arguments of `enable`; None if nothing is to be enabled.
+            store: of torch.distributed, where the ranks find one another, if there are several.
+        """
+        self._use(patches)
+        if self._ranks > 1:
+            torch.distributed.init_process_group(
+                _BACKENDS.get(self._device.type, "gloo"), store=store, rank=self._rank, world_size=self._ranks
+            )
+        factory, parallel = build()
+        self._session = Session(factory, layout, self._device, parallel=parallel, ranks=self._ranks)
+
+    def run(
+        self,
+        request: int,
+        inputs: Callable[[], tuple[Sequence[Any], Mapping[str, Any]]],
+        *,
+        seed: int | None,
+        patches: dict[str, Any] | None,
+        empty_strided: Callable[[Sequence[int], Sequence[int], torch.dtype], torch.Tensor],
+        report: Report,
+    ) -> tuple[Packed | None, dict[str, float]]:
+        """Calls the pipeline.
+
+        Args:
+            request, seed, report: as for `Session.run`; only the first rank reports.
+            inputs: gives the positional and keyword arguments of the pipeline.
+            patches: as for `load`.
+            empty_strided: where finished frames go, as in `wan_patches.delivery`.
+
+        Returns:
+            The result (None in all but the first rank), and the seconds of the pipeline's stages.
+
+        Raises:
+            Interrupted, Exception: as `Session.run`, and what unpickling the inputs or pickling the result raises.
+        """
+        assert self._session is not None
+        self._use(patches)
+        arguments, keywords = inputs()
+        if self._rank:
+            _, timings = self._session.run(request, arguments, keywords, seed=seed)
+            return None, timings
+        with delivering(Delivery(empty_strided=empty_strided, image=Frame)):
+            result, timings = self._session.run(request, arguments, keywords, seed=seed, report=report)
+        return pack(result), timings
+
+    def interrupt(self, request: int) -> None:
+        """Leaves that request at its next step."""
+        if self._session is not None:
+            self._session.interrupt(request)
+
+    def close(self) -> None:
+        """Takes leave of the other ranks."""
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+    def _use(self, patches: dict[str, Any] | None) -> None:
+        if patches == self._patches:
+            return
+        if patches is None:
+            wan_patches.disable()
+        else:
+            wan_patches.enable(**patches)
+        self._patches = patches
+
+
+def failed(error: BaseException) -> tuple[str, Packed]:
+    """An exception's traceback, and itself as it can travel. It holds nothing of the pipeline any more."""
+    text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    with contextlib.suppress(RuntimeError):  # frames that still run
+        traceback.clear_frames(error.__traceback__)
+    return text, pack(errors.portable(error.with_traceback(None)))
+
+
+def failure_of(message: Message) -> BaseException:
+    """The exception that `failed` made portable, with its traceback there as its cause; `message.info` is that."""
+    try:
+        error = message.load()
+    except Exception as problem:  # its own class says no
+        error = RuntimeError(f"a worker raised an exception that cannot be loaded here: {problem!r}")
+    return errors.with_traceback(error, message.info)
+
+
+def chosen_patches() -> dict[str, Any] | None:
+    """What is enabled in this process, as arguments of `enable`; None if nothing is."""
+    choice = wan_patches._registry.chosen()
+    if choice is None:
+        return None
+    names = None if choice.names is None else sorted(choice.names)
+    return {"patches": names, "fidelity": choice.fidelity.value, "gate": choice.gate}

@@ -1,0 +1,554 @@
+"""`RayParallelExecutor`: the executor of pipelines on the devices of a Ray cluster.
+
+A rank is an actor, a group of ranks that work on one request together lies in a placement group. A call of an actor
+streams back what happens: a progress event for every step, and last what came of it. A result's tensors travel as
+buffers beside its pickle, so that Ray's object store takes and gives them without looking inside; what the store
+gives is read-only and ends with Ray, so each result is copied into memory of its own once.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import itertools
+import os
+import queue
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+
+from wan_patches.executor import crew
+from wan_patches.executor.errors import WorkerDied
+from wan_patches.executor.executor import PipelineExecutor
+from wan_patches.executor.layouts import resolve
+from wan_patches.executor.rank import Rank, chosen_patches, failed, failure_of
+from wan_patches.executor.requests import Progress, Request, logger
+from wan_patches.executor.session import Interrupted
+from wan_patches.executor.transport import Message
+
+_OTHER_RANKS = 10.0  # seconds that ranks have to end a request after one of them has failed
+_GOODBYE = 10.0  # seconds that a worker has to end after being told to
+_LOOK = 1.0  # seconds: a call that waits in Ray is not told when another thread shuts Ray down
+_PATIENT = 20.0  # seconds without a place in the cluster until the log says so
+_THREADS = 4  # of an actor: one runs, one waits for its end, the others take interrupts
+_ALIGN = 64  # bytes, as in transport
+
+#: A pickle and its buffers.
+Parts = tuple[np.ndarray, list[np.ndarray]]
+
+
+class RayParallelExecutor(PipelineExecutor):
+    """Runs a diffusers pipeline on the devices of a Ray cluster: what `ParallelExecutor` is on one machine.
+
+        with RayParallelExecutor.from_pretrained("Wan-AI/Wan2.2-T2V-A14B-Diffusers", torch_dtype=torch.bfloat16) as ex:
+            future = ex.submit(prompt="a cat", generator=torch.Generator().manual_seed(42))
+            video = future.result().frames
+
+    Requests, results, progress, cancelling, errors and layouts are those of `ParallelExecutor`, but for the layout
+    "inline", which needs no Ray. Results are copied out of Ray's object store: they can be written to, and outlive
+    the executor and Ray. Output of workers goes where Ray brings it; a `WorkerDied` has no log, its cause
+    (`__cause__`) is what Ray says about the end.
+
+    Uses the Ray that the program is connected to, or else connects to the cluster that `address` names, or starts
+    one on this machine, and leaves that again when the last executor is shut down. Ray Client (`ray://`) will not do:
+    run the program in the cluster, such as by `ray job submit`. Every node needs this package and the model.
+    """
+
+    def __init__(
+        self,
+        factory: Callable[[], Any],
+        *,
+        devices: str | int = "auto",
+        layout: str = "auto",
+        group_size: int | None = None,
+        parallel: Any = None,
+        retries: int = 0,
+        timeout: float | None = None,
+        patience: float = 120.0,
+        progress: bool | Callable[[Request, Progress], None] = False,
+        threads: int | None = None,
+        resources: Mapping[str, float] | None = None,
+        strategy: str = "PACK",
+        address: str | None = None,
+    ) -> None:
+        """Starts the workers and waits until each has built its pipeline, and before until Ray has room for them.
+
+        Args:
+            factory: called without arguments in every worker; returns a pipeline. Ray pickles it: functions of the
+                script, of a notebook and lambdas will do.
+            devices: the number of workers; "auto" for as many as the cluster has `resources` for.
+            layout: "replicas" (also "auto"), "context", "cfg" or "sharded"; see `ParallelExecutor`.
+            group_size, parallel, retries, timeout, patience, progress: see `ParallelExecutor`.
+            threads: CPU threads of each worker; by default the cluster's are shared out among as many workers as it
+                has room for. On CPUs results can depend on it.
+            resources: of Ray's, for each worker. By default `{"GPU": 1}` or `{"NPU": 1}`, whichever the cluster has,
+                or else `{"CPU": 1}`. Without "GPU" and "NPU" workers use the CPU.
+            strategy: how the workers of a group lie on the nodes of the cluster, as in
+                `ray.util.placement_group`: "PACK" for as few as possible, "STRICT_PACK" for one.
+            address: of the cluster, as for `ray.init`, if the program is not connected to one.
+
+        Raises:
+            ImportError: Ray is not installed.
+            ValueError: for options that do not go together; the message says which do.
+            WorkerDied: a worker ended while it loaded.
+            Exception: what the factory raises.
+        """
+        ray = _import_ray()
+        if layout == "inline":
+            raise ValueError('layout "inline" runs in this process and needs no Ray; use ParallelExecutor for it')
+        if not isinstance(devices, int) and devices != "auto":
+            raise ValueError(
+                f'devices={devices!r}: Ray chooses the devices; give a number of workers or "auto", and in resources '
+                'what each needs, such as {"GPU": 1}'
+            )
+        build = _pickled(ray, (factory, parallel))
+        _connection.enter(address)
+        try:
+            total = ray.cluster_resources()
+            if resources is None:
+                resources = {next((kind for kind in ("GPU", "NPU") if total.get(kind)), "CPU"): 1}
+            resources = {kind: amount for kind, amount in resources.items() if amount}
+            if not resources:
+                raise ValueError('resources is empty; name what each worker needs, such as {"CPU": 1}')
+            room = _room(total, resources)
+            count = room if devices == "auto" else int(devices)
+            if count < 1:
+                has, needs = _told(total, resources), _told(resources, resources)
+                raise ValueError(f"there is nothing to run on: each worker needs {needs}, and the cluster has {has}")
+            layout = "replicas" if layout == "auto" else layout
+            layout, size = resolve(layout, [torch.device("cpu")] * count, group_size, parallel)
+            setup = {
+                "layout": layout,
+                "patches": chosen_patches(),
+                "path": [str(path) for path in sys.path],
+                "resources": resources,
+                "threads": threads or max(1, int(total.get("CPU", 1) // max(1, room))),
+            }
+            groups = [
+                RayGroup(build, size, first_rank=first, setup=setup, strategy=strategy)
+                for first in range(0, count, size)
+            ]
+            super().__init__(groups, retries=retries, timeout=timeout, patience=patience, progress=progress)
+        finally:
+            _connection.leave()  # the groups have entered themselves
+
+
+class RayGroup:
+    """Actors, one for each rank, that work on a request together."""
+
+    remote = True
+
+    def __init__(self, build: bytes, ranks: int, *, first_rank: int, setup: dict[str, Any], strategy: str) -> None:
+        """`first_rank`: number of the first rank among all workers. `setup`: see `RayParallelExecutor`."""
+        self._build, self._ranks, self._first_rank = build, ranks, first_rank
+        self._setup, self._strategy = setup, strategy
+        self.on_death: Callable[[], None] = lambda: None
+        self._actors: list[_Actor] = []
+        self._placement: Any = None
+        _connection.enter()
+
+    def start(self) -> None:
+        import ray
+
+        self._clear()
+        if not ray.is_initialized():  # the calls below would start one
+            raise RuntimeError("Ray was shut down; make another executor")
+        try:
+            options = _options(self._setup["resources"])
+            if self._ranks > 1:
+                bundles = [dict(self._setup["resources"]) for _ in range(self._ranks)]
+                self._placement = ray.util.placement_group(bundles, strategy=self._strategy)
+            actor = ray.remote(PipelineWorker)
+            for rank in range(self._ranks):
+                if self._placement is not None:
+                    options["scheduling_strategy"] = ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy(
+                        self._placement, rank
+                    )
+                handle = actor.options(max_concurrency=_THREADS, **options).remote()
+                self._actors.append(_Actor(self._first_rank + rank, handle, self.on_death))
+            self._wait_for_places([actor.handle.prepare.remote(self._setup["path"]) for actor in self._actors])
+            rendezvous = None
+            if self._ranks > 1:
+                rendezvous = self._get(self._actors[0], self._actors[0].handle.open_store.remote())
+            streams = [
+                actor.handle.load.options(num_returns="streaming").remote(
+                    self._build, self._setup, rank, self._ranks, rendezvous
+                )
+                for rank, actor in enumerate(self._actors)
+            ]
+            self._gather(None, streams)
+        except BaseException:
+            self._clear()
+            raise
+
+    def run(self, request: Request) -> tuple[Any, dict[str, float]]:
+        import ray
+
+        value: Any = request._packed.parts()
+        if self._ranks > 1:
+            value = ray.put(value)  # once for all
+        info = request.id, request._seed, request._patches
+        with self._deaths(self._actors[0], request.id):
+            streams = [actor.handle.run.options(num_returns="streaming").remote(*info, value) for actor in self._actors]
+        del value
+        message = self._gather(request, streams)
+        return message.load(), message.info
+
+    def _gather(self, request: Request | None, streams: Sequence[Any]) -> Message:
+        """Waits until every rank is done; what the first one gave."""
+        import ray
+
+        waiting = dict(zip(streams, self._actors))
+        number = 0 if request is None else request.id
+        first: Message | None = None
+        deadline: float | None = None
+        failure: BaseException | None = None
+        while waiting:
+            with self._deaths(self._actors[0], number):
+                ready, _ = ray.wait(list(waiting), num_returns=1, timeout=_LOOK)
+            if not ready:
+                if deadline is None or time.monotonic() < deadline:
+                    continue
+                self._clear()  # one rank failed, the others wait for it in vain
+                break
+            stream, actor = ready[0], waiting[ready[0]]
+            kind, info, *value = self._get(actor, stream, number)
+            if kind == "progress":
+                if request is not None:
+                    request._advance(Progress(*info))
+                continue
+            del waiting[stream]
+            message = Message(kind, number, info, [_owned(parts) for parts in value])
+            del value
+            if actor is self._actors[0]:
+                first = message
+            if kind in ("failed", "interrupted") and failure is None:
+                failure = Interrupted() if kind == "interrupted" else failure_of(message)
+                deadline = time.monotonic() + _OTHER_RANKS
+        if failure is not None:
+            raise failure
+        assert first is not None
+        return first
+
+    def _get(self, actor: _Actor, what: Any, request: int = 0) -> Any:
+        """What a reference, or the next one of a stream, stands for."""
+        import ray
+
+        if not isinstance(what, ray.ObjectRef):
+            with self._deaths(actor, request):
+                what = next(what)
+        while True:
+            with self._deaths(actor, request), contextlib.suppress(ray.exceptions.GetTimeoutError):
+                return ray.get(what, timeout=_LOOK)
+
+    @contextlib.contextmanager
+    def _deaths(self, actor: _Actor, request: int) -> Iterator[None]:
+        """Inside, what Ray raises when the actor has ended becomes `WorkerDied`."""
+        import ray
+
+        try:
+            if not _initialized():  # Ray's functions would start another one
+                raise RuntimeError("Ray was shut down")
+            yield
+        except BaseException as error:
+            # one of our own code in the actor is no death; the program's own ray.shutdown() raises SystemExit here
+            deadly = isinstance(error, (ray.exceptions.RayError, StopIteration))
+            if _initialized() and (not deadly or isinstance(error, ray.exceptions.RayTaskError)):
+                raise
+            self._clear()
+            # the cause, too, of an exception that another rank met in torch.distributed
+            raise WorkerDied(None, actor.rank, request or None) from error
+
+    def _wait_for_places(self, calls: list[Any]) -> None:
+        import ray
+
+        needed = self._setup["resources"]
+        _, waiting = ray.wait(calls, num_returns=len(calls), timeout=_PATIENT)
+        if waiting:
+            logger.warning(
+                "workers wait for a place in the Ray cluster: each of %d needs %s; it has %s, of which %s are free",
+                self._ranks,
+                _told(needed, needed),
+                _told(ray.cluster_resources(), needed),
+                _told(ray.available_resources(), needed),
+            )
+        for actor, call in zip(self._actors, calls):
+            self._get(actor, call)
+
+    def interrupt(self, request: int) -> None:
+        for actor in list(self._actors):
+            with contextlib.suppress(Exception):  # it is gone, or Ray is
+                if _initialized():
+                    actor.handle.interrupt.remote(request)
+
+    def kill(self) -> None:
+        for actor in list(self._actors):
+            actor.kill()
+
+    def _clear(self) -> None:
+        self.kill()
+        for actor in self._actors:
+            actor.ended.wait(_GOODBYE)
+        self._actors = []
+        placement, self._placement = self._placement, None
+        if placement is not None and _initialized():
+            import ray
+
+            with contextlib.suppress(Exception):
+                ray.util.remove_placement_group(placement)
+
+    def alive(self) -> bool:
+        return bool(self._actors) and not any(actor.ended.is_set() for actor in self._actors) and _initialized()
+
+    def stop(self) -> None:
+        try:
+            if self.alive():
+                import ray
+
+                with contextlib.suppress(Exception):
+                    ray.wait(
+                        [actor.handle.close.remote() for actor in self._actors],
+                        num_returns=len(self._actors),
+                        timeout=_GOODBYE,
+                    )
+            self._clear()
+        finally:
+            _connection.leave()
+
+
+class _Actor:
+    """The handle of an actor, and whether it has ended."""
+
+    def __init__(self, rank: int, handle: Any, on_death: Callable[[], None]) -> None:
+        self.rank, self.handle = rank, handle
+        self.ended = threading.Event()
+        self._on_death = on_death
+        # a call that never returns: it ends with the actor
+        handle.wait.remote().future().add_done_callback(self._end)
+
+    def _end(self, _: Any) -> None:
+        self.ended.set()
+        self._on_death()
+
+    def kill(self) -> None:
+        import ray
+
+        if not _initialized():
+            self.ended.set()
+            return
+        with contextlib.suppress(Exception):
+            ray.kill(self.handle)
+
+
+class PipelineWorker:
+    """The actor. Ray calls its methods in several threads; all of torch's work is done in one of its own."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "pipeline")
+        self._rank: Rank | None = None
+        self._store: Any = None
+
+    def prepare(self, path: Sequence[str]) -> int:
+        """Before anything that the factory needs is unpickled: where modules may be, after Ray's own places."""
+        sys.path.extend(folder for folder in path if folder not in sys.path)
+        return os.getpid()
+
+    def open_store(self) -> tuple[str, int]:
+        """Where the ranks find one another; in the first."""
+        import ray
+
+        host = ray.util.get_node_ip_address()
+        self._store = torch.distributed.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        return host, self._store.port
+
+    def load(self, *arguments: Any) -> Iterator[Any]:
+        """Builds the pipeline; one event, "ready" or "failed"."""
+        yield from self._events(lambda _: self._load(*arguments))
+
+    def run(self, *arguments: Any) -> Iterator[Any]:
+        """A request's events: "progress" for each step in the first rank, then "done", "failed" or "interrupted"."""
+        yield from self._events(lambda put: self._run(put, *arguments))
+
+    def interrupt(self, request: int) -> None:
+        if self._rank is not None:
+            self._rank.interrupt(request)
+
+    def wait(self) -> None:
+        """Returns never."""
+        threading.Event().wait()
+
+    def close(self) -> None:
+        if self._rank is not None:
+            self._thread.submit(self._rank.close).result()
+
+    def _events(self, work: Callable[[Callable[[Any], None]], Any]) -> Iterator[Any]:
+        """What `work` puts, and then what it returns or that it has failed."""
+        events: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+        def guarded() -> None:
+            try:
+                last = work(events.put)
+            except Interrupted:
+                last = ("interrupted", None)
+            except BaseException as error:
+                text, packed = failed(error)
+                last = ("failed", text, packed.parts())
+            events.put(last)
+
+        self._thread.submit(guarded)
+        while (event := events.get())[0] == "progress":
+            yield event
+        yield event
+
+    def _load(
+        self, build: bytes, setup: dict[str, Any], rank: int, ranks: int, rendezvous: tuple[str, int] | None
+    ) -> Any:
+        import ray
+
+        torch.set_num_threads(setup["threads"])  # Ray has set one, if the actor has no CPUs of its own
+        if rendezvous is not None and self._store is None:
+            self._store = torch.distributed.TCPStore(*rendezvous)
+        self._rank = Rank(rank, ranks, _device(setup["resources"]))
+        self._rank.load(lambda: ray.cloudpickle.loads(build), setup["layout"], setup["patches"], self._store)
+        return "ready", None
+
+    def _run(
+        self,
+        put: Callable[[Any], None],
+        request: int,
+        seed: int | None,
+        patches: dict[str, Any] | None,
+        inputs: Parts,
+    ) -> Any:
+        assert self._rank is not None
+        packed, timings = self._rank.run(
+            request,
+            Message("run", request, None, [_owned(inputs)]).load,
+            seed=seed,
+            patches=patches,
+            empty_strided=_empty_strided,
+            report=lambda step, total, bar: put(("progress", (step, total, bar))),
+        )
+        return ("done", timings) if packed is None else ("done", timings, packed.parts())
+
+
+def _empty_strided(shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty_strided(tuple(shape), tuple(stride), dtype=dtype, device="cpu")
+
+
+def _device(resources: Mapping[str, float]) -> torch.device:
+    """The device of this actor: Ray hides the others, so that it is the first."""
+    if "NPU" in resources:
+        import torch_npu  # noqa: F401
+
+        return torch.device("npu", 0)
+    if "GPU" in resources:
+        for kind in ("cuda", "xpu"):
+            backend = getattr(torch, kind, None)
+            if backend is not None and backend.is_available():
+                return torch.device(kind, 0)
+        raise RuntimeError(f"Ray has given a GPU to this worker, but its torch {torch.__version__} can use none")
+    return torch.device("cpu")
+
+
+# Values in Ray's object store
+
+
+def _owned(parts: Parts) -> Parts:
+    """The same in memory of our own: the store's is read-only.
+
+    In one block, for which numpy asks for huge pages: page faults of fresh memory cost more than the copy.
+    """
+    stream, buffers = parts
+    starts = list(itertools.accumulate((-(-len(buffer) // _ALIGN) * _ALIGN for buffer in buffers), initial=0))
+    block = np.empty(starts[-1], np.uint8)
+    copies = [block[start : start + len(buffer)] for start, buffer in zip(starts, buffers)]
+    for copy, buffer in zip(copies, buffers):
+        np.copyto(copy, buffer)
+    return stream.copy(), copies
+
+
+# Ray
+
+
+def _import_ray() -> Any:
+    try:
+        import ray
+        import ray.util.scheduling_strategies
+    except ImportError as error:
+        raise ImportError('RayParallelExecutor needs Ray: pip install "wan-patches[ray]"') from error
+    # Ray ends at the end of Python, but not before the requests are done: last registered is first called
+    atexit.unregister(crew.finish_all)
+    atexit.register(crew.finish_all)
+    return ray
+
+
+def _initialized() -> bool:
+    import ray
+
+    return bool(ray.is_initialized())
+
+
+def _pickled(ray: Any, value: Any) -> bytes:
+    try:
+        return bytes(ray.cloudpickle.dumps(value))
+    except Exception as error:
+        raise ValueError(f"workers cannot be told about the factory {value[0]!r} ({error})") from error
+
+
+def _options(resources: Mapping[str, float]) -> dict[str, Any]:
+    """The resources as options of an actor, which has names of its own for some."""
+    others = dict(resources)
+    options: dict[str, Any] = {"num_cpus": others.pop("CPU", 0), "num_gpus": others.pop("GPU", 0)}
+    if "memory" in others:
+        options["memory"] = others.pop("memory")
+    return options | {"resources": others}
+
+
+def _room(total: Mapping[str, float], resources: Mapping[str, float]) -> int:
+    """How many workers, each with these resources, the cluster can have."""
+    return int(min(total.get(kind, 0.0) / amount + 1e-6 for kind, amount in resources.items()))  # 1 / 0.1: ten
+
+
+def _told(amounts: Mapping[str, float], kinds: Iterable[str]) -> str:
+    return ", ".join(f"{amounts.get(kind, 0):g} {kind}" for kind in kinds)
+
+
+class _Connection:
+    """To Ray: made by the first executor if the program has none, and then ended by the last."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._ours = False
+
+    def enter(self, address: str | None = None) -> None:
+        import ray
+
+        with self._lock:
+            if not self._users:
+                self._ours = not ray.is_initialized()
+                if self._ours:
+                    ray.init(address=address)
+                if ray.util.client.ray.is_connected():
+                    if self._ours:
+                        ray.shutdown()
+                    raise ValueError("Ray Client (ray://) cannot stream results; run the program in the cluster")
+            self._users += 1
+
+    def leave(self) -> None:
+        import ray
+
+        with self._lock:
+            self._users -= 1
+            if not self._users and self._ours:
+                ray.shutdown()
+
+
+_connection = _Connection()

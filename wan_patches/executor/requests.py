@@ -1,0 +1,136 @@
+"""A request: what `submit` gives back, and what the executor and its workers tell about it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, InvalidStateError
+from dataclasses import dataclass
+from typing import Any
+
+logger = logging.getLogger("wan_patches")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a request is.
+
+    step: denoising steps done, of the pipeline's current progress bar.
+    total: its number of steps; None if the pipeline does not know.
+    bar: which progress bar of the pipeline it is, from 1: Helios has one for each chunk of frames.
+    """
+
+    step: int
+    total: int | None
+    bar: int = 1
+
+
+class Request(Future):  # type: ignore[type-arg]
+    """A `concurrent.futures.Future` of a pipeline's output.
+
+    Attributes:
+        id: its number in the executor, from 1.
+        progress: the newest `Progress`, None before the first step.
+        timings: seconds of the pipeline's stages by name, once the result is there.
+    """
+
+    def __init__(
+        self,
+        id: int,
+        arguments: tuple[Any, ...],
+        keywords: Mapping[str, Any],
+        *,
+        seed: int | None = None,
+        timeout: float | None = None,
+        on_progress: Callable[[Request, Progress], None] | None = None,
+    ) -> None:
+        super().__init__()
+        self.id = id
+        self.progress: Progress | None = None
+        self.timings: dict[str, float] = {}
+        self._arguments, self._keywords = arguments, keywords
+        self._seed, self._timeout, self._on_progress = seed, timeout, on_progress
+        self._patches: dict[str, Any] | None = None
+        self._packed: Any = None
+        self._retries = 0
+        self._interrupt: Callable[[], None] | None = None
+        self._timer: threading.Timer | None = None
+
+    def cancel(self) -> bool:
+        """Cancels the request, also when it runs: its worker leaves the pipeline after the current step.
+
+        Returns:
+            Whether nothing will come of it; False if it was done already.
+        """
+        if super().cancel():
+            return True
+        # what Future does for one that waits, for one that runs
+        with self._condition:
+            if self._state != "RUNNING":
+                return False
+            self._state = "CANCELLED"
+            self._condition.notify_all()
+        self.set_running_or_notify_cancel()
+        self._invoke_callbacks()  # type: ignore[attr-defined]
+        self._leave()
+        return True
+
+    # What the executor calls
+
+    def _begin(self, interrupt: Callable[[], None]) -> bool:
+        """Now it runs, and `interrupt` stops it; False if it was cancelled before."""
+        self._interrupt = interrupt
+        if not self.running() and not self.set_running_or_notify_cancel():  # running: this is another try
+            return False
+        if self._timeout is not None:
+            self._timer = threading.Timer(self._timeout, self._expire)
+            self._timer.daemon = True
+            self._timer.start()
+        if self.cancelled():  # between two tries, when nothing could be interrupted
+            self._end_of_try()
+            return False
+        return True
+
+    def _end_of_try(self) -> None:
+        self._interrupt = None
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _expire(self) -> None:
+        if self._fail(TimeoutError(f"request {self.id} took longer than its timeout of {self._timeout} s")):
+            self._leave()
+
+    def _leave(self) -> None:
+        interrupt = self._interrupt
+        if interrupt is not None:
+            interrupt()
+
+    def _advance(self, progress: Progress) -> None:
+        self.progress = progress
+        if self._on_progress is not None and not self.done():
+            try:
+                self._on_progress(self, progress)
+            except Exception:
+                logger.exception("the progress callback of request %d raised", self.id)
+
+    def _succeed(self, result: Any, timings: dict[str, float]) -> None:
+        self.timings = timings
+        if isinstance(result, OrderedDict):  # as every output class of diffusers is
+            result.timings = timings  # type: ignore[attr-defined]
+        self._forget_inputs()
+        with contextlib.suppress(InvalidStateError):  # it was cancelled or has timed out meanwhile
+            self.set_result(result)
+
+    def _fail(self, error: BaseException) -> bool:
+        self._forget_inputs()
+        try:
+            self.set_exception(error)
+        except InvalidStateError:
+            return False
+        return True
+
+    def _forget_inputs(self) -> None:
+        self._arguments, self._keywords, self._packed = (), {}, None

@@ -1,0 +1,186 @@
+"""One pipeline, on its device, that runs one request after another: in this process or in a worker."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from wan_patches import stages
+from wan_patches.executor.layouts import place
+
+Report = Callable[[int, "int | None", int], None]
+
+
+class Interrupted(BaseException):
+    """Raised at the end of a step to leave a pipeline that nobody waits for any more.
+
+    Not an `Exception`: nothing in a pipeline that catches those may hold it up.
+    """
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """Builds a pipeline from a name on the Hub or a folder; pickles, so that workers can call it."""
+
+    model: str
+    pipeline_class: type | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def __call__(self) -> Any:
+        from diffusers import DiffusionPipeline
+
+        return (self.pipeline_class or DiffusionPipeline).from_pretrained(self.model, **self.arguments)  # type: ignore[attr-defined]
+
+
+class Session:
+    """A pipeline that is placed and ready. `run` is called by one thread, `interrupt` by any."""
+
+    def __init__(
+        self,
+        build: Callable[[], Any],
+        layout: str,
+        device: torch.device,
+        *,
+        parallel: Any = None,
+        ranks: int = 1,
+    ) -> None:
+        """Builds the pipeline and puts it where `layout` says.
+
+        Args:
+            build: gives the pipeline.
+            layout, parallel: as in `ParallelExecutor`.
+            device: of this process.
+            ranks: how many processes work on each request; above one torch.distributed must be initialised.
+
+        Raises:
+            TypeError: `build` gives something that cannot be called.
+        """
+        if device.index is not None and hasattr(getattr(torch, device.type, None), "set_device"):
+            getattr(torch, device.type).set_device(device)
+        pipe = build()
+        if not callable(pipe):
+            raise TypeError(f"the factory gave {type(pipe).__name__!r}, which cannot be called; return a pipeline")
+        place(pipe, layout, device, parallel)
+        if hasattr(pipe, "progress_bar"):
+            pipe.progress_bar = self._progress_bar
+        self._pipe, self._device, self._ranks = pipe, device, ranks
+        self._report: Report | None = None
+        self._bars = 0
+        self._running: int | None = None
+        self._unwanted: set[int] = set()
+
+    def run(
+        self,
+        request: int,
+        arguments: Sequence[Any],
+        keywords: Mapping[str, Any],
+        *,
+        seed: int | None = None,
+        report: Report | None = None,
+    ) -> tuple[Any, dict[str, float]]:
+        """Calls the pipeline.
+
+        Args:
+            request: its number, by which it can be interrupted; before it starts too.
+            arguments, keywords: what the pipeline is given.
+            seed: of torch's default generators, for what the pipeline draws without a generator of its own.
+            report: called after every step with the steps done, their number (None: unknown) and which of
+                the pipeline's progress bars that is, from 1 (Helios has one for each chunk of frames).
+
+        Returns:
+            What the pipeline returned, and the seconds of its stages.
+
+        Raises:
+            Interrupted: after the step in which `interrupt` was called.
+            Exception: what the pipeline raises.
+        """
+        self._running, self._report, self._bars = request, report, 0
+        try:
+            self._leave_if_unwanted()
+            if seed is not None:
+                torch.manual_seed(seed)
+            keywords = {name: _on_device(value, self._device) for name, value in keywords.items()}
+            with stages.watching(self._pipe, self._device) as watch:
+                result = self._pipe(*arguments, **keywords)
+            return result, dict(watch.seconds)
+        except BaseException as error:
+            self._tidy_up(error)
+            raise
+        finally:
+            self._running = self._report = None
+            self._unwanted.clear()
+
+    def interrupt(self, request: int) -> None:
+        """Ends `request`, if it runs or is the next one, at its next step."""
+        self._unwanted.add(request)
+
+    def _progress_bar(self, iterable: Iterable[Any] | None = None, total: int | None = None) -> _StepBar:
+        self._bars += 1
+        return _StepBar(iterable, total, self._step)
+
+    def _step(self, step: int, total: int | None) -> None:
+        if self._report is not None:
+            self._report(step, total, self._bars)
+        self._leave_if_unwanted()
+
+    def _leave_if_unwanted(self) -> None:
+        unwanted = self._running in self._unwanted
+        if self._ranks > 1:  # all ranks leave at the same step, or the next collective waits for ever
+            flag = torch.tensor(unwanted, dtype=torch.int32)
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+            unwanted = bool(flag)
+        if unwanted:
+            raise Interrupted
+
+    def _tidy_up(self, error: BaseException) -> None:
+        """What a pipeline that ran to its end would have done."""
+        if hasattr(self._pipe, "maybe_free_model_hooks"):
+            self._pipe.maybe_free_model_hooks()
+        if isinstance(error, torch.cuda.OutOfMemoryError) and self._device.type != "cpu":
+            getattr(torch, self._device.type).empty_cache()
+
+
+class _StepBar:
+    """What a pipeline takes for its tqdm bar; every update is a step."""
+
+    def __init__(self, iterable: Iterable[Any] | None, total: int | None, step: Callable[[int, int | None], None]):
+        if total is None and hasattr(iterable, "__len__"):
+            total = len(iterable)  # type: ignore[arg-type]
+        self.iterable, self.total, self.n = iterable, total, 0
+        self._step = step
+
+    def update(self, n: int = 1) -> None:
+        self.n += n
+        self._step(self.n, self.total)
+
+    def __iter__(self) -> Iterator[Any]:
+        for item in self.iterable or ():
+            yield item
+            self.update()
+
+    def __enter__(self) -> _StepBar:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda *_, **__: None  # set_description, set_postfix, refresh, close, ...
+
+
+def _on_device(value: Any, device: torch.device) -> Any:
+    """Generators of another device of the same kind, on this one: same state, same numbers."""
+    if isinstance(value, (list, tuple)) and value and all(isinstance(item, torch.Generator) for item in value):
+        return type(value)(_on_device(item, device) for item in value)
+    if not isinstance(value, torch.Generator) or value.device.type != device.type or value.device == device:
+        return value
+    if device.index is None:
+        return value
+    generator = torch.Generator(device)
+    generator.set_state(value.get_state())
+    return generator
