@@ -69,7 +69,7 @@ def test_the_table_has_ratios_and_warnings():
         Row("other", 1, "theirs", 3.0, 1.0, False, 1.5),
     ]
     shown = text(transport.table(rows))
-    assert " 10.0x" in shown
+    assert "20.0 (10.0x)" in shown
     assert "~1.5x" in shown
     assert "up to 1.5 cores busy" in shown
     assert "Not what was sent: other through theirs" in shown

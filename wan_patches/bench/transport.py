@@ -35,7 +35,8 @@ from wan_patches.executor.images import Frame
 from wan_patches.executor.transport import Channel, pack
 
 CALM = 0.25  # cores
-_FEW, _MANY = 3, 31  # samples of each
+_FEW, _MANY = 5, 31  # samples of each
+_PAUSE = 0.1  # seconds before each, in which the system is done with the memory that the last one has let go
 _CPU = torch.device("cpu")
 _CONTEXT = multiprocessing.get_context("spawn")
 
@@ -73,7 +74,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Row:
-    """One case through one transport: milliseconds, and those of a plain copy of its bytes in the same run.
+    """One case through one transport: milliseconds, and those of a plain copy of its bytes just before each.
 
     `equal`: whether what arrived is what was sent. `other_cores`: how many cores other processes kept busy; above
     `CALM`, times and ratios mean little.
@@ -389,7 +390,7 @@ def measure(
 
     Args:
         quick: An eighth of the size.
-        seconds: Of each case, about; there are at least 3 samples of each transport. By default 20, or 3 with `quick`.
+        seconds: Of each case, about; there are at least 5 samples of each transport. By default 20, or 3 with `quick`.
         cases_: Instead of all.
         transports_: Instead of all.
     """
@@ -413,12 +414,14 @@ def _rows(case: Case, chosen: list[Transport], seconds: float) -> Iterator[Row]:
     gc.collect()
     source, target = np.ones(case.nbytes, np.uint8), np.ones(case.nbytes, np.uint8)
     names = [transport.name for transport in chosen]
-    times: dict[str, list[float]] = {name: [] for name in ["memcpy", *names]}
+    times: dict[str, list[float]] = {name: [] for name in names}
+    copies: dict[str, list[float]] = {name: [] for name in names}
     start, busy, rounds = time.perf_counter(), _others_cpu_seconds(chosen), 0
     while rounds < _FEW or (time.perf_counter() - start < seconds and rounds < _MANY):
-        times["memcpy"].append(_memcpy(source, target))
         for nth in range(len(chosen)):
             transport = chosen[(nth + rounds) % len(chosen)]
+            time.sleep(_PAUSE)
+            copies[transport.name].append(_memcpy(source, target))
             value, elapsed = transport.fetch()
             del value  # a slot is free again, as where results are written to files one after another
             times[transport.name].append(elapsed)
@@ -426,15 +429,16 @@ def _rows(case: Case, chosen: list[Transport], seconds: float) -> Iterator[Row]:
     other = None
     if busy is not None:
         other = max(0.0, (_others_cpu_seconds(chosen) or busy) - busy) / (time.perf_counter() - start)
-    median = {name: statistics.median(found) * 1e3 for name, found in times.items()}
     for name in names:
-        yield Row(case.name, case.nbytes, name, median[name], median["memcpy"], equal[name], other)
+        own, copy = statistics.median(times[name]) * 1e3, statistics.median(copies[name]) * 1e3
+        yield Row(case.name, case.nbytes, name, own, copy, equal[name], other)
 
 
 def _memcpy(source: np.ndarray, target: np.ndarray) -> float:
-    np.copyto(target, source)
+    """Seconds of one thread's copy, to memory that is in use, of bytes that are as new as what a child sends."""
+    fresh = torch.from_numpy(source).clone().numpy()
     start = time.perf_counter()
-    np.copyto(target, source)
+    np.copyto(target, fresh)
     return time.perf_counter() - start
 
 
@@ -457,25 +461,18 @@ def _others_cpu_seconds(chosen: Sequence[Transport]) -> float | None:
 
 
 def table(rows: Sequence[Row]) -> Group:
-    """The rows for people: a line for each case, and how many times as fast the first transport is."""
+    """The rows for people: a line for each case; in brackets, how many times as fast the first transport is."""
     names = list(dict.fromkeys(row.transport for row in rows))
     found = Table(box=box.SIMPLE, pad_edge=False)
     found.add_column("value", overflow="fold")
-    found.add_column("memcpy ms", justify="right")
-    for name in names:
-        found.add_column(f"{name} ms", justify="right")
-        found.add_column("x memcpy", justify="right")
-    for name in names[1:]:
-        found.add_column(f"faster than {name}", justify="right")
+    for title in ("memcpy ms", f"{names[0]} ms", "x memcpy", *(f"{name} ms" for name in names[1:])):
+        found.add_column(title, justify="right")
     for case in dict.fromkeys(row.case for row in rows):
         line = {row.transport: row for row in rows if row.case == case}
-        cells = [_number(next(iter(line.values())).memcpy_ms)]
-        for name in names:
-            cells += [_number(line[name].ms), f"{line[name].times_memcpy:,.2f}"]
         ours = line[names[0]]
         busy = "~" if _is_disturbed(ours) else ""
-        cells += [f"{busy}{line[name].ms / ours.ms:,.1f}x" for name in names[1:]]
-        found.add_row(case, *cells)
+        others = [f"{_number(line[name].ms)} ({busy}{line[name].ms / ours.ms:,.1f}x)" for name in names[1:]]
+        found.add_row(case, _number(ours.memcpy_ms), _number(ours.ms), f"{busy}{ours.times_memcpy:,.2f}", *others)
     notes = ["Medians of transfers in turns, from the producer's start to a value in the other process."]
     if disturbed := [row.other_cores or 0.0 for row in rows if _is_disturbed(row)]:
         notes.append(f"~ other processes kept up to {max(disturbed):.1f} cores busy. Run again.")
