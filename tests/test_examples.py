@@ -6,6 +6,9 @@ import asyncio
 import contextlib
 import importlib.util
 import io
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import PIL.Image
@@ -103,3 +106,21 @@ def test_service():
             broken.close()
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("layout", ["context", "cfg", "sharded"])
+@pytest.mark.timeout(180)
+@pytest.mark.usefixtures("one_thread")
+def test_spmd(tmp_path, layout):
+    FAMILIES["wan_t2v"].build().save_pretrained(tmp_path / "model")
+    output = tmp_path / "video.gif"
+    tiny = ["--frames", "5", "--steps", "1", "--size", "48", "32", "--layout", layout, "--output", str(output)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, str(EXAMPLES / "spmd.py"), str(tmp_path / "model"), *tiny]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=150, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    with PIL.Image.open(output) as video:
+        assert video.size == (48, 32)
+        assert video.n_frames == 5

@@ -191,4 +191,4 @@ def test_functions_are_found_behind_wrappers(module):
     proxy = wrapt.FunctionWrapper(function, lambda wrapped, instance, args, kwargs: wrapped(*args, **kwargs))
     for value in (function, decorated, closure, proxy, staticmethod(function), functools.partial(function, 1)):
         assert codeswap.functions_behind(value, module.__file__)[-1] is function
-    assert codeswap.functions_behind(print, module.__file__) == []
+    assert codeswap.functions_behind(len, module.__file__) == []

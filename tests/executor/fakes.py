@@ -181,3 +181,17 @@ def only_once(path: str) -> Fake:
         raise CustomError(4, "the weights are gone")
     with open(path, "w"):
         return Fake()
+
+
+def fails_in_one_rank(path: str) -> Any:
+    """Rank 1 fails while the file is there, and rank 0 waits for it in a collective."""
+    pipe = family("wan_t2v")
+    forward = pipe.transformer.blocks[0].forward
+
+    def failing(*arguments: Any, **keywords: Any) -> Any:
+        if torch.distributed.get_rank() == 1 and os.path.exists(path):
+            raise CustomError(5, "out of luck")
+        return forward(*arguments, **keywords)
+
+    pipe.transformer.blocks[0].forward = failing
+    return pipe

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import fakes
 import pytest
+from processes import HEEDS_CONTROL_C
 
 from wan_patches.executor.crew import Crew
 from wan_patches.executor.errors import WorkerDied
@@ -125,6 +126,34 @@ def test_a_request_that_was_cancelled_between_two_tries_is_not_tried_again():
     assert group.starts <= 2
 
 
+def test_a_request_that_was_cancelled_before_another_try_does_not_run(caplog):
+    class DiesOnce(Told):
+        def run(self, request):
+            if not self.go.is_set():
+                self.go.set()
+                self.is_alive = False
+                raise WorkerDied(-9, 0, request.id)
+            assert request.id != 1, "it was cancelled"
+            return request.id, {}
+
+        def start(self):
+            if self.starts:
+                first.cancel()
+            super().start()
+
+    group, first, second = DiesOnce(), request(1), request(2)
+    first._retries = 1
+    crew = Crew([group], patience=1)
+    crew.start()
+    crew.add(first)
+    crew.add(second)
+    assert second.result(10) == 2
+    assert first.cancelled()
+    assert "unexpected state" not in caplog.text
+    crew.close()
+    crew.join()
+
+
 def test_all_groups_end_when_one_cannot_start():
     class Fails(Told):
         def start(self):
@@ -139,7 +168,7 @@ def test_all_groups_end_when_one_cannot_start():
 def test_control_c_while_it_loads_ends_all(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
-        f"import sys\nsys.path.insert(0, {str(Path(fakes.__file__).parent)!r})\n"
+        f"{HEEDS_CONTROL_C}import sys\nsys.path.insert(0, {str(Path(fakes.__file__).parent)!r})\n"
         + textwrap.dedent("""
             import functools, fakes
             from wan_patches import ParallelExecutor

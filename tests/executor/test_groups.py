@@ -8,10 +8,10 @@ import signal
 import time
 
 import fakes
-import psutil
 import pytest
 import torch
 from PIL import Image
+from processes import workers
 
 import wan_patches
 from wan_patches import ParallelExecutor
@@ -86,7 +86,7 @@ def test_a_group_draws_the_same_noise_in_every_rank():
 
 def test_a_group_leaves_a_request_together_and_goes_on():
     with executor("wan_t2v", "context") as ex:
-        pids = {worker.pid for worker in psutil.Process().children()}
+        pids = {worker.pid for worker in workers()}
         running = ex.submit(**FAMILIES["wan_t2v"].inputs(steps=500))
         while running.progress is None:
             time.sleep(0.01)
@@ -96,13 +96,13 @@ def test_a_group_leaves_a_request_together_and_goes_on():
         with pytest.raises(ValueError, match="height"):  # in all ranks
             ex.submit(**FAMILIES["wan_t2v"].inputs() | {"height": 33}).result(60)
         assert identical(ex.submit(**FAMILIES["wan_t2v"].inputs()).result().frames, alone("wan_t2v"))
-        assert {worker.pid for worker in psutil.Process().children()} == pids
+        assert {worker.pid for worker in workers()} == pids
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_the_death_of_a_rank_fails_its_request_and_the_group_starts_again(rank):
     with executor("wan_t2v", "context", log=lambda *_: None) as ex:
-        first = sorted(psutil.Process().children(), key=lambda worker: worker.pid)
+        first = workers()
         running = ex.submit(**FAMILIES["wan_t2v"].inputs(steps=500))
         while running.progress is None:
             time.sleep(0.01)
@@ -113,6 +113,18 @@ def test_the_death_of_a_rank_fails_its_request_and_the_group_starts_again(rank):
         assert error.rank == rank
         assert identical(ex.submit(**FAMILIES["wan_t2v"].inputs()).result(120).frames, alone("wan_t2v"))
         assert not any(worker.is_running() for worker in first)
+
+
+def test_a_rank_that_fails_alone_fails_the_request_and_the_group_starts_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("wan_patches.executor.groups._OTHER_RANKS", 1.0)
+    there = tmp_path / "there"
+    factory = functools.partial(fakes.fails_in_one_rank, str(there))
+    with ParallelExecutor(factory, layout="context", log=lambda *_: None, **TWO) as ex:
+        there.touch()
+        with pytest.raises(fakes.CustomError, match="out of luck"):
+            ex.submit(**FAMILIES["wan_t2v"].inputs()).result(60)
+        there.unlink()
+        assert identical(ex.submit(**FAMILIES["wan_t2v"].inputs()).result(120).frames, alone("wan_t2v"))
 
 
 def test_two_groups_work_side_by_side():

@@ -61,7 +61,8 @@ class Crew:
         with self._changed:
             if self._closed:
                 raise RuntimeError("this executor was shut down; make another one")
-            self._check_groups()
+            if len(self._lost) == len(self.groups):
+                raise _broken(next(iter(self._lost.values())))
 
     def add(self, request: Request) -> None:
         with self._changed:
@@ -131,10 +132,7 @@ class Crew:
             abandoned = list(self._waiting) if len(self._lost) == len(self.groups) else []
             self._waiting = deque(request for request in self._waiting if request not in abandoned)
         for request in abandoned:
-            if request.running() or request.set_running_or_notify_cancel():
-                broken = ExecutorBroken("no worker is left, and none could be started again; the cause is above")
-                broken.__cause__ = error
-                request._fail(broken)
+            request._give_up(_broken(error))
 
     def _next(self, group: Group) -> Request | None:
         """The next request for a group that is ready for it; None when there will be none."""
@@ -191,11 +189,11 @@ class Crew:
                     self._waiting.appendleft(request)
                     self._changed.notify_all()
 
-    def _check_groups(self) -> None:
-        if len(self._lost) == len(self.groups):
-            raise ExecutorBroken("no worker is left, and none could be started again") from next(
-                iter(self._lost.values())
-            )
+
+def _broken(cause: BaseException | None) -> ExecutorBroken:
+    error = ExecutorBroken("no worker is left, and none could be started again; make another executor")
+    error.__cause__ = cause
+    return error
 
 
 _crews: weakref.WeakSet[Crew] = weakref.WeakSet()

@@ -6,6 +6,7 @@ import functools
 import inspect
 import itertools
 import os
+import socket
 import sys
 import time
 import weakref
@@ -19,7 +20,7 @@ import torch
 from wan_patches.executor import main_module
 from wan_patches.executor.crew import Crew
 from wan_patches.executor.groups import Group, InlineGroup, Log, WorkerGroup
-from wan_patches.executor.layouts import resolve
+from wan_patches.executor.layouts import device_named, resolve
 from wan_patches.executor.progress import Bars
 from wan_patches.executor.rank import chosen_patches
 from wan_patches.executor.requests import Progress, Request
@@ -78,8 +79,9 @@ class PipelineExecutor(Executor):
     ) -> Request:
         """Has the pipeline called with these arguments, in turn; returns at once.
 
-        Arguments are taken as they are now, with the state that generators have; only the contents of tensors,
-        arrays and images must not change before the request runs.
+        Workers get the arguments as they are now, with the state that generators have; only the contents of
+        tensors, arrays and images must not change before the request runs. Inline, the pipeline gets the very
+        objects, as if it were called, and draws from the very generator.
 
         Args:
             arguments, keywords: what the pipeline takes, as if it were called.
@@ -109,8 +111,7 @@ class PipelineExecutor(Executor):
                 if not self._script:
                     main_module.refuse(request._packed.stream)
             except Exception as error:  # of this future only
-                request._begin(lambda: None)
-                request._fail(error)
+                request._give_up(error)
                 return request
         self._crew.add(request)
         return request
@@ -134,7 +135,13 @@ class PipelineExecutor(Executor):
             raise ValueError(f"buffersize is {buffersize}, below 1")
         end = None if timeout is None else time.monotonic() + timeout
         todo = iter(requests)
-        futures = deque(self._submit_all(itertools.islice(todo, buffersize)))
+        futures: deque[Request] = deque()
+        try:
+            futures.extend(self._submit_all(itertools.islice(todo, buffersize)))
+        except BaseException:  # nobody will ask for these
+            for future in futures:
+                future.cancel()
+            raise
 
         def results() -> Iterator[Any]:  # a generator of its own: all above happens at once
             try:
@@ -212,7 +219,7 @@ class ParallelExecutor(PipelineExecutor):
         parallel: Any = None,
         retries: int = 0,
         timeout: float | None = None,
-        patience: float = 120.0,
+        patience: float = 600.0,
         progress: bool | Callable[[Request, Progress], None] = False,
         log: Log | None = None,
         threads: int | None = None,
@@ -253,6 +260,8 @@ class ParallelExecutor(PipelineExecutor):
         if layout == "inline":
             groups = [InlineGroup(functools.partial(Session, factory, layout, chosen[0]))]
         else:
+            if not hasattr(socket, "AF_UNIX"):
+                raise RuntimeError('workers need Unix sockets, which this system has not; use layout="inline"')
             build, setup = _worker_setup(factory, layout, parallel)
             script = setup["main"] is not None
             environment = {"PYTHONUNBUFFERED": "1"}
@@ -294,7 +303,7 @@ def _devices(wanted: str | int | Sequence[str | torch.device]) -> list[torch.dev
     if isinstance(wanted, str) and wanted != "auto":
         wanted = [wanted]
     if not isinstance(wanted, (str, int)):
-        devices = [torch.device(device) for device in wanted]
+        devices = [device_named(device) for device in wanted]
         if not devices:
             raise ValueError('devices is empty; name at least one, or "auto"')
         return devices

@@ -24,7 +24,7 @@ from wan_patches.executor.session import Interrupted, Session
 from wan_patches.executor.transport import Channel, Packed
 
 LOG_LINES = 40  # kept for WorkerDied
-_OTHER_RANKS = 10.0  # seconds that ranks have to end a request after one of them has failed
+_OTHER_RANKS = 30.0  # seconds that ranks have to end a request after one of them has failed
 _GOODBYE = 10.0  # seconds that a worker has to end after being told to
 
 #: For the collectives of ranks, which are all on this machine: nothing of them on the network.
@@ -227,6 +227,13 @@ def _store() -> Any:
     return TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
 
 
+def _pidfd(pid: int) -> int | None:
+    try:
+        return os.pidfd_open(pid)
+    except (AttributeError, OSError):  # not on this system
+        return None
+
+
 class _Worker:
     """A worker process, and the threads that read its messages and its output."""
 
@@ -243,7 +250,7 @@ class _Worker:
         self._events, self._log, self._on_death = events, log, on_death
         self._lines: deque[str] = deque(maxlen=LOG_LINES)
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.channel = Channel(self._socket)
+        self.channel = Channel(self._socket, slots=0)  # inputs are small beside results, and need not stay mapped
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "wan_patches.executor.worker", str(theirs.fileno()), str(device)],
@@ -259,7 +266,7 @@ class _Worker:
         finally:
             theirs.close()
         # the end of the stream alone does not tell of its death: what it forked may hold the other end open
-        self._pidfd = os.pidfd_open(self._process.pid) if hasattr(os, "pidfd_open") else None
+        self._pidfd = _pidfd(self._process.pid)
         self._threads = [
             threading.Thread(target=self._read_messages, name=f"wan-patches worker {rank}", daemon=True),
             threading.Thread(target=self._read_output, name=f"wan-patches worker {rank} output", daemon=True),

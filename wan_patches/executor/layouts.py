@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils import _pytree as pytree
 
-__all__ = ["LAYOUTS", "place", "resolve"]
+__all__ = ["LAYOUTS", "device_named", "place", "resolve"]
 
 LAYOUTS = ("inline", "replicas", "context", "cfg", "sharded")
 
@@ -61,6 +61,13 @@ def resolve(layout: str, devices: Sequence[torch.device], group_size: int | None
     if layout == "cfg" and size != 2:
         raise ValueError(f"guidance has two branches: layout 'cfg' works with groups of 2 devices, not {size}")
     return layout, size
+
+
+def device_named(name: str | torch.device) -> torch.device:
+    """The device; one of an NPU brings torch_npu, without which torch does not know the word."""
+    if str(name).startswith("npu"):
+        import torch_npu  # noqa: F401
+    return torch.device(name)
 
 
 def place(pipe: Any, layout: str, device: torch.device, parallel: Any = None) -> None:

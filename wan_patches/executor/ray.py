@@ -70,7 +70,7 @@ class RayParallelExecutor(PipelineExecutor):
         parallel: Any = None,
         retries: int = 0,
         timeout: float | None = None,
-        patience: float = 120.0,
+        patience: float = 600.0,
         progress: bool | Callable[[Request, Progress], None] = False,
         threads: int | None = None,
         resources: Mapping[str, float] | None = None,

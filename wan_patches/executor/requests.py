@@ -56,6 +56,7 @@ class Request(Future):  # type: ignore[type-arg]
         self._patches: dict[str, Any] | None = None
         self._packed: Any = None
         self._retries = 0
+        self._begun = False
         self._interrupt: Callable[[], None] | None = None
         self._timer: threading.Timer | None = None
 
@@ -82,17 +83,23 @@ class Request(Future):  # type: ignore[type-arg]
 
     def _begin(self, interrupt: Callable[[], None]) -> bool:
         """Now it runs, and `interrupt` stops it; False if it was cancelled before."""
-        self._interrupt = interrupt
-        if not self.running() and not self.set_running_or_notify_cancel():  # running: this is another try
+        self._interrupt = interrupt  # before the looks below: who cancels after them finds it
+        if self._begun:  # this is another try
+            if self.done():
+                return False
+        elif not self.set_running_or_notify_cancel():
             return False
+        self._begun = True
         if self._timeout is not None:
             self._timer = threading.Timer(self._timeout, self._expire)
             self._timer.daemon = True
             self._timer.start()
-        if self.cancelled():  # between two tries, when nothing could be interrupted
-            self._end_of_try()
-            return False
         return True
+
+    def _give_up(self, error: BaseException) -> None:
+        """It will not run any more, or never."""
+        if self._begun or self.set_running_or_notify_cancel():
+            self._fail(error)
 
     def _end_of_try(self) -> None:
         self._interrupt = None

@@ -129,7 +129,7 @@ class Session:
     def _leave_if_unwanted(self) -> None:
         unwanted = self._running in self._unwanted
         if self._ranks > 1:  # all ranks leave at the same step, or the next collective waits for ever
-            flag = torch.tensor(unwanted, dtype=torch.int32)
+            flag = torch.tensor(unwanted, dtype=torch.int32, device="cpu")
             torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
             unwanted = bool(flag)
         if unwanted:

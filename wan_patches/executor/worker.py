@@ -17,6 +17,7 @@ import threading
 import torch
 
 from wan_patches.executor import main_module
+from wan_patches.executor.layouts import device_named
 from wan_patches.executor.rank import Rank, failed
 from wan_patches.executor.session import Interrupted
 from wan_patches.executor.transport import Channel, Message
@@ -100,9 +101,7 @@ def main(fd: int, device_name: str) -> None:
     """The process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, and it decides
     faulthandler.enable(all_threads=False)
-    if device_name.startswith("npu"):
-        import torch_npu  # noqa: F401
-    device = torch.device(device_name)
+    device = device_named(device_name)
     channel = Channel(socket.socket(fileno=fd), device=device)
     try:
         setup = channel.recv()
