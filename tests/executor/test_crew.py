@@ -16,7 +16,9 @@ from processes import HEEDS_CONTROL_C
 
 from wan_patches.executor.crew import Crew
 from wan_patches.executor.errors import WorkerDied
+from wan_patches.executor.groups import WorkerGroup
 from wan_patches.executor.requests import Request
+from wan_patches.executor.transport import Message, pack
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -163,6 +165,30 @@ def test_all_groups_end_when_one_cannot_start():
     with pytest.raises(KeyError, match="no weights"):
         Crew(groups, patience=1).start()
     assert [group.stops for group in groups] == [1, 1, 1]
+
+
+def test_a_death_is_the_cause_of_what_another_rank_raised_because_of_it():
+    class Dead:
+        def __init__(self, rank):
+            self.rank = rank
+
+        def died(self, request):
+            return WorkerDied(-9, self.rank, request)
+
+        def kill(self):
+            pass
+
+        def join(self):
+            pass
+
+    group = WorkerGroup(None, [None] * 2, first_rank=0, setup={}, environment={}, log=print)
+    group._workers = first, second = Dead(0), Dead(1)
+    lost = pack(RuntimeError("connection closed by peer")).parts()
+    group._events.put((first, Message("failed", 1, "traceback", [lost])))
+    group._events.put((second, None))
+    with pytest.raises(WorkerDied) as caught:
+        group._gather(request())
+    assert caught.value.rank == 1
 
 
 def test_control_c_while_it_loads_ends_all(tmp_path):
