@@ -37,6 +37,8 @@ def executor(name: str, layout: str, dtype: torch.dtype = torch.float32, **optio
 @pytest.mark.parametrize("patched", [False, True], ids=["stock", "patched"])
 @pytest.mark.parametrize(("name", "dtype"), [("wan22_i2v", torch.bfloat16), ("helios_i2v", torch.float32)])
 def test_replicas_give_the_video_of_one_process(name, dtype, patched):
+    if not FAMILIES[name].available:
+        pytest.skip(f"the installed diffusers has no {name}")
     kinds = ("np", "pil", "pt", "latent")
     expected = [alone(name, dtype, seed=seed, output_type=kind) for seed, kind in enumerate(kinds)]
     if patched:
