@@ -118,7 +118,7 @@ def test_the_death_of_a_rank_fails_its_request_and_the_group_starts_again(rank):
 
 
 def test_a_rank_that_fails_alone_fails_the_request_and_the_group_starts_again(tmp_path, monkeypatch):
-    monkeypatch.setattr("wan_patches.executor.groups._OTHER_RANKS", 1.0)
+    monkeypatch.setattr("wan_patches.executor.groups.OTHER_RANKS", 1.0)
     there = tmp_path / "there"
     factory = functools.partial(fakes.fails_in_one_rank, str(there))
     with ParallelExecutor(factory, layout="context", log=lambda *_: None, **TWO) as ex:

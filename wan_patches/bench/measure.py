@@ -12,7 +12,7 @@ import platform
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -116,25 +116,29 @@ def interleaved(
     calls = max(1, math.ceil(sample / once))
     rounds = min(31, max(3, int(seconds / (2 * once * calls))))
     times: dict[bool, list[float]] = {False: [], True: []}
-    start, busy = time.perf_counter(), _others_cpu_seconds()
+    start, busy = time.perf_counter(), others_cpu_seconds()
     for nth in range(rounds):
         for which in (False, True) if nth % 2 else (True, False):  # neither always comes first
             times[which].append(_time(patched if which else stock, device, calls))
     # not from the spread of samples: threads that wait for a core another process has are slow every time
-    others = None if busy is None else (_others_cpu_seconds() or busy) - busy
+    others = None if busy is None else (others_cpu_seconds() or busy) - busy
     cores = None if others is None else max(0.0, others) / (time.perf_counter() - start)
     return Times(statistics.median(times[False]), statistics.median(times[True]), cores)
 
 
-def _others_cpu_seconds() -> float | None:
-    """CPU time that all processes but this one have used, on cores that this machine can see."""
+def others_cpu_seconds(pids: Iterable[int] = ()) -> float | None:
+    """CPU time that all processes but this one and `pids` have used, on cores that this machine can see."""
     try:
         import psutil
     except ImportError:
         return None
-    whole, own = psutil.cpu_times(), os.times()
     idle = {"idle", "iowait", "guest", "guest_nice"}  # guests are in "user" already
-    return sum(value for name, value in whole._asdict().items() if name not in idle) - own.user - own.system
+    seconds = sum(value for name, value in psutil.cpu_times()._asdict().items() if name not in idle)
+    for pid in (os.getpid(), *pids):
+        with contextlib.suppress(psutil.Error):
+            own = psutil.Process(pid).cpu_times()
+            seconds -= own.user + own.system
+    return float(seconds)
 
 
 def _time(call: Callable[[], Any], device: torch.device, calls: int) -> float:

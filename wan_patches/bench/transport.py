@@ -29,7 +29,7 @@ from rich import box
 from rich.console import Group
 from rich.table import Table
 
-from wan_patches.bench.measure import identical, machine
+from wan_patches.bench.measure import identical, machine, others_cpu_seconds
 from wan_patches.executor import ParallelExecutor
 from wan_patches.executor.images import Frame
 from wan_patches.executor.transport import Channel, pack
@@ -416,7 +416,8 @@ def _rows(case: Case, chosen: list[Transport], seconds: float) -> Iterator[Row]:
     names = [transport.name for transport in chosen]
     times: dict[str, list[float]] = {name: [] for name in names}
     copies: dict[str, list[float]] = {name: [] for name in names}
-    start, busy, rounds = time.perf_counter(), _others_cpu_seconds(chosen), 0
+    pids = [pid for transport in chosen for pid in transport.pids()]
+    start, busy, rounds = time.perf_counter(), others_cpu_seconds(pids), 0
     while rounds < _FEW or (time.perf_counter() - start < seconds and rounds < _MANY):
         for nth in range(len(chosen)):
             transport = chosen[(nth + rounds) % len(chosen)]
@@ -428,7 +429,7 @@ def _rows(case: Case, chosen: list[Transport], seconds: float) -> Iterator[Row]:
         rounds += 1
     other = None
     if busy is not None:
-        other = max(0.0, (_others_cpu_seconds(chosen) or busy) - busy) / (time.perf_counter() - start)
+        other = max(0.0, (others_cpu_seconds(pids) or busy) - busy) / (time.perf_counter() - start)
     for name in names:
         own, copy = statistics.median(times[name]) * 1e3, statistics.median(copies[name]) * 1e3
         yield Row(case.name, case.nbytes, name, own, copy, equal[name], other)
@@ -440,21 +441,6 @@ def _memcpy(source: np.ndarray, target: np.ndarray) -> float:
     start = time.perf_counter()
     np.copyto(target, fresh)
     return time.perf_counter() - start
-
-
-def _others_cpu_seconds(chosen: Sequence[Transport]) -> float | None:
-    """CPU time of processes that have nothing to do with the measurement."""
-    try:
-        import psutil
-    except ImportError:
-        return None
-    idle = {"idle", "iowait", "guest", "guest_nice"}  # guests are in "user" already
-    whole = sum(value for name, value in psutil.cpu_times()._asdict().items() if name not in idle)
-    for pid in [os.getpid(), *(pid for transport in chosen for pid in transport.pids())]:
-        with contextlib.suppress(psutil.Error):
-            own = psutil.Process(pid).cpu_times()
-            whole -= own.user + own.system
-    return whole
 
 
 # What is printed and written

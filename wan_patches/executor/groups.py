@@ -24,8 +24,8 @@ from wan_patches.executor.session import Interrupted, Session
 from wan_patches.executor.transport import Channel, Packed
 
 LOG_LINES = 40  # kept for WorkerDied
-_OTHER_RANKS = 30.0  # seconds that ranks have to end a request after one of them has failed
-_GOODBYE = 10.0  # seconds that a worker has to end after being told to
+OTHER_RANKS = 30.0  # seconds that ranks have to end a request after one of them has failed
+GOODBYE = 10.0  # seconds that a worker has to end after being told to
 
 #: For the collectives of ranks, which are all on this machine: nothing of them on the network.
 _LOOPBACK = {
@@ -184,7 +184,7 @@ class WorkerGroup:
             done[worker] = message
             if message.kind in ("failed", "interrupted") and failure is None:
                 failure = Interrupted() if message.kind == "interrupted" else failure_of(message)
-                deadline = time.monotonic() + _OTHER_RANKS
+                deadline = time.monotonic() + OTHER_RANKS
         if failure is not None:
             raise failure
         return done[self._workers[0]]
@@ -212,7 +212,7 @@ class WorkerGroup:
         for worker in self._workers:
             with contextlib.suppress(OSError):
                 worker.channel.send("stop")
-        deadline = time.monotonic() + _GOODBYE
+        deadline = time.monotonic() + GOODBYE
         for worker in self._workers:
             worker.wait(deadline - time.monotonic())
         self._clear()
@@ -305,7 +305,7 @@ class _Worker:
         except (EOFError, OSError):
             pass
         try:
-            self._process.wait(_GOODBYE)
+            self._process.wait(GOODBYE)
         except subprocess.TimeoutExpired:  # it has closed its end, and lives
             self._process.kill()
             self._process.wait()

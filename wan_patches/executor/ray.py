@@ -26,18 +26,16 @@ import torch
 from wan_patches.executor import crew
 from wan_patches.executor.errors import WorkerDied
 from wan_patches.executor.executor import PipelineExecutor
+from wan_patches.executor.groups import GOODBYE, OTHER_RANKS
 from wan_patches.executor.layouts import resolve
 from wan_patches.executor.rank import Rank, chosen_patches, failed, failure_of
 from wan_patches.executor.requests import Progress, Request, logger
 from wan_patches.executor.session import Interrupted
-from wan_patches.executor.transport import Message
+from wan_patches.executor.transport import Message, aligned
 
-_OTHER_RANKS = 10.0  # seconds that ranks have to end a request after one of them has failed
-_GOODBYE = 10.0  # seconds that a worker has to end after being told to
 _LOOK = 1.0  # seconds: a call that waits in Ray is not told when another thread shuts Ray down
 _PATIENT = 20.0  # seconds without a place in the cluster until the log says so
 _THREADS = 4  # of an actor: one runs, one waits for its end, the others take interrupts
-_ALIGN = 64  # bytes, as in transport
 
 #: A pickle and its buffers.
 Parts = tuple[np.ndarray, list[np.ndarray]]
@@ -230,7 +228,7 @@ class RayGroup:
                 first = message
             if kind in ("failed", "interrupted") and failure is None:
                 failure = Interrupted() if kind == "interrupted" else failure_of(message)
-                deadline = time.monotonic() + _OTHER_RANKS
+                deadline = time.monotonic() + OTHER_RANKS
         if failure is not None:
             raise failure
         assert first is not None
@@ -294,7 +292,7 @@ class RayGroup:
     def _clear(self) -> None:
         self.kill()
         for actor in self._actors:
-            actor.ended.wait(_GOODBYE)
+            actor.ended.wait(GOODBYE)
         self._actors = []
         placement, self._placement = self._placement, None
         if placement is not None and _initialized():
@@ -315,7 +313,7 @@ class RayGroup:
                     ray.wait(
                         [actor.handle.close.remote() for actor in self._actors],
                         num_returns=len(self._actors),
-                        timeout=_GOODBYE,
+                        timeout=GOODBYE,
                     )
             self._clear()
         finally:
@@ -466,7 +464,7 @@ def _owned(parts: Parts) -> Parts:
     In one block, for which numpy asks for huge pages: page faults of fresh memory cost more than the copy.
     """
     stream, buffers = parts
-    starts = list(itertools.accumulate((-(-len(buffer) // _ALIGN) * _ALIGN for buffer in buffers), initial=0))
+    starts = list(itertools.accumulate((aligned(len(buffer)) for buffer in buffers), initial=0))
     block = np.empty(starts[-1], np.uint8)
     copies = [block[start : start + len(buffer)] for start, buffer in zip(starts, buffers)]
     for copy, buffer in zip(copies, buffers):

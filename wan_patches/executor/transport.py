@@ -236,7 +236,7 @@ class Channel:
             if slot.pinned and isinstance(payload, TensorPayload) and payload.device.type == "cuda":
                 devices.add(payload.device)
             layout.spans[nth] = block, start, payload.nbytes
-            start = _aligned(end)
+            start = aligned(end)
         for device in devices:
             torch.cuda.synchronize(device)
         self._lease(slot, layout)
@@ -262,7 +262,7 @@ class Channel:
             for nth in which:
                 _write_at(descriptor, payloads[nth].bytes(), start)
                 layout.spans[nth] = block, start, payloads[nth].nbytes
-                start = _aligned(start + payloads[nth].nbytes)
+                start = aligned(start + payloads[nth].nbytes)
             seal(descriptor)
         except OSError:  # no memory
             return False
@@ -274,8 +274,8 @@ class Channel:
         for nth in which:
             data = payloads[nth].bytes()
             layout.spans[nth] = block, start, data.nbytes
-            layout.wire += [data.data, bytes(_aligned(data.nbytes) - data.nbytes)]
-            start += _aligned(data.nbytes)
+            layout.wire += [data.data, bytes(aligned(data.nbytes) - data.nbytes)]
+            start += aligned(data.nbytes)
         if which:
             layout.blocks.append(("wire", start))
 
@@ -481,12 +481,13 @@ class Channel:
             self._theirs.clear()
 
 
-def _aligned(size: int) -> int:
+def aligned(size: int) -> int:
+    """Where the next buffer may start after one of `size` bytes."""
     return -(-size // _ALIGN) * _ALIGN
 
 
 def _packed_size(sizes: Any) -> int:
-    return sum(map(_aligned, sizes))
+    return sum(map(aligned, sizes))
 
 
 def _write_at(descriptor: int, data: np.ndarray, start: int) -> None:
