@@ -170,8 +170,16 @@ def test_code_that_someone_else_put_there_stays(module):
 
 def test_names_in_use_are_not_overwritten(module):
     with pytest.raises(Unknown, match="is taken"):
-        codeswap.site(module.helper).add((Replace("A + B", "A - B"),), {"math": object()})
+        codeswap.site(module.helper).add((Replace("A + B", "math(A, B)"),), {"math": object()})
     assert module.helper(1, 2) == 3
+
+
+def test_only_names_that_are_called_are_put_into_the_module(module):
+    """So that every target of a patch has a stock of its own."""
+    edits = (Replace("A + B", "_wan_patches_called(A, B)"),)
+    codeswap.site(module.helper).add(edits, {"_wan_patches_called": max, "_wan_patches_other": codeswap.STOCK})
+    assert module.helper(1, 2) == 2
+    assert not hasattr(module, "_wan_patches_other")
 
 
 def test_functions_are_found_behind_wrappers(module):

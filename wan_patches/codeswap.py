@@ -28,7 +28,7 @@ class Site:
         self._variants: dict[frozenset[Edit], types.CodeType] = {frozenset(): self.original}
 
     def add(self, edits: tuple[Edit, ...], names: Mapping[str, object]) -> None:
-        """Brings `edits` into force; `names` is what they call, put into the globals of the function.
+        """Brings `edits` into force; those of `names` that they call are put into the globals of the function.
 
         Raises `Unknown`, and changes nothing, where an edit does not know the code.
         """
@@ -36,8 +36,10 @@ class Site:
         if function is None:
             return
         wanted = self._edits + tuple(edit for edit in edits if edit not in self._edits)
-        self._variant(wanted)
+        called = _names(self._variant(wanted))
         for name, value in names.items():
+            if name not in called:  # another target of the same patch does
+                continue
             value = self.stock if value is STOCK else value
             if function.__globals__.setdefault(name, value) is not value:
                 raise Unknown(f"the name {name} is taken in {function.__module__}")
@@ -125,6 +127,11 @@ def functions_behind(value: object, filename: str | None) -> list[types.Function
         elif hasattr(item, "func"):  # functools.partial and its method form
             queue.append(item.func)
     return found
+
+
+def _names(code: types.CodeType) -> set[str]:
+    inner = (constant for constant in code.co_consts if isinstance(constant, types.CodeType))
+    return set(code.co_names).union(*map(_names, inner))
 
 
 def _contents(cell: types.CellType) -> object:

@@ -1,0 +1,313 @@
+"""Wan's autoencoder: the installed diffusers against the same diffusers patched, and who keeps stock's code."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import logging
+import weakref
+
+import pytest
+import torch
+
+import wan_patches
+from wan_patches.ops.vae import FrameCaches
+from wan_patches.patches import vae as patch
+
+pytestmark = [pytest.mark.upstream]
+
+AutoencoderKLWan = pytest.importorskip("diffusers").AutoencoderKLWan
+
+SMALL = {"base_dim": 16, "z_dim": 4, "latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
+REAL = {}  # 96 channels, 16 of them latent
+RESIDUAL = {
+    **{"base_dim": 16, "decoder_base_dim": 24, "z_dim": 8, "latents_mean": [0.0] * 8, "latents_std": [1.0] * 8},
+    **{"is_residual": True, "in_channels": 12, "out_channels": 12, "patch_size": 2, "scale_factor_spatial": 16},
+}
+KINDS = {"wan 2.1": SMALL, "wan 2.2": RESIDUAL}
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def _build(config, dtype=torch.float32):
+    torch.manual_seed(0)
+    return AutoencoderKLWan(**config).to(dtype).eval()
+
+
+def _latents(vae, frames, height, width, batch=1):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(batch, vae.config.z_dim, frames, height, width, generator=generator).to(vae.dtype)
+
+
+def _video(vae, frames, height, width, batch=1):
+    scale = 8 * (vae.config.patch_size or 1)
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn(batch, 3, frames, height * scale, width * scale, generator=generator).to(vae.dtype)
+
+
+@torch.no_grad()
+def _both(vae, latents, video):
+    return vae.decode(latents).sample, vae.encode(video).latent_dist.parameters
+
+
+def _same(a, b):
+    return a.dtype == b.dtype and a.stride() == b.stride() and torch.equal(a, b)
+
+
+def _compare(vae, latents, video):
+    try:
+        stock = _both(vae, latents, video)
+    except RuntimeError as error:
+        pytest.skip(f"stock itself fails: {error}")
+    with wan_patches.enabled(["vae"], strict=True):
+        patched = _both(vae, latents, video)
+    assert all(tensor.isfinite().all() and tensor.std() > 0 for tensor in stock)
+    assert _same(stock[0], patched[0])
+    assert _same(stock[1], patched[1])
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """How many passes took the short way."""
+    passes = []
+    original = FrameCaches.__init__
+
+    def counted(self, *args):
+        passes.append(self)
+        original(self, *args)
+
+    monkeypatch.setattr(FrameCaches, "__init__", counted)
+    return passes
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("frames", [1, 2, 5])
+def test_decode_and_encode_are_bit_identical(kind, dtype, frames):
+    vae = _build(KINDS[kind], dtype)
+    _compare(vae, _latents(vae, frames, 5, 4), _video(vae, 4 * frames - 3, 5, 4))
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("slicing", [False, True])
+@pytest.mark.parametrize("tiling", [False, True])
+def test_batches_slices_and_tiles(kind, slicing, tiling):
+    vae = _build(KINDS[kind])
+    vae.use_slicing = slicing
+    if tiling:
+        scale = vae.config.patch_size or 1
+        sizes = {
+            f"tile_sample_{what}_{side}": size * scale
+            for what, size in (("min", 32), ("stride", 24))
+            for side in ("height", "width")
+        }
+        vae.enable_tiling(**sizes)
+    _compare(vae, _latents(vae, 2, 7, 6, batch=2), _video(vae, 5, 7, 6, batch=2))
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_81_frames():
+    vae = _build(SMALL)
+    _compare(vae, _latents(vae, 21, 3, 4), _video(vae, 81, 3, 4))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+def test_real_channels_are_divided_and_bit_identical(dtype, monkeypatch):
+    divided = []
+    original = patch._can_be_divided
+    monkeypatch.setattr(patch, "_can_be_divided", lambda *args: divided.append(original(*args)) or divided[-1])
+    vae = _build(REAL, dtype)
+    _compare(vae, _latents(vae, 2, 15, 6), _video(vae, 5, 28, 6))
+    if not all(patch._divisible.values()):
+        pytest.skip("convolutions add up in another order here: nothing is divided")
+    assert divided == [True, True]
+
+
+@pytest.mark.parametrize("height", [13, 16])
+def test_frames_too_small_for_bands_are_still_bit_identical(height):
+    """Where ATen would give a part to another library than the whole."""
+    vae = _build({**REAL, "base_dim": 48})
+    _compare(vae, _latents(vae, 2, height, 4), _video(vae, 5, height, 4))
+
+
+def test_bits_do_not_depend_on_what_was_decoded_before():
+    vae = _build(SMALL)
+    with wan_patches.enabled(["vae"]), torch.no_grad():
+        first = vae.decode(_latents(vae, 3, 4, 4)).sample
+        vae.decode(_latents(vae, 2, 6, 3, batch=2))
+        assert torch.equal(first, vae.decode(_latents(vae, 3, 4, 4)).sample)
+
+
+def test_the_result_is_the_only_thing_left(taken):
+    vae = _build(SMALL)
+    with wan_patches.enabled(["vae"]), torch.inference_mode():
+        sample = vae.decode(_latents(vae, 2, 4, 4)).sample
+        assert sample.untyped_storage().nbytes() == sample.numel() * sample.element_size()
+    assert taken
+    assert all(entry is None for entry in (*vae._feat_map, *vae._enc_feat_map))
+    gone = [weakref.ref(entry) for entry in taken if entry not in (vae._feat_map, vae._enc_feat_map)]
+    taken.clear()
+    gc.collect()
+    assert all(entry() is None or entry()._memory is None for entry in gone)
+
+
+def test_a_failure_leaves_no_caches(monkeypatch):
+    vae = _build(SMALL)
+    monkeypatch.setattr(patch, "_upsample", lambda *args: 1 / 0)
+    with wan_patches.enabled(["vae"]), torch.no_grad(), pytest.raises(ZeroDivisionError):
+        vae.decode(_latents(vae, 2, 4, 4))
+    assert all(entry is None for entry in vae._feat_map)
+
+
+def test_tuples_are_given_where_asked_for():
+    vae = _build(SMALL)
+    with torch.no_grad():
+        stock = vae.decode(_latents(vae, 2, 4, 4), return_dict=False)
+        with wan_patches.enabled(["vae"]):
+            patched = vae.decode(_latents(vae, 2, 4, 4), return_dict=False)
+            assert type(vae._decode(_latents(vae, 1, 4, 4), return_dict=False)) is tuple
+    assert type(stock) is type(patched) is tuple
+    assert torch.equal(stock[0], patched[0])
+
+
+# Who keeps stock's code
+
+
+def _hooked(vae):
+    calls = []
+    vae.decoder.mid_block.resnets[0].conv1.register_forward_hook(lambda *_: calls.append(1))
+    return calls
+
+
+def _own_forward(vae):
+    calls, forward = [], vae.encoder.conv_in.forward
+    vae.encoder.conv_in.forward = lambda *args, **kwargs: (calls.append(1), forward(*args, **kwargs))[1]
+    return calls
+
+
+def _other_module(vae):
+    calls = []
+
+    class Norm(type(vae.decoder.norm_out)):
+        def forward(self, x):
+            calls.append(1)
+            return super().forward(x)
+
+    vae.decoder.norm_out.__class__ = Norm
+    return calls
+
+
+@pytest.mark.parametrize("change", [_hooked, _own_forward, _other_module])
+def test_a_changed_module_is_called_as_often_as_by_stock(change):
+    vae = _build(SMALL)
+    calls = change(vae)
+    latents, video = _latents(vae, 2, 4, 4), _video(vae, 5, 4, 4)
+    stock = _both(vae, latents, video)
+    expected = len(calls)
+    with wan_patches.enabled(["vae"]):
+        patched = _both(vae, latents, video)
+    assert expected > 0
+    assert len(calls) == 2 * expected
+    assert all(map(torch.equal, stock, patched))
+
+
+def test_only_the_changed_half_keeps_stock_code():
+    vae = _build(SMALL)
+    _own_forward(vae)
+    with wan_patches.enabled(["vae"]), torch.no_grad():
+        vae.clear_cache()
+        assert type(vae._feat_map) is FrameCaches
+        assert type(vae._enc_feat_map) is list
+
+
+def test_gradients_come_from_stock_code(taken):
+    vae = _build(SMALL)
+    latents = _latents(vae, 2, 4, 4)
+    vae.decode(latents).sample.square().mean().backward()
+    stock = {name: p.grad.clone() for name, p in vae.named_parameters() if p.grad is not None}
+    vae.zero_grad()
+    with wan_patches.enabled(["vae"]):
+        vae.decode(latents).sample.square().mean().backward()
+    assert stock
+    assert not taken
+    assert all(torch.equal(grad, dict(vae.named_parameters())[name].grad) for name, grad in stock.items())
+
+
+def test_autocast_and_global_hooks_get_stock_code(taken):
+    vae = _build(SMALL)
+    with wan_patches.enabled(["vae"]), torch.no_grad():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            vae.decode(_latents(vae, 2, 4, 4))
+        handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+        try:
+            vae.decode(_latents(vae, 2, 4, 4))
+        finally:
+            handle.remove()
+        assert not taken
+        vae.decode(_latents(vae, 2, 4, 4))
+        assert taken
+
+
+def test_who_keeps_stock_code_can_be_read_in_the_log(caplog):
+    vae = _build(SMALL)
+    _hooked(vae)
+    patch._tell.cache_clear()
+    with wan_patches.enabled(["vae"]), torch.no_grad(), caplog.at_level(logging.INFO, "wan_patches"):
+        vae.decode(_latents(vae, 2, 4, 4))
+        vae.decode(_latents(vae, 2, 4, 4))
+    said = [record.getMessage() for record in caplog.records if "stock code" in record.getMessage()]
+    assert said == ["AutoencoderKLWan runs stock code: a WanCausalConv3d has hooks or a forward of its own"]
+
+
+@pytest.mark.parametrize("part", ["decoder", "encoder"])
+def test_half_an_autoencoder(part):
+    """Who only decodes may have thrown the encoder away."""
+    vae = _build(SMALL)
+    latents, video = _latents(vae, 2, 4, 4), _video(vae, 5, 4, 4)
+    run = (
+        (lambda: vae.encode(video).latent_dist.parameters)
+        if part == "decoder"
+        else (lambda: vae.decode(latents).sample)
+    )
+    setattr(vae, part, None)
+    with torch.no_grad():
+        stock = run()
+        with wan_patches.enabled(["vae"]):
+            assert torch.equal(stock, run())
+
+
+def test_copies_and_disabling_between_passes():
+    vae = _build(SMALL)
+    latents = _latents(vae, 2, 4, 4)
+    with torch.no_grad():
+        stock = vae.decode(latents).sample
+        with wan_patches.enabled(["vae"]):
+            vae.decode(latents)
+            twin = copy.deepcopy(vae)
+        assert torch.equal(stock, twin.decode(latents).sample)
+        assert torch.equal(stock, vae.decode(latents).sample)
+        assert type(vae._feat_map) is list
+
+
+def test_a_compiled_decoder_keeps_stock_code(taken):
+    vae = _build(SMALL)
+    latents = _latents(vae, 2, 4, 4)
+    with torch.no_grad():
+        stock = vae.decode(latents).sample
+        vae.decoder = torch.compile(vae.decoder, backend="eager")
+        with wan_patches.enabled(["vae"]):
+            patched = vae.decode(latents).sample
+    assert torch.equal(stock, patched)
+    assert len(taken) == len([entry for entry in taken if len(entry) == vae._enc_conv_num])
+    torch._dynamo.reset()
+
+
+def test_the_random_state_is_the_users():
+    vae = _build(REAL)
+    state = torch.random.get_rng_state()
+    patch._divisible.clear()
+    with wan_patches.enabled(["vae"]), torch.no_grad():
+        vae.decode(torch.zeros(1, 16, 2, 14, 4))
+    assert patch._divisible
+    assert torch.equal(state, torch.random.get_rng_state())

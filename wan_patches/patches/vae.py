@@ -1,0 +1,442 @@
+"""Wan's video autoencoder: what lies between its convolutions, with the bits of stock.
+
+`clear_cache` begins every pass over a video (tiled, sliced, or of a tile on some rank). Where the encoder or decoder
+is as diffusers builds it, it puts a `FrameCaches` in the place of stock's list; the blocks that are given one
+take the short way. Hooks, compiled or quantised modules, adapters, autograd and autocast get stock's list, and with
+it stock's code.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from wan_patches.codeswap import STOCK
+from wan_patches.registry import Known, Patch, Target
+from wan_patches.rewrite import Body, Replace
+
+logger = logging.getLogger("wan_patches")
+
+_HERE = "wan_patches.patches.vae"
+_MODULE = "diffusers.models.autoencoders.autoencoder_kl_wan"
+_CLONE = "_wan_patches_vae_unchanged"
+_STEP = 2  # frames at a time in the largest layers: half of stock's
+
+# target, the function here that runs in its place, and the fingerprints of the texts it knows
+_REPLACED = (
+    ("AutoencoderKLWan.clear_cache", "clear_cache", "c2bf2f3e72354f26"),
+    ("AutoencoderKLWan._decode", "decode", "b3a00fbfe7ea88dc"),
+    ("WanDecoder3d.forward", "decode_chunk", "04ba78038458710f", "79b6e1480503651b"),
+    ("WanEncoder3d.forward", "encode_chunk", "ccf7adb7b36ca049", "e49c76e8d9c2ab8c"),
+    ("WanResidualBlock.forward", "residual_block", "6b11c2b5830c2809"),
+    ("WanResample.forward", "resample", "d2ba2e5c1e04d9bc"),
+)
+_ARGUMENTS = {
+    "clear_cache": "self",
+    "decode": "self, z, return_dict",
+    "decode_chunk": "self, x, feat_cache, feat_idx, first_chunk",
+    "encode_chunk": "self, x, feat_cache, feat_idx",
+    "residual_block": "self, x, feat_cache, feat_idx",
+    "resample": "self, x, feat_cache, feat_idx",
+}
+
+
+def _replaced(qualname: str, function: str, *known: str) -> Target:
+    call = f"return _wan_patches_vae_{function}(_wan_patches_stock_vae_{function}, {_ARGUMENTS[function]})"
+    return Target(qualname, (Body(replacements=tuple((text, call) for text in known)),))
+
+
+def _relied_on(qualname: str, *known: str) -> Known:
+    return Known(_MODULE, qualname, frozenset(known))
+
+
+PATCHES = (
+    Patch(
+        name="vae",
+        module=_MODULE,
+        targets=(
+            *(_replaced(*entry) for entry in _REPLACED),
+            *(
+                Target(f"{block}.forward", (Replace("x.clone()", f"{_CLONE}(x, feat_cache)"),))
+                for block in ("WanResidualUpBlock", "WanResidualDownBlock")
+            ),
+        ),
+        calls={
+            **{f"_wan_patches_vae_{function}": f"{_HERE}:{function}" for _, function, *_ in _REPLACED},
+            **{f"_wan_patches_stock_vae_{function}": STOCK for _, function, *_ in _REPLACED},
+            _CLONE: f"{_HERE}:unchanged",
+        },
+        implementations={
+            "CPUs": "norms a few rows at a time, shared windows, two frames a step where that is exact",
+            "other devices": "shared windows in place of joined, padded and cloned tensors",
+        },
+        requires=(
+            _relied_on("WanCausalConv3d.__init__", "929b940173af746e"),
+            _relied_on("WanCausalConv3d.forward", "04d4cc1d5eef07df"),
+            _relied_on("WanRMS_norm.forward", "2589c33f8908ab21", "13d23c0e7d565d8e"),
+            _relied_on("WanUpsample.forward", "9324770ad80c15cc"),
+            _relied_on("WanAttentionBlock.forward", "220c002c809b1ace"),
+            _relied_on("WanMidBlock.forward", "680be2f1110718f9", "23fc1bae73fbb131"),
+            _relied_on("WanUpBlock.forward", "dd853fe626a7c2ba", "426ef8cfa2fa91d7"),
+            _relied_on("WanResidualUpBlock.forward", "3caf892c82025550", "083afe537c743027"),
+            _relied_on("WanResidualDownBlock.forward", "afd25e4c2af44b70", "f2798108d5a5002f"),
+            _relied_on("DupUp3D.forward", "9ce151b116617947"),
+            _relied_on("AvgDown3D.forward", "94837202ad51a582"),
+        ),
+    ),
+)
+
+
+# A pass over a video
+
+
+def clear_cache(stock: Callable[..., None], vae: Any) -> None:
+    """Begins a pass: gives the encoder and the decoder `FrameCaches` where they can use them, else stock's lists."""
+    from wan_patches.ops.vae import FrameCaches
+
+    stock(vae)
+    for coder, caches in ((vae.decoder, "_feat_map"), (vae.encoder, "_enc_feat_map")):
+        reason = _reason_against(coder) if coder is not None else "there is none"
+        if reason is None:
+            setattr(vae, caches, FrameCaches(len(getattr(vae, caches))))
+        else:
+            _tell(type(vae).__name__, reason)
+
+
+def decode(stock: Callable[..., Any], vae: Any, z: Any, return_dict: bool = True) -> Any:
+    """Stock's untiled decode, whose chunks are written where they belong in the video at once.
+
+    z: `(batch, channels, latent frames, height, width)`; the video is `(batch, 3, frames, height, width)` in [-1, 1].
+    """
+    import torch
+    from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+    from diffusers.models.autoencoders.vae import DecoderOutput
+
+    vae.clear_cache()
+    if vae.use_tiling or not _is_fast(vae._feat_map):
+        return stock(vae, z, return_dict)
+    try:
+        latents = vae.post_quant_conv(z)
+        frames = latents.shape[2]
+        video: Any = None
+        first: Any = None
+        end = 0
+        for i in range(frames):
+            chunk = vae.decoder(latents[:, :, i : i + 1], feat_cache=vae._feat_map, feat_idx=[0], first_chunk=i == 0)
+            if vae.config.patch_size is not None:
+                chunk = unpatchify(chunk, patch_size=vae.config.patch_size)
+            if first is None:
+                first = chunk.clamp_(min=-1.0, max=1.0)
+                continue
+            if video is None:  # only the second chunk tells how many frames all others have
+                end = first.shape[2]
+                length = end + (frames - 1) * chunk.shape[2]
+                video = chunk.new_empty((*chunk.shape[:2], length, *chunk.shape[3:]))
+                video[:, :, :end] = first
+            start, end = end, end + chunk.shape[2]
+            torch.clamp(chunk, min=-1.0, max=1.0, out=video[:, :, start:end])
+    finally:
+        vae.clear_cache()  # also where a chunk was too much for the device
+    video = first if video is None else video
+    return DecoderOutput(sample=video) if return_dict else (video,)
+
+
+def decode_chunk(
+    stock: Callable[..., Any], decoder: Any, x: Any, feat_cache: Any, feat_idx: list[int], first_chunk: bool
+) -> Any:
+    """One latent frame to its frames. What follows the last upsampling in time goes a few frames at a time."""
+    if not _is_fast(feat_cache):
+        return stock(decoder, x, feat_cache=feat_cache, feat_idx=feat_idx, first_chunk=first_chunk)
+    blocks = list(decoder.up_blocks)
+    temporal = [i for i, block in enumerate(blocks) if _changes_frames(block)]
+    border = temporal[-1] + 1 if temporal else 0
+
+    def tail(x: Any, caches: Any, index: list[int]) -> Any:
+        for block in blocks[border:]:
+            x = block(x, feat_cache=caches, feat_idx=index, first_chunk=first_chunk)
+        return _causal(decoder.conv_out, caches, index, x, decoder.norm_out)
+
+    x = _causal(decoder.conv_in, feat_cache, feat_idx, x)
+    x = decoder.mid_block(x, feat_cache=feat_cache, feat_idx=feat_idx)
+    for block in blocks[:border]:
+        x = block(x, feat_cache=feat_cache, feat_idx=feat_idx, first_chunk=first_chunk)
+    return _in_steps(tail, (*blocks[border:], decoder.conv_out), x, feat_cache, feat_idx)
+
+
+def encode_chunk(stock: Callable[..., Any], encoder: Any, x: Any, feat_cache: Any, feat_idx: list[int]) -> Any:
+    """One or four frames to a latent frame. What precedes the first downsampling in time goes a few at a time."""
+    if not _is_fast(feat_cache):
+        return stock(encoder, x, feat_cache=feat_cache, feat_idx=feat_idx)
+    blocks = list(encoder.down_blocks)
+    border = next((i for i, block in enumerate(blocks) if _changes_frames(block)), 0)
+
+    def run(blocks: list[Any], x: Any, caches: Any, index: list[int]) -> Any:
+        for block in blocks:
+            x = block(x) if _is_attention(block) else block(x, feat_cache=caches, feat_idx=index)
+        return x
+
+    x = _causal(encoder.conv_in, feat_cache, feat_idx, x)
+    x = _in_steps(functools.partial(run, blocks[:border]), blocks[:border], x, feat_cache, feat_idx)
+    x = run(blocks[border:], x, feat_cache, feat_idx)
+    x = encoder.mid_block(x, feat_cache=feat_cache, feat_idx=feat_idx)
+    return _causal(encoder.conv_out, feat_cache, feat_idx, x, encoder.norm_out)
+
+
+def residual_block(stock: Callable[..., Any], block: Any, x: Any, feat_cache: Any, feat_idx: list[int]) -> Any:
+    """Norm, SiLU, convolution, twice, and the shortcut added where the result lies."""
+    if not _is_fast(feat_cache):
+        return stock(block, x, feat_cache, feat_idx)
+    shortcut = x if block.in_dim == block.out_dim else _convolution(block.conv_shortcut)(x)
+    y = _causal(block.conv1, feat_cache, feat_idx, x, norm=block.norm1)
+    return _causal(block.conv2, feat_cache, feat_idx, y, norm=block.norm2, add=shortcut, overwrite=True)
+
+
+def resample(stock: Callable[..., Any], module: Any, x: Any, feat_cache: Any, feat_idx: list[int]) -> Any:
+    """Up or down by two in height and width, and in time where the mode says so."""
+    import torch
+
+    if not _is_fast(feat_cache) or module.mode == "none":
+        return stock(module, x, feat_cache, feat_idx)
+    frames = x.transpose(1, 2)
+    up = module.mode.startswith("up")
+    if module.mode == "upsample3d":
+        frames = _upsample_time(module.time_conv, x, feat_cache, feat_idx)
+    resize = _upsample if up else _pad
+    if feat_cache.divided and frames.dim() == 5:
+        pieces = [module.resample[1](resize(frame, feat_cache)) for frame in frames.flatten(0, 1).split(1)]
+        y = torch.cat(pieces)
+    else:
+        y = module.resample[1](resize(frames, feat_cache).flatten(0, -4))
+    y = y.unflatten(0, (x.shape[0], -1)).transpose(1, 2)
+    return _downsample_time(module.time_conv, y, feat_cache, feat_idx) if module.mode == "downsample3d" else y
+
+
+def unchanged(x: Any, feat_cache: Any) -> Any:
+    """What stock clones although nothing changes it."""
+    return x if _is_fast(feat_cache) else x.clone()
+
+
+# Layers
+
+
+def _causal(conv: Any, caches: Any, index: list[int], x: Any, norm: Any = None, **options: Any) -> Any:
+    """A causal convolution of three taps in time, after a norm and SiLU where one is given."""
+    import torch.nn.functional as F
+
+    _, left, _, above, _, _ = conv._padding
+    activation = None if norm is None else lambda piece: F.silu(norm(piece), inplace=True)
+    index[0] += 1
+    return caches.convolve(index[0] - 1, x, _convolution(conv), (above, left), activation=activation, **options)
+
+
+def _convolution(conv: Any) -> Callable[[Any], Any]:
+    """The convolution itself, of what is joined and padded."""
+    import torch.nn.functional as F
+
+    return lambda x: F.conv3d(x, conv.weight, conv.bias, conv.stride, 0, conv.dilation, conv.groups)
+
+
+def _upsample_time(conv: Any, x: Any, caches: Any, index: list[int]) -> Any:
+    """`(batch, frames, 2, channels, height, width)`, or without the 2 in the first pass, which leaves time alone."""
+    from wan_patches.ops.vae import HISTORY, interleave
+
+    if caches[index[0]] is None:
+        batch, channels, _, height, width = x.shape
+        caches[index[0]] = x.new_zeros((batch, channels, HISTORY, height, width))
+        index[0] += 1
+        return x.transpose(1, 2)
+    return interleave(_causal(conv, caches, index, x))
+
+
+def _upsample(frames: Any, caches: Any) -> Any:
+    from wan_patches.ops.vae import upsample
+
+    *leading, height, width = frames.shape
+    return upsample(frames, caches.shared((*leading, 2 * height, 2 * width), frames))
+
+
+def _pad(frames: Any, caches: Any) -> Any:
+    """A row of zeros below and a column to the right."""
+    *leading, height, width = frames.shape
+    padded = caches.shared((*leading, height + 1, width + 1), frames)
+    padded[..., height, :] = 0
+    padded[..., width] = 0
+    padded[..., :height, :width] = frames
+    return padded
+
+
+def _downsample_time(conv: Any, x: Any, caches: Any, index: list[int]) -> Any:
+    """Frames by a convolution with a stride of two over them and the last of the pass before; not in the first."""
+    import torch
+
+    before, caches[index[0]] = caches[index[0]], x[:, :, -1:].clone()
+    index[0] += 1
+    return x if before is None else _convolution(conv)(torch.cat([before, x], dim=2))
+
+
+def _changes_frames(block: Any) -> bool:
+    return any(hasattr(module, "time_conv") for module in block.modules())
+
+
+def _is_attention(block: Any) -> bool:
+    return hasattr(block, "to_qkv")
+
+
+# A few frames and rows at a time
+
+
+def _in_steps(run: Callable[..., Any], modules: Any, x: Any, caches: Any, index: list[int]) -> Any:
+    """`run(x, caches, index)` of modules that keep the frames, divided where that gives the same bits."""
+    from wan_patches.ops.vae import in_steps
+
+    first, is_first_pass = index[0], caches[index[0]] is None
+    if is_first_pass or not _can_be_divided(modules, x):
+        return run(x, caches, index)
+    caches.divide()
+    try:
+        return in_steps(lambda x: run(x, caches, index), x, _STEP, lambda: index.__setitem__(0, first))
+    finally:
+        caches.divided = False
+
+
+def _can_be_divided(modules: Any, x: Any) -> bool:
+    """Whether so many frames and rows as are taken at a time, and not fewer, have the bits of the whole.
+
+    On a CPU a convolution's way of adding up does not depend on how many frames and rows there are, as long as ATen
+    gives both to the same library; tried here on the processor for each shape. On accelerators libraries
+    choose an algorithm by the shape: there nothing is divided.
+    """
+    from torch import nn
+
+    if not x.is_cpu or x.shape[2] <= _STEP or x.shape[2] % _STEP:
+        return False
+    batch, _, _, height, width = x.shape
+    for module in (part for block in modules for part in block.modules()):
+        up = getattr(module, "mode", "").startswith("up")
+        if _is_attention(module):
+            return False
+        if hasattr(module, "resample"):
+            height, width = (2 * height, 2 * width) if up else (height // 2, width // 2)
+            if not _is_divisible(module.resample[1], batch, width if up else 2 * width + 1, x.dtype):
+                return False
+        elif isinstance(module, nn.Conv3d) and (
+            height < _least_rows(module, batch) or not _is_divisible(module, batch, width, x.dtype)
+        ):
+            return False
+    return True
+
+
+_divisible: dict[Any, bool] = {}
+
+
+def _is_divisible(conv: Any, batch: int, width: int, dtype: Any) -> bool:
+    """Whether a convolution of four frames has the bits of two at a time in two bands (in 2D: of one at a time)."""
+    import torch
+
+    settings = (torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.backends.mkldnn.enabled)
+    key = (conv.weight.shape, conv.stride, batch, width, dtype, *settings)
+    if key not in _divisible:
+        _divisible[key] = _try_divided(conv, batch, width, dtype)
+    return _divisible[key]
+
+
+def _try_divided(conv: Any, batch: int, width: int, dtype: Any) -> bool:
+    import torch
+
+    generator = torch.Generator("cpu").manual_seed(0)  # the user's random state is not ours to move
+
+    def sample(*shape: int) -> Any:
+        return torch.randn(shape, generator=generator, device="cpu").to(dtype)
+
+    frames = 2 * _STEP
+    if conv.weight.dim() == 4:
+        images = sample(batch * frames, conv.in_channels, 32, width)
+        return torch.equal(conv(images), torch.cat([conv(image) for image in images.split(1)]))
+    before, border, _ = (size - 1 for size in conv.kernel_size)
+    rows = _least_rows(conv, batch)
+    window = sample(batch, conv.in_channels, before + frames, 2 * rows + border, width + border)
+    convolve = _convolution(conv)
+    whole = convolve(window)
+    return all(
+        torch.equal(
+            convolve(window[:, :, t : t + before + _STEP, r : r + rows + border].contiguous()),
+            whole[:, :, t : t + _STEP, r : r + rows],
+        )
+        for t in range(0, frames, _STEP)
+        for r in (0, rows)
+    )
+
+
+def _least_rows(conv: Any, batch: int) -> int:
+    from wan_patches.ops.vae import least_rows
+
+    return least_rows(batch * conv.in_channels * (conv.kernel_size[0] - 1 + _STEP))
+
+
+# Who takes the short way
+
+
+def _is_fast(feat_cache: Any) -> bool:
+    from wan_patches.ops.vae import FrameCaches
+
+    return type(feat_cache) is FrameCaches
+
+
+def _reason_against(coder: Any) -> str | None:
+    """Why this encoder or decoder takes stock's way now; None where it need not."""
+    import torch
+
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return "it is being compiled"
+    if torch.is_grad_enabled():
+        return "gradients are enabled"
+    if torch.is_autocast_enabled() or torch.is_autocast_enabled("cpu"):
+        return "autocast is on"
+    if torch._C._are_functorch_transforms_active():
+        return "a transform of torch.func is at work"
+    if torch.nn.modules.module._has_any_global_hook():
+        return "there are global module hooks"
+    return next(filter(None, map(_peculiarity, coder.modules())), None)
+
+
+def _peculiarity(module: Any) -> str | None:
+    """What makes a module of an encoder or decoder other than diffusers builds it."""
+    import torch
+
+    name = type(module).__name__
+    if type(module) not in _kinds():
+        return f"it has a {name} in it"
+    if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
+        return f"a {name} has hooks or a forward of its own"
+    if module._compiled_call_impl is not None:
+        return f"a {name} is compiled"
+    if isinstance(module, torch.nn.Dropout) and module.training and module.p:
+        return "dropout is on"
+    if any(type(parameter) is not torch.nn.Parameter for parameter in filter(_is_given, module._parameters.values())):
+        return f"the weights of a {name} are not plain tensors"
+    return None
+
+
+def _is_given(parameter: Any) -> bool:
+    return parameter is not None
+
+
+@functools.lru_cache(maxsize=1)
+def _kinds() -> frozenset[type]:
+    from diffusers.models.autoencoders import autoencoder_kl_wan as wan
+    from torch import nn
+
+    own = (
+        *("WanDecoder3d", "WanEncoder3d", "WanMidBlock", "WanUpBlock", "WanResidualUpBlock", "WanResidualDownBlock"),
+        *("WanResidualBlock", "WanAttentionBlock", "WanResample", "WanUpsample", "WanCausalConv3d", "WanRMS_norm"),
+        *("AvgDown3D", "DupUp3D"),
+    )
+    plain = (nn.Conv2d, nn.Dropout, nn.Identity, nn.ModuleList, nn.Sequential, nn.SiLU, nn.ZeroPad2d)
+    return frozenset((*(getattr(wan, name) for name in own), *plain))
+
+
+@functools.lru_cache(maxsize=64)
+def _tell(name: str, reason: str) -> None:
+    logger.info("%s runs stock code: %s", name, reason)
