@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import wan_patches
-from wan_patches.ops.conditioning import condition_mask, in_latent_frames, reference
+from wan_patches.ops.conditioning import ConditionVideo, condition_mask, in_latent_frames, reference
 
 pytestmark = pytest.mark.upstream
 
@@ -117,3 +117,25 @@ def test_modular_steps_are_bit_identical_to_stock(last):
         assert stock.dtype == patched.dtype
         assert stock.stride() == patched.stride()
         assert torch.equal(stock, patched)
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("zeros", [0, 1, 3, 8])
+def test_a_condition_video_is_cut_like_the_one_that_is_built(last, zeros):
+    pictures = torch.randn(2, 2, 3, 1, 4, 5)
+    first, final = pictures[0].transpose(3, 4).contiguous().transpose(3, 4), pictures[1] if last else None
+    built = torch.cat([first, first.new_zeros(2, 3, zeros, 4, 5), *([final] if last else [])], dim=2).bfloat16()
+    video = ConditionVideo(first, zeros, final).to(device="cpu", dtype=torch.bfloat16)
+    assert video.shape == built.shape
+    assert video.dtype == built.dtype
+    assert video.device == built.device
+    every = slice(None)
+    for start in range(0, built.shape[2]):
+        for end in range(start + 1, built.shape[2] + 3):
+            for area in ((every, every), (slice(1, 3), slice(2, 9))):
+                key = (every, every, slice(start, end), *area)
+                assert torch.equal(video[key], built[key])
+                assert video[key].is_contiguous()
+    parts = video.split(1)
+    assert len(parts) == 2
+    assert all(torch.equal(part[(every,) * 5], cut) for part, cut in zip(parts, built.split(1)))

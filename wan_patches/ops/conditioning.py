@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from wan_patches.fidelity import gate
@@ -64,3 +67,57 @@ def in_latent_frames(
     if last_frame:
         mask[:, -1, -1] = 1
     return mask.expand(batch, -1, -1, height, width)
+
+
+class ConditionVideo:
+    """The pixel video that image-to-video encodes: given frames first and perhaps last, zeros between, never built.
+
+    Stands for `(batch, channels, frames, height, width)` where an autoencoder's encode takes slices of it: each slice
+    is a tensor with the bits, the dtype and the strides of one that was cut out and made contiguous.
+    """
+
+    def __init__(self, first: torch.Tensor, zeros: int, last: torch.Tensor | None = None) -> None:
+        """Takes frames of shape `(batch, channels, 1, height, width)` and the number of zero frames between them."""
+        self._first, self._zeros, self._last = first, zeros, last
+
+    @property
+    def shape(self) -> torch.Size:
+        batch, channels, _, height, width = self._first.shape
+        return torch.Size((batch, channels, 1 + self._zeros + (self._last is not None), height, width))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._first.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._first.device
+
+    def to(self, *args: Any, **kwargs: Any) -> ConditionVideo:
+        """On another device, in another dtype; takes what `torch.Tensor.to` does."""
+        return self._map(lambda frame: frame.to(*args, **kwargs))
+
+    def split(self, size: int) -> list[ConditionVideo]:
+        """Parts of the batch."""
+        return [
+            self._map(lambda frame, start=start: frame[start : start + size])  # type: ignore[misc]
+            for start in range(0, self.shape[0], size)
+        ]
+
+    def __getitem__(self, key: tuple[slice, ...]) -> torch.Tensor:
+        """The frames `key[2]`, as a tensor; the other slices are taken of each."""
+        batch, channels, frames, *area = key
+        wanted = range(self.shape[2])[frames]
+        index = (batch, channels, slice(None), *area)
+        given = {0: self._first[index]}
+        if self._last is not None:
+            given[self.shape[2] - 1] = self._last[index]
+        out = given[0].new_zeros((*given[0].shape[:2], len(wanted), *given[0].shape[3:]))
+        for nth, frame in enumerate(wanted):
+            if frame in given:
+                out[:, :, nth : nth + 1] = given[frame]
+        return out
+
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> ConditionVideo:
+        last = None if self._last is None else change(self._last)
+        return ConditionVideo(change(self._first), self._zeros, last)

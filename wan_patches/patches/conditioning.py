@@ -1,9 +1,14 @@
-"""Where diffusers builds the image-to-video condition mask."""
+"""Where diffusers builds the condition mask and the condition video of image-to-video."""
 
-from wan_patches.registry import Patch, Target
-from wan_patches.rewrite import Block
+from __future__ import annotations
+
+from typing import Any
+
+from wan_patches.registry import Known, Patch, Target
+from wan_patches.rewrite import Block, Replace
 
 _CALL = "_wan_patches_condition_mask"
+_VIDEO = "_wan_patches_condition_video"
 
 
 def _block(temporal: str, frames: str, last_frame: str, *fingerprints: str) -> Block:
@@ -24,6 +29,30 @@ def _patch(module: str, *targets: Target, optional: bool = False) -> Patch:
         calls={_CALL: "wan_patches.ops.conditioning:condition_mask"},
         implementations={"all devices": "built in latent frames"},
         optional=optional,
+    )
+
+
+# who takes the condition video in slices: `AutoencoderKLWan` from diffusers 0.35 to 0.42
+_ENCODE = tuple(
+    Known("diffusers.models.autoencoders.autoencoder_kl_wan", f"AutoencoderKLWan.{name}", frozenset(known))
+    for name, known in (
+        ("encode", ("bb9c5f01af64c520",)),
+        ("_encode", ("c153b2e76001cae4", "fa194e82cac56543")),
+        ("tiled_encode", ("1afcb98eab45ee76", "8225a258bb2c904d")),
+    )
+)
+
+
+def _video(module: str, qualname: str, last_frame: bool) -> Patch:
+    first = Replace("torch.cat([FIRST, FIRST.new_zeros(*ARGS)], dim=2)", f"{_VIDEO}(self.vae, FIRST, None, *ARGS)")
+    last = Replace("torch.cat([FIRST, FIRST.new_zeros(*ARGS), LAST], dim=2)", f"{_VIDEO}(self.vae, FIRST, LAST, *ARGS)")
+    return Patch(
+        name="conditioning",
+        module=f"diffusers.{module}",
+        targets=(Target(qualname, (first, last) if last_frame else (first,)),),
+        calls={_VIDEO: "wan_patches.patches.conditioning:condition_video"},
+        implementations={"all devices": "the encoder is given chunks of a video that is never built"},
+        requires=_ENCODE,
     )
 
 
@@ -49,4 +78,26 @@ PATCHES = (
     _patch("pipelines.chronoedit.pipeline_chronoedit", Target("ChronoEditPipeline.prepare_latents", (_FIRST,))),
     _patch("modular_pipelines.wan.encoders", *_MODULAR, optional=True),
     _patch("modular_pipelines.wan.before_denoise", *_MODULAR, optional=True),  # diffusers 0.36
+    _video("pipelines.wan.pipeline_wan_i2v", "WanImageToVideoPipeline.prepare_latents", True),
+    _video("pipelines.skyreels_v2.pipeline_skyreels_v2_i2v", "SkyReelsV2ImageToVideoPipeline.prepare_latents", True),
+    _video("pipelines.chronoedit.pipeline_chronoedit", "ChronoEditPipeline.prepare_latents", False),
 )
+
+
+def condition_video(vae: Any, first: Any, last: Any, *zeros: int) -> Any:
+    """The given frames and `zeros`, the shape of those between: a `ConditionVideo` where `vae` takes slices of it.
+
+    That is an `AutoencoderKLWan` whose way from `encode` to the encoder is its class's own; any other gets the tensor.
+    """
+    from diffusers import AutoencoderKLWan
+
+    from wan_patches.ops.conditioning import ConditionVideo
+
+    own = type(vae) is AutoencoderKLWan and not {"encode", "_encode", "tiled_encode"} & vars(vae).keys()
+    batch, channels, frames, height, width = zeros
+    fits = all(frame.shape == (batch, channels, 1, height, width) for frame in (first, last) if frame is not None)
+    if own and fits and frames >= 0 and vae.config.patch_size is None:
+        return ConditionVideo(first, frames, last)
+    import torch
+
+    return torch.cat([first, first.new_zeros(*zeros), *([] if last is None else [last])], dim=2)

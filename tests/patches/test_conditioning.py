@@ -1,0 +1,134 @@
+"""The condition video: encoded in chunks by whom takes them, built for whom does not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import wan_patches
+from wan_patches.bench.models import FAMILIES, available
+from wan_patches.ops.conditioning import ConditionVideo
+
+pytestmark = [pytest.mark.upstream, pytest.mark.usefixtures("one_thread")]
+
+I2V = [name for name in ("wan21_i2v", "wan22_i2v", "skyreels_v2_i2v", "chronoedit") if name in available()]
+
+
+def _pipe(name):
+    pipe = FAMILIES[name].build(dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@torch.no_grad()
+def _prepared(pipe, frames=9, last=False, batch=1, generator=None):
+    size = (3, 32, 48)
+    image, final = torch.rand(2, 1, *size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    options = {"last_image": final} if last else {}
+    channels, dtype = pipe.vae.config.z_dim, torch.float32
+    generator = generator or torch.Generator().manual_seed(1)
+    return pipe.prepare_latents(
+        image, batch, channels, *size[1:], frames, dtype, torch.device("cpu"), generator, **options
+    )
+
+
+@pytest.fixture
+def encoded(monkeypatch):
+    """The condition videos that were made."""
+    given, original = [], ConditionVideo.__init__
+
+    def counted(self, *args):
+        given.append(self)
+        original(self, *args)
+
+    monkeypatch.setattr(ConditionVideo, "__init__", counted)
+    return given
+
+
+@pytest.mark.parametrize("name", I2V)
+@pytest.mark.parametrize("frames", [1, 5, 17])
+@pytest.mark.parametrize("tiling", [False, True])
+def test_latents_are_bit_identical(name, frames, tiling, encoded):
+    pipe = _pipe(name)
+    if tiling:
+        pipe.vae.enable_tiling(24, 24, 16, 16)
+    stock = _prepared(pipe, frames)
+    with wan_patches.enabled(["conditioning"]):
+        patched = _prepared(pipe, frames)
+    assert encoded
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(stock, patched))
+
+
+@pytest.mark.parametrize("name", [name for name in I2V if name != "chronoedit"])
+@pytest.mark.parametrize("frames", [5, 9])
+def test_first_and_last_frame_and_lists_of_generators(name, frames, encoded):
+    pipe = _pipe(name)
+    generators = [torch.Generator().manual_seed(nth) for nth in (1, 2)]
+    stock = _prepared(pipe, frames, True, 2, generators)
+    generators = [torch.Generator().manual_seed(nth) for nth in (1, 2)]
+    with wan_patches.enabled(["conditioning", "vae"]):
+        patched = _prepared(pipe, frames, True, 2, generators)
+    assert encoded
+    assert all(map(torch.equal, stock, patched))
+
+
+def test_the_whole_video_is_never_there():
+    """Of 81 frames, no tensor with more pixels than a chunk of four is made while the video is encoded."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    largest = 0
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and result.dim() == 5 and result.shape[1] == 3:
+                largest = max(largest, result.shape[2])
+            return result
+
+    pipe = _pipe("wan21_i2v")
+    with Sizes():
+        _prepared(pipe, 81)
+        assert largest >= 81
+        largest = 0
+        with wan_patches.enabled(["conditioning"]):
+            _prepared(pipe, 81)
+    assert 0 < largest <= 6  # with the history of a causal convolution
+
+
+@pytest.mark.parametrize("change", ["subclass", "encode", "tiled_encode"])
+def test_an_autoencoder_of_ones_own_gets_the_tensor(change, encoded):
+    pipe = _pipe("wan21_i2v")
+    stock, seen = _prepared(pipe), []
+    vae = pipe.vae
+    if change == "subclass":
+        own = type(vae)
+
+        class Mine(own):
+            def encode(self, x, *args, **kwargs):
+                seen.append(x)
+                return super().encode(x, *args, **kwargs)
+
+        vae.__class__ = Mine
+    else:
+        vae.enable_tiling(24, 24, 16, 16)
+        stock = _prepared(pipe)
+        method = getattr(vae, change)
+        setattr(vae, change, lambda x, *args, **kwargs: (seen.append(x), method(x, *args, **kwargs))[1])
+    with wan_patches.enabled(["conditioning"]):
+        patched = _prepared(pipe)
+    assert not encoded
+    assert seen
+    assert all(type(x) is torch.Tensor for x in seen)
+    assert all(map(torch.equal, stock, patched))
+
+
+def test_an_image_of_another_size_fails_as_in_stock():
+    pipe = _pipe("wan21_i2v")
+    image, latents = torch.zeros(1, 3, 16, 16), torch.zeros(1, 4, 2, 4, 6)
+    arguments = (image, 1, 4, 32, 48, 5, torch.float32, torch.device("cpu"), None, latents)
+    with pytest.raises(RuntimeError) as stock:
+        pipe.prepare_latents(*arguments)
+    with wan_patches.enabled(["conditioning"]), pytest.raises(RuntimeError) as patched:
+        pipe.prepare_latents(*arguments)
+    assert str(stock.value) == str(patched.value)
