@@ -21,6 +21,7 @@ from wan_patches.rewrite import Block, Body, Replace, Unknown, fingerprint
 
 if TYPE_CHECKING:
     from wan_patches.executor import ParallelExecutor, RayParallelExecutor
+    from wan_patches.offload import OffloadPlan, disable_offload, enable_offload
 
 __version__ = "0.1.0"
 
@@ -82,6 +83,10 @@ def __getattr__(name: str) -> Any:
         import wan_patches.executor
 
         return getattr(wan_patches.executor, name)
+    if name in ("OffloadPlan", "disable_offload", "enable_offload"):
+        import wan_patches.offload
+
+        return getattr(wan_patches.offload, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -90,6 +95,7 @@ __all__ = [
     "Body",
     "Fidelity",
     "Known",
+    "OffloadPlan",
     "ParallelExecutor",
     "Patch",
     "PatchError",
@@ -101,7 +107,9 @@ __all__ = [
     "Unknown",
     "Verdict",
     "disable",
+    "disable_offload",
     "enable",
+    "enable_offload",
     "enabled",
     "fingerprint",
     "status",
