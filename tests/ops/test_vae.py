@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from wan_patches.ops import vae
-from wan_patches.ops.vae import FrameCaches, in_steps, interleave, upsample
+from wan_patches.ops.vae import FrameCaches, in_steps, interleave, upsample, upsampled_bands
 
 pytestmark = pytest.mark.upstream
 
@@ -143,3 +143,14 @@ def test_steps_cover_every_frame_once(total, step, wanted):
     assert torch.equal(in_steps(layers, x, step, lambda: rewound.append(len(seen))), x * 2)
     assert seen == wanted
     assert rewound == list(range(1, len(wanted)))
+
+
+@pytest.mark.parametrize(("height", "rows"), [(8, 3), (7, 3), (3, 16), (1, 1)])
+def test_upsampled_bands_have_their_neighbours(height, rows):
+    x = torch.randn(2, 3, height, 5)
+    whole = F.pad(upsample(x, torch.empty(2, 3, 2 * height, 10)), (0, 0, 1, 1))
+    covered = []
+    for place, band in upsampled_bands(x, rows, FrameCaches(0)):
+        assert torch.equal(band, whole[..., place.start : place.stop + 2, :])
+        covered += range(place.start, place.stop)
+    assert covered == list(range(2 * height))

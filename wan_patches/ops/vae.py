@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -179,6 +179,29 @@ def upsample(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     upper[..., 1::2] = x
     out[..., 1::2, :] = upper
     return out
+
+
+def upsampled_bands(x: torch.Tensor, rows: int, caches: FrameCaches) -> Iterator[tuple[slice, torch.Tensor]]:
+    """`upsample(x)` in bands, each with the row above and the one below it, which are zero outside of the frame.
+
+    Args:
+        x: `(images, channels, height, width)`, any strides.
+        rows: of `x` that make a band.
+        caches: whose shared memory holds a band, until the next.
+
+    Yields:
+        Which rows of the upsampled images these are, and `(images, channels, that many + 2, 2 * width)`.
+    """
+    images, channels, height, width = x.shape
+    for top, bottom in itertools.pairwise(_bands(height, rows)):
+        band = caches.shared((images, channels, 2 * (bottom - top) + 2, 2 * width), x)
+        upsample(x[..., top:bottom, :], band[..., 1:-1, :])
+        for row, neighbour in ((0, top - 1), (-1, bottom)):
+            if 0 <= neighbour < height:
+                band[..., row, 0::2] = band[..., row, 1::2] = x[..., neighbour, :]
+            else:
+                band[..., row, :] = 0
+        yield slice(2 * top, 2 * bottom), band
 
 
 def interleave(x: torch.Tensor) -> torch.Tensor:

@@ -23,6 +23,7 @@ _HERE = "wan_patches.patches.vae"
 _MODULE = "diffusers.models.autoencoders.autoencoder_kl_wan"
 _CLONE = "_wan_patches_vae_unchanged"
 _STEP = 2  # frames at a time in the largest layers: half of stock's
+_ROWS = 16  # that are upsampled at a time there
 
 # target, the function here that runs in its place, and the fingerprints of the texts it knows
 _REPLACED = (
@@ -153,9 +154,11 @@ def decode_chunk(
     temporal = [i for i, block in enumerate(blocks) if _changes_frames(block)]
     border = temporal[-1] + 1 if temporal else 0
 
+    layers = [layer for block in blocks[border:] for layer in _layers(block)]
+
     def tail(x: Any, caches: Any, index: list[int]) -> Any:
-        for block in blocks[border:]:
-            x = block(x, feat_cache=caches, feat_idx=index, first_chunk=first_chunk)
+        for layer in layers:
+            x = layer(x, feat_cache=caches, feat_idx=index)
         return _causal(decoder.conv_out, caches, index, x, decoder.norm_out)
 
     x = _causal(decoder.conv_in, feat_cache, feat_idx, x)
@@ -195,20 +198,17 @@ def residual_block(stock: Callable[..., Any], block: Any, x: Any, feat_cache: An
 
 def resample(stock: Callable[..., Any], module: Any, x: Any, feat_cache: Any, feat_idx: list[int]) -> Any:
     """Up or down by two in height and width, and in time where the mode says so."""
-    import torch
-
     if not _is_fast(feat_cache) or module.mode == "none":
         return stock(module, x, feat_cache, feat_idx)
     frames = x.transpose(1, 2)
     up = module.mode.startswith("up")
     if module.mode == "upsample3d":
         frames = _upsample_time(module.time_conv, x, feat_cache, feat_idx)
-    resize = _upsample if up else _pad
-    if feat_cache.divided and frames.dim() == 5:
-        pieces = [module.resample[1](resize(frame, feat_cache)) for frame in frames.flatten(0, 1).split(1)]
-        y = torch.cat(pieces)
+    conv, images = module.resample[1], frames.flatten(0, -4)
+    if x.is_cpu and len(images) > 1 and _resizes_divided(conv, x.shape, x.dtype, up):
+        y = _resize_divided(conv, images, up, feat_cache)
     else:
-        y = module.resample[1](resize(frames, feat_cache).flatten(0, -4))
+        y = conv((_upsample if up else _pad)(images, feat_cache))
     y = y.unflatten(0, (x.shape[0], -1)).transpose(1, 2)
     return _downsample_time(module.time_conv, y, feat_cache, feat_idx) if module.mode == "downsample3d" else y
 
@@ -257,6 +257,29 @@ def _upsample(frames: Any, caches: Any) -> Any:
     return upsample(frames, caches.shared((*leading, 2 * height, 2 * width), frames))
 
 
+def _resize_divided(conv: Any, images: Any, up: bool, caches: Any) -> Any:
+    """One image at a time, and up in bands of rows: `(images, channels, height, width)` to twice or half the size."""
+    import torch
+
+    from wan_patches.ops.vae import upsampled_bands
+
+    if not up:
+        return torch.cat([conv(_pad(image, caches)) for image in images.split(1)])
+    count, _, height, width = images.shape
+    y = images.new_empty((count, conv.out_channels, 2 * height, 2 * width))
+    for image, out in zip(images.split(1), y.split(1)):
+        for rows, band in upsampled_bands(image, _ROWS, caches):
+            out[..., rows, :] = _convolution_of_band(conv)(band)
+    return y
+
+
+def _convolution_of_band(conv: Any) -> Callable[[Any], Any]:
+    """A two-dimensional convolution of rows that have their neighbours above and below with them."""
+    import torch.nn.functional as F
+
+    return lambda x: F.conv2d(x, conv.weight, conv.bias, conv.stride, (0, conv.padding[1]), conv.dilation, conv.groups)
+
+
 def _pad(frames: Any, caches: Any) -> Any:
     """A row of zeros below and a column to the right."""
     *leading, height, width = frames.shape
@@ -274,6 +297,13 @@ def _downsample_time(conv: Any, x: Any, caches: Any, index: list[int]) -> Any:
     before, caches[index[0]] = caches[index[0]], x[:, :, -1:].clone()
     index[0] += 1
     return x if before is None else _convolution(conv)(torch.cat([before, x], dim=2))
+
+
+def _layers(block: Any) -> list[Any]:
+    """What an up block runs one after another: called one by one, they leave its own input to be freed."""
+    if hasattr(block, "avg_shortcut"):
+        return [block]
+    return [*block.resnets, *(block.upsamplers or ())]
 
 
 def _changes_frames(block: Any) -> bool:
@@ -318,9 +348,9 @@ def _can_be_divided(modules: Any, x: Any) -> bool:
         if _is_attention(module):
             return False
         if hasattr(module, "resample"):
-            height, width = (2 * height, 2 * width) if up else (height // 2, width // 2)
-            if not _is_divisible(module.resample[1], batch, width if up else 2 * width + 1, x.dtype):
+            if not _resizes_divided(module.resample[1], (batch, 0, 0, height, width), x.dtype, up):
                 return False
+            height, width = (2 * height, 2 * width) if up else (height // 2, width // 2)
         elif isinstance(module, nn.Conv3d) and (
             height < _least_rows(module, batch) or not _is_divisible(module, batch, width, x.dtype)
         ):
@@ -332,14 +362,23 @@ _divisible: dict[Any, bool] = {}
 
 
 def _is_divisible(conv: Any, batch: int, width: int, dtype: Any) -> bool:
-    """Whether a convolution of four frames has the bits of two at a time in two bands (in 2D: of one at a time)."""
+    """Whether a convolution of four frames has the bits of two (in 2D: one) at a time, in two bands."""
     import torch
 
     settings = (torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.backends.mkldnn.enabled)
-    key = (conv.weight.shape, conv.stride, batch, width, dtype, *settings)
+    key = (conv.weight.shape, conv.stride, conv.padding, batch, width, dtype, *settings)
     if key not in _divisible:
         _divisible[key] = _try_divided(conv, batch, width, dtype)
     return _divisible[key]
+
+
+def _resizes_divided(conv: Any, shape: Any, dtype: Any, up: bool) -> bool:
+    """The same of resampling `(batch, channels, frames, height, width)`: one frame at a time, and up in bands."""
+    from wan_patches.ops.vae import least_rows
+
+    batch, _, _, height, width = shape
+    height, width = (min(2 * height, 2 * _ROWS), 2 * width) if up else (height + 1, width + 1)
+    return height >= least_rows(conv.in_channels * width) and _is_divisible(conv, batch, width, dtype)
 
 
 def _try_divided(conv: Any, batch: int, width: int, dtype: Any) -> bool:
@@ -352,8 +391,14 @@ def _try_divided(conv: Any, batch: int, width: int, dtype: Any) -> bool:
 
     frames = 2 * _STEP
     if conv.weight.dim() == 4:
-        images = sample(batch * frames, conv.in_channels, 32, width)
-        return torch.equal(conv(images), torch.cat([conv(image) for image in images.split(1)]))
+        images = sample(batch * frames, conv.in_channels, 4 * _ROWS, width)
+        if conv.stride != (1, 1):
+            return torch.equal(conv(images), torch.cat([conv(image) for image in images.split(1)]))
+        padded = torch.nn.functional.pad(images, (0, 0, 1, 1))
+        bands = [padded[..., rows : rows + 2 * _ROWS + 2, :].contiguous() for rows in (0, 2 * _ROWS)]
+        convolve = _convolution_of_band(conv)
+        parts = [torch.cat([convolve(image) for image in band.split(1)]) for band in bands]
+        return torch.equal(conv(images), torch.cat(parts, dim=2))
     before, border, _ = (size - 1 for size in conv.kernel_size)
     rows = _least_rows(conv, batch)
     window = sample(batch, conv.in_channels, before + frames, 2 * rows + border, width + border)
