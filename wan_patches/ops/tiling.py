@@ -1,0 +1,116 @@
+"""The cross-fade of overlapping tiles, as the tiled paths of autoencoders apply it row by row.
+
+Row `i` of an overlap of `n` rows (or column, along the width)::
+
+    second[i] = first[i - n] * (1 - i / n) + second[i] * (i / n)
+
+The weights are Python numbers, doubles, that meet tensors of fp32 or less in fp32. Each product and the sum are rounded
+to the dtype of the tiles (no fused multiply-add): that is stock's order of arithmetic.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+
+from wan_patches.fidelity import gate, signature
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_CHUNK = 1 << 19  # elements worked on at a time on CPUs: little scratch, and few calls
+_FEW = 16  # columns; conversion of half dtypes in rows of fewer costs more than it saves
+
+
+def blend(first: torch.Tensor, second: torch.Tensor, extent: int, dim: int) -> torch.Tensor:
+    """Fades the end of a tile into the beginning of the next, in place.
+
+    Args:
+        first: the tile above or to the left, `(batch, channels, frames, height, width)`, of a dtype in `DTYPES`.
+        second: the tile below or to the right, like it but along `dim`, in memory of its own; written to.
+        extent: rows or columns that overlap; no more than both have are faded.
+        dim: -2, along the height, or -1, along the width.
+
+    Returns:
+        `second`. EXACT: the bits of the row by row assignment (`reference`).
+    """
+    extent = min(first.shape[dim], second.shape[dim], extent)
+    if extent <= 0 or second.numel() == 0:
+        return second
+    tail = first.narrow(dim, first.shape[dim] - extent, extent)
+    head = second.narrow(dim, 0, extent)
+    if not head.is_cpu:
+        head.copy_(gate("tile blend", (*signature(tail, head), dim), vectorised, reference, tail, head, dim))
+    elif (head.dtype != torch.float32 and dim == -1 and extent < _FEW) or not _is_exact(head.dtype):
+        head.copy_(reference(tail, head, dim))
+    else:
+        chunked(tail, head, dim)
+    return second
+
+
+def reference(tail: torch.Tensor, head: torch.Tensor, dim: int) -> torch.Tensor:
+    """The plain formulation: a new tensor, row by row, in stock's order of arithmetic."""
+    out, extent = torch.empty_like(head), head.shape[dim]
+    for i in range(extent):
+        row = tail.select(dim, i) * (1 - i / extent) + head.select(dim, i) * (i / extent)
+        out.select(dim, i).copy_(row)
+    return out
+
+
+def vectorised(tail: torch.Tensor, head: torch.Tensor, dim: int) -> torch.Tensor:
+    """The form for accelerators: a new tensor, all rows at once."""
+    falling, rising = _weights(head, dim)
+    return (tail * falling).to(head.dtype) + (head * rising).to(head.dtype)
+
+
+def chunked(tail: torch.Tensor, head: torch.Tensor, dim: int) -> None:
+    """The CPU form: into `head`, a few frames at a time, in rows as long as can be."""
+    batch, channels, frames, height, width = head.shape
+    falling, rising = (weights.expand(height, width).contiguous() for weights in _weights(head, dim))
+    step = min(frames, max(1, _CHUNK // math.prod((batch, channels, height, width))))
+    products = head.new_empty((2, batch, channels, step, height, width))
+    scratch = None if head.dtype == falling.dtype else torch.empty_like(products[0], dtype=falling.dtype)
+    for start in range(0, frames, step):
+        chunk = slice(start, start + step)
+        faded, risen = (
+            _product(part[:, :, chunk], weights, out, scratch)
+            for part, weights, out in ((tail, falling, products[0]), (head, rising, products[1]))
+        )
+        torch.add(faded, risen, out=head[:, :, chunk])
+
+
+def _product(
+    part: torch.Tensor, weights: torch.Tensor, out: torch.Tensor, scratch: torch.Tensor | None
+) -> torch.Tensor:
+    """`part * weights` in the beginning of `out`; by way of `scratch` where the dtypes differ."""
+    out = out[:, :, : part.shape[2]]
+    if scratch is None:
+        return torch.mul(part, weights, out=out)
+    return out.copy_(scratch[:, :, : part.shape[2]].copy_(part).mul_(weights))
+
+
+def _weights(head: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the first tile and of the second: fp32, rounded from doubles, along `dim` of `(height, width)`."""
+    steps = torch.arange(head.shape[dim], dtype=torch.float64, device=head.device)
+    steps = steps.view((-1, 1) if dim == -2 else (1, -1))
+    # by a tensor: some devices divide by a number as they multiply by its inverse
+    rising = steps / torch.full_like(steps, head.shape[dim])
+    return (1 - rising).to(torch.float32), rising.to(torch.float32)
+
+
+@functools.lru_cache(maxsize=len(DTYPES))
+def _is_exact(dtype: torch.dtype) -> bool:
+    """Tries `chunked` on this processor against the plain formulation."""
+    if dtype not in DTYPES:
+        return False
+    generator = torch.Generator("cpu").manual_seed(0)  # the user's random state is not ours to move
+    for dim, shape in ((-2, (1, 2, 3, 11, 37)), (-1, (1, 2, 3, 5, 21))):
+        tail, head = (
+            torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(dtype) for _ in "ab"
+        )
+        expected = reference(tail, head, dim)
+        chunked(tail, head, dim)
+        if not torch.equal(head, expected):
+            return False
+    return True

@@ -1,0 +1,65 @@
+"""Where Wan's VAE, which is that of all families here, fades its tiles into one another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from wan_patches.codeswap import STOCK
+from wan_patches.registry import Patch, Target
+from wan_patches.rewrite import Body
+
+
+def _patch(method: str, dim: int, fingerprint: str) -> Patch:
+    call, stock = "_wan_patches_blend", f"_wan_patches_stock_{method}"
+    statement = f"return {call}({stock}, self, a, b, blend_extent, {dim})"
+    return Patch(
+        name="vae",
+        module="diffusers.models.autoencoders.autoencoder_kl_wan",
+        targets=(Target(f"AutoencoderKLWan.{method}", (Body(((fingerprint, statement),)),)),),
+        calls={call: "wan_patches.patches.vae_tiling:blend", stock: STOCK},
+        implementations={"CPUs": "a few frames at a time", "other devices": "all rows of an overlap at once"},
+        optional=True,  # since diffusers 0.34
+    )
+
+
+PATCHES = (_patch("blend_v", -2, "f6e9ef1c44f40143"), _patch("blend_h", -1, "b40dd958ed48461e"))
+
+
+def blend(stock: Callable[..., Any], vae: Any, a: Any, b: Any, blend_extent: Any, dim: int) -> Any:
+    """What stock's method returns: `b`, with the end of `a` faded into it in place.
+
+    Tiles of shape `(batch, channels, frames, height, width)` in fp32, bf16 or fp16 take the fast way, but not while
+    something looks into the operations (autograd, a compiler); everything else is stock's.
+    """
+    import torch
+
+    from wan_patches.ops import tiling
+
+    fast = (
+        not torch.compiler.is_compiling()
+        and _is_plain(a)
+        and _is_plain(b)
+        and type(blend_extent) is int
+        and a.dtype == b.dtype
+        and a.dtype in tiling.DTYPES
+        and a.device == b.device
+        and a.dim() == b.dim() == 5
+        and all(sizes[0] == sizes[1] for axis, sizes in enumerate(zip(a.shape, b.shape), -5) if axis != dim)
+        and a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr()  # row by row, a row could read another
+    )
+    return tiling.blend(a, b, blend_extent, dim) if fast else stock(vae, a, b, blend_extent)
+
+
+def _is_plain(tile: Any) -> bool:
+    """Whether nothing looks into the operations on it: autograd, a transform, a tracer, a tensor subclass."""
+    import torch
+
+    return (
+        type(tile) is torch.Tensor
+        and not tile.is_meta
+        and not (tile.requires_grad and torch.is_grad_enabled())
+        and not torch._C._are_functorch_transforms_active()
+        and not torch.jit.is_tracing()
+        and torch.autograd.forward_ad._current_level < 0
+    )
