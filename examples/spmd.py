@@ -6,6 +6,7 @@ Every process runs this script (SPMD). The layouts are the executor's: "context"
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 
 import torch
@@ -13,7 +14,7 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import export_to_gif
 
 import wan_patches
-from wan_patches.executor.layouts import place
+from wan_patches.executor.layouts import loading_sharded, place
 
 
 def main() -> None:
@@ -21,6 +22,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--prompt", default="A red fox runs over fresh snow")
     parser.add_argument("--layout", default="context", choices=["context", "cfg", "sharded"])
+    parser.add_argument("--vae-parallel", choices=["tiles", "spatial"], help="share the video autoencoder's work too")
     parser.add_argument("--output", default="video.gif")
     parser.add_argument("--frames", type=int, default=81)
     parser.add_argument("--steps", type=int, default=50)
@@ -33,8 +35,10 @@ def main() -> None:
     torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
 
     wan_patches.enable()
-    pipe = DiffusionPipeline.from_pretrained(options.model, torch_dtype=torch.bfloat16 if cuda else torch.float32)
-    place(pipe, options.layout, device)
+    # "sharded": no process ever has all weights, as each reads its own part only
+    with loading_sharded(device) if options.layout == "sharded" else contextlib.nullcontext():
+        pipe = DiffusionPipeline.from_pretrained(options.model, torch_dtype=torch.bfloat16 if cuda else torch.float32)
+    place(pipe, options.layout, device, vae_parallel=options.vae_parallel or False)
     video = pipe(
         prompt=options.prompt,
         num_frames=options.frames,

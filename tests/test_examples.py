@@ -108,15 +108,18 @@ def test_service():
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("layout", ["context", "cfg", "sharded"])
+@pytest.mark.parametrize(
+    ("layout", "more"),
+    [("context", ["--vae-parallel", "spatial"]), ("cfg", []), ("sharded", ["--vae-parallel", "tiles"])],
+)
 @pytest.mark.timeout(180)
 @pytest.mark.usefixtures("one_thread")
-def test_spmd(tmp_path, layout):
+def test_spmd(tmp_path, layout, more):
     FAMILIES["wan_t2v"].build().save_pretrained(tmp_path / "model")
     output = tmp_path / "video.gif"
     tiny = ["--frames", "5", "--steps", "1", "--size", "48", "32", "--layout", layout, "--output", str(output)]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*torchrun, str(EXAMPLES / "spmd.py"), str(tmp_path / "model"), *tiny]
+    command = [*torchrun, str(EXAMPLES / "spmd.py"), str(tmp_path / "model"), *tiny, *more]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=150, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )

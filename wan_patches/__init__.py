@@ -22,6 +22,7 @@ from wan_patches.rewrite import Block, Body, Replace, Unknown, fingerprint
 if TYPE_CHECKING:
     from wan_patches.executor import ParallelExecutor, RayParallelExecutor
     from wan_patches.offload import OffloadPlan, disable_offload, enable_offload
+    from wan_patches.vae_parallel import ParallelVAE, parallelize_vae
 
 __version__ = "0.1.0"
 
@@ -87,6 +88,10 @@ def __getattr__(name: str) -> Any:
         import wan_patches.offload
 
         return getattr(wan_patches.offload, name)
+    if name in ("ParallelVAE", "parallelize_vae"):
+        import wan_patches.vae_parallel
+
+        return getattr(wan_patches.vae_parallel, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -97,6 +102,7 @@ __all__ = [
     "Known",
     "OffloadPlan",
     "ParallelExecutor",
+    "ParallelVAE",
     "Patch",
     "PatchError",
     "RayParallelExecutor",
@@ -112,5 +118,6 @@ __all__ = [
     "enable_offload",
     "enabled",
     "fingerprint",
+    "parallelize_vae",
     "status",
 ]

@@ -217,6 +217,7 @@ class ParallelExecutor(PipelineExecutor):
         layout: str = "auto",
         group_size: int | None = None,
         parallel: Any = None,
+        vae_parallel: bool | str = False,
         retries: int = 0,
         timeout: float | None = None,
         patience: float = 600.0,
@@ -236,6 +237,10 @@ class ParallelExecutor(PipelineExecutor):
             group_size: devices that work on one request together: for context and sharded (by default all) and
                 cfg (2).
             parallel: for context: "ulysses" (also None), "ring" or "tensor", or a configuration of diffusers.
+            vae_parallel: for context, cfg and sharded: True or "tiles" has all devices of a group share the tiles of
+                the VAE, which must be an `AutoencoderKLWan`; turns its tiling on, so results have the bits of stock
+                with `vae.enable_tiling()`. "spatial" divides the picture, and follows stock without tiling but for
+                rounding. See `wan_patches.parallelize_vae`.
             retries: how often a request is given to another worker after its own has died.
             timeout: seconds that a request may run, from when it starts; `submit` can set another.
             patience: seconds that a cancelled or timed out request may take to reach its next step before its
@@ -254,7 +259,7 @@ class ParallelExecutor(PipelineExecutor):
         """
         main_module.refuse_while_loading()
         chosen = _devices(devices)
-        layout, size = resolve(layout, chosen, group_size, parallel)
+        layout, size = resolve(layout, chosen, group_size, parallel, vae_parallel)
         groups: list[Group]
         script = False
         if layout == "inline":
@@ -262,7 +267,7 @@ class ParallelExecutor(PipelineExecutor):
         else:
             if not hasattr(socket, "AF_UNIX"):
                 raise RuntimeError('workers need Unix sockets, which this system has not; use layout="inline"')
-            build, setup = _worker_setup(factory, layout, parallel)
+            build, setup = _worker_setup(factory, layout, {"parallel": parallel, "vae_parallel": vae_parallel})
             script = setup["main"] is not None
             environment = {"PYTHONUNBUFFERED": "1"}
             if threads is not None or "OMP_NUM_THREADS" not in os.environ:
@@ -281,14 +286,14 @@ class ParallelExecutor(PipelineExecutor):
         super().__init__(groups, retries=retries, timeout=timeout, patience=patience, progress=progress, script=script)
 
 
-def _worker_setup(factory: Callable[[], Any], layout: str, parallel: Any) -> tuple[Packed, dict[str, Any]]:
-    """What a worker needs to build its pipeline: `(factory, parallel)`, and plain facts.
+def _worker_setup(factory: Callable[[], Any], layout: str, options: dict[str, Any]) -> tuple[Packed, dict[str, Any]]:
+    """What a worker needs to build its pipeline: `(factory, options)`, and plain facts.
 
     Raises:
         ValueError: the factory cannot be sent, or cannot be found by another process.
     """
     try:
-        build = pack((factory, parallel))
+        build = pack((factory, options))
     except Exception as error:
         raise ValueError(
             f"workers cannot be told about the factory {factory!r} ({error}); it must be a function at the top of a "

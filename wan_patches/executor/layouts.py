@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +23,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils import _pytree as pytree
 
-__all__ = ["LAYOUTS", "device_named", "place", "resolve"]
+from wan_patches.executor.sharding import is_sharded, make_mesh, shard, sharding_on_load
+from wan_patches.instances import exchange_class
+from wan_patches.vae_parallel import MODES, is_wan_vae, parallelize_vae
+
+__all__ = ["LAYOUTS", "device_named", "loading_sharded", "place", "resolve"]
 
 LAYOUTS = ("inline", "replicas", "context", "cfg", "sharded")
 
@@ -32,7 +35,13 @@ PARALLEL = ("ulysses", "ring", "tensor")
 WITHOUT_LSE = ("native", "_native_npu")  # in all versions from 0.36 to 0.42; stock raises in the first step
 
 
-def resolve(layout: str, devices: Sequence[torch.device], group_size: int | None, parallel: Any) -> tuple[str, int]:
+def resolve(
+    layout: str,
+    devices: Sequence[torch.device],
+    group_size: int | None,
+    parallel: Any,
+    vae_parallel: bool | str = False,
+) -> tuple[str, int]:
     """The layout that the options of an executor mean ("auto" is none), and how many devices work on a request.
 
     Raises ValueError for options that do not go together; the message says which do.
@@ -43,6 +52,7 @@ def resolve(layout: str, devices: Sequence[torch.device], group_size: int | None
         raise ValueError(f"unknown layout {layout!r}; known: auto, {', '.join(LAYOUTS)}")
     if parallel is not None and layout != "context":
         raise ValueError(f'parallel={parallel!r} is for layout="context", not {layout!r}')
+    _vae_mode(layout, vae_parallel)
     if layout in ("inline", "replicas"):
         if group_size not in (None, 1):
             raise ValueError(
@@ -70,7 +80,7 @@ def device_named(name: str | torch.device) -> torch.device:
     return torch.device(name)
 
 
-def place(pipe: Any, layout: str, device: torch.device, parallel: Any = None) -> None:
+def place(pipe: Any, layout: str, device: torch.device, parallel: Any = None, vae_parallel: bool | str = False) -> None:
     """Puts a pipeline on its device or devices, once, in every rank of its group.
 
     With more than one rank, `torch.distributed` must be initialised, with this group as its world and a backend
@@ -81,6 +91,8 @@ def place(pipe: Any, layout: str, device: torch.device, parallel: Any = None) ->
     device: of this rank; it becomes the current one.
     parallel: for "context": "ulysses" (None means that), "ring" or "tensor" over all ranks of the group, or a
         `ParallelConfig`, `ContextParallelConfig` or `TensorParallelConfig` of diffusers.
+    vae_parallel: for "context", "cfg" and "sharded": True or "tiles", or "spatial", has all ranks of the group share
+        the work of the VAE; see `wan_patches.parallelize_vae`. "tiles" turns its tiling on.
 
     "sharded" and "cfg" compute what one device would, in the same order: the bits are the same wherever a kernel's
     are from call to call. The modes of "context" are diffusers' own: Ulysses runs the same kernels on fewer heads and
@@ -94,6 +106,9 @@ def place(pipe: Any, layout: str, device: torch.device, parallel: Any = None) ->
         raise ValueError(f"unknown layout {layout!r}; known: {', '.join(LAYOUTS)}")
     if parallel is not None and layout != "context":
         raise ValueError(f"`parallel` belongs to the layout 'context', not to {layout!r}")
+    mode = _vae_mode(layout, vae_parallel)
+    if mode is not None:
+        _check_vae(pipe)
     device = _make_current(torch.device(device))
     if layout == "context":
         denoisers = _denoisers(pipe, layout)
@@ -111,6 +126,40 @@ def place(pipe: Any, layout: str, device: torch.device, parallel: Any = None) ->
         _Guidance(pipe).install(denoisers)
     else:
         _move(pipe, device)
+    if mode is not None:
+        parallelize_vae(pipe.vae, mode=mode)
+
+
+@contextmanager
+def loading_sharded(device: torch.device) -> Iterator[None]:
+    """Inside, transformers and UNets that diffusers loads are divided among the ranks while they are read.
+
+        with loading_sharded(device):
+            pipe = DiffusionPipeline.from_pretrained("Wan-AI/Wan2.2-T2V-A14B-Diffusers", torch_dtype=torch.bfloat16)
+        place(pipe, "sharded", device)
+
+    Without it, each rank has all weights in memory before `place` divides them. With it, a rank reads and holds only
+    its rows of each parameter, from safetensors files in one or many parts, with the dtypes and values of stock; it
+    does not matter whether the pipeline or the model's own `from_pretrained` loads. What else a pipeline has (text
+    encoders, VAE) is loaded as ever, whole in every rank. A model that is quantised, has a device map, is stored in
+    another format, or is made with `low_cpu_mem_usage=False` or without `accelerate` is loaded whole, and a warning of
+    the logger "wan_patches" says why.
+
+    device: of this rank, as for `place`; `torch.distributed` must be initialised in the same way. All ranks load the
+        same models in the same order.
+
+    On a CPU, stock leaves weights that keep their dtype in the mapped file, at any address, where kernels may round
+    otherwise (by 3e-6 in a small float32 model); from weights in memory of their own come the same bits as here.
+
+    Every thread of the process that loads meanwhile is meant. LoRA weights that are to be fused must be fused into a
+    model that was loaded without this.
+
+    Raises RuntimeError for a torch without FSDP2, and ValueError for fewer than two ranks. Loading raises ValueError
+    for weights that are missing or have another shape, which it names.
+    """
+    device, world = _make_current(torch.device(device)), _world("sharded")
+    with sharding_on_load(make_mesh(device, world), device):
+        yield
 
 
 # Devices and components
@@ -144,6 +193,30 @@ def _denoisers(pipe: Any, layout: str) -> list[nn.Module]:
             + (", ".join(modules) or "no components")
         )
     return found
+
+
+def _vae_mode(layout: str, vae_parallel: bool | str) -> str | None:
+    """The mode of `parallelize_vae` that an option means; None for none."""
+    if not vae_parallel:
+        return None
+    mode = "tiles" if vae_parallel is True else vae_parallel
+    if mode not in MODES:
+        raise ValueError(f"unknown vae_parallel={vae_parallel!r}; known: True, False, {', '.join(map(repr, MODES))}")
+    if layout in ("inline", "replicas"):
+        raise ValueError(
+            f"in layout {layout!r} one device works on a request; vae_parallel={vae_parallel!r} is for "
+            "context, cfg and sharded"
+        )
+    return mode
+
+
+def _check_vae(pipe: Any) -> None:
+    vae = getattr(pipe, "vae", None)
+    if not is_wan_vae(vae):
+        raise ValueError(
+            f"vae_parallel needs a pipeline with an AutoencoderKLWan; the `vae` of {type(pipe).__name__} is "
+            f"{'none' if vae is None else type(vae).__name__}"
+        )
 
 
 def _world(layout: str) -> int:
@@ -311,36 +384,14 @@ def _only_accelerator(device: torch.device) -> Iterator[None]:
 
 
 def _shard(pipe: Any, denoisers: Sequence[nn.Module], device: torch.device, world: int) -> None:
-    try:
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
-    except ImportError as error:
-        raise RuntimeError(f"layout 'sharded' needs torch 2.6 or newer (FSDP2), not {torch.__version__}") from error
+    mesh = make_mesh(device, world)
     if _managed(pipe):
         raise ValueError("layout 'sharded' cannot be combined with offloading or a device map: leave those out")
-    for denoiser in denoisers:
+    whole = [denoiser for denoiser in denoisers if not is_sharded(denoiser)]  # the others were, when they were loaded
+    for denoiser in whole:
         _check_shardable(denoiser)
-    blocks = [_blocks(denoiser) for denoiser in denoisers]
-
-    mesh = init_device_mesh(device.type, (world,))
-    for denoiser, lists in zip(denoisers, blocks):
-        denoiser.requires_grad_(False)  # groups with gradients must be of one dtype, and diffusers keeps some in fp32
-        ignored = set()
-        for parameter in denoiser.parameters():
-            if parameter.ndim == 0:  # refused by FSDP
-                parameter.data = parameter.data.to(device)
-                ignored.add(parameter)
-            elif not parameter.is_contiguous():
-                parameter.data = parameter.data.contiguous()
-        options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": True}
-        if ignored:
-            options["ignored_params"] = ignored
-        for block in (block for blocks_ in lists for block in blocks_):
-            fully_shard(block, **options)
-        fully_shard(denoiser, **options)
-        for blocks_ in lists:
-            for block, following in itertools.pairwise(blocks_):
-                block.set_modules_to_forward_prefetch([following])  # type: ignore[operator]
+    for denoiser in whole:
+        shard(denoiser, mesh, device)
 
     denoising = set(map(id, denoisers))
     for module in _modules(pipe).values():
@@ -356,20 +407,6 @@ def _check_shardable(denoiser: nn.Module) -> None:
         raise ValueError(f"layout 'sharded' cannot divide the weights of a {name} under layerwise casting")
     if getattr(denoiser, "_parallel_config", None) is not None:
         raise ValueError(f"{name} has been loaded with a `parallel_config`: use layout 'context'")
-
-
-def _blocks(denoiser: nn.Module) -> list[list[nn.Module]]:
-    """The transformer blocks, list by list: of the classes that the model names, or else all in its lists."""
-    names = {*(getattr(denoiser, "_repeated_blocks", None) or getattr(denoiser, "_no_split_modules", None) or ())}
-    lists = [[*part] for part in denoiser.modules() if isinstance(part, nn.ModuleList)]
-    named = [[block for block in blocks if type(block).__name__ in names] for blocks in lists]
-    chosen = [blocks for blocks in (named if any(named) else lists) if blocks]
-    inner = {id(part) for blocks in chosen for block in blocks for part in block.modules() if part is not block}
-    chosen = [[block for block in blocks if id(block) not in inner] for blocks in chosen]
-    chosen = [blocks for blocks in chosen if blocks]
-    if not chosen:
-        raise ValueError(f"{type(denoiser).__name__} has no list of blocks that layout 'sharded' could divide by")
-    return chosen
 
 
 # cfg: a branch of guidance on each of two ranks
@@ -404,8 +441,6 @@ class _Guidance:
             self._wrap_denoiser(denoiser)
         self._wrap_scheduler()
 
-    # Classes are exchanged, not attributes set: this is around hooks and compiled code, and `deepcopy` keeps it right
-
     def _wrap_pipeline(self) -> None:
         cls = type(self.pipe)
 
@@ -419,7 +454,7 @@ class _Guidance:
                 self.reset()
             return result
 
-        _exchange_class(self.pipe, {"__call__": call})
+        exchange_class(self.pipe, {"__call__": call})
 
     def _wrap_denoiser(self, denoiser: nn.Module) -> None:
         cls = type(denoiser)
@@ -437,7 +472,7 @@ class _Guidance:
             finally:
                 self.branch = outer
 
-        _exchange_class(denoiser, {"__call__": call, "cache_context": noting_context})
+        exchange_class(denoiser, {"__call__": call, "cache_context": noting_context})
 
     def _wrap_scheduler(self) -> None:
         scheduler = getattr(self.pipe, "scheduler", None)
@@ -450,7 +485,7 @@ class _Guidance:
             self.check(args[0] if args else kwargs.get("model_output"))
             return cls.step(scheduler, *args, **kwargs)
 
-        _exchange_class(scheduler, {"step": step, "_wan_patches_checked": True})
+        exchange_class(scheduler, {"step": step, "_wan_patches_checked": True})
 
     def call(self, compute: Any, module: int, args: Any, kwargs: Any) -> Any:
         """What the denoiser returns for these inputs: computed here, or a place for what is computed there."""
@@ -524,13 +559,6 @@ def _check_guidance(pipe: Any, denoisers: Sequence[nn.Module]) -> None:
             reason = "it does not call its denoiser once for each branch, under a `cache_context` of its own"
     if reason:
         raise ValueError(f"layout 'cfg' cannot divide {name}: {reason}; use another layout")
-
-
-def _exchange_class(instance: Any, members: dict[str, Any]) -> None:
-    cls: Any = type(instance)
-    body = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__, **members}
-    # Not by `setattr`, which a compiled module hands on to the one inside
-    object.__setattr__(instance, "__class__", type(cls)(cls.__name__, (cls,), body))
 
 
 @dataclass(frozen=True)

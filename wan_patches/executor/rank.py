@@ -33,7 +33,7 @@ class Rank:
 
     def load(
         self,
-        build: Callable[[], tuple[Callable[[], Any], Any]],
+        build: Callable[[], tuple[Callable[[], Any], dict[str, Any]]],
         layout: str,
         patches: dict[str, Any] | None,
         store: Any = None,
@@ -41,7 +41,8 @@ class Rank:
         """Builds the pipeline.
 
         Args:
-            build: gives the factory and `parallel`; called when all that both may need is there.
+            build: gives the factory, and `parallel` and `vae_parallel` by name; called when all that they may need
+                is there.
             layout: as in `ParallelExecutor`.
             patches: arguments of `enable`; None if nothing is to be enabled.
             store: of torch.distributed, where the ranks find one another, if there are several.
@@ -51,8 +52,8 @@ class Rank:
             torch.distributed.init_process_group(
                 _BACKENDS.get(self._device.type, "gloo"), store=store, rank=self._rank, world_size=self._ranks
             )
-        factory, parallel = build()
-        self._session = Session(factory, layout, self._device, parallel=parallel, ranks=self._ranks)
+        factory, options = build()
+        self._session = Session(factory, layout, self._device, ranks=self._ranks, **options)
 
     def run(
         self,

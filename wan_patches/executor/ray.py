@@ -66,6 +66,7 @@ class RayParallelExecutor(PipelineExecutor):
         layout: str = "auto",
         group_size: int | None = None,
         parallel: Any = None,
+        vae_parallel: bool | str = False,
         retries: int = 0,
         timeout: float | None = None,
         patience: float = 600.0,
@@ -82,7 +83,7 @@ class RayParallelExecutor(PipelineExecutor):
                 script, of a notebook and lambdas will do.
             devices: the number of workers; "auto" for as many as the cluster has `resources` for.
             layout: "replicas" (also "auto"), "context", "cfg" or "sharded"; see `ParallelExecutor`.
-            group_size, parallel, retries, timeout, patience, progress: see `ParallelExecutor`.
+            group_size, parallel, vae_parallel, retries, timeout, patience, progress: see `ParallelExecutor`.
             threads: CPU threads of each worker; by default the cluster's are shared out among as many workers as it
                 has room for. On CPUs results can depend on it.
             resources: of Ray's, for each worker. By default `{"GPU": 1}` or `{"NPU": 1}`, whichever the cluster has,
@@ -105,7 +106,7 @@ class RayParallelExecutor(PipelineExecutor):
                 f'devices={devices!r}: Ray chooses the devices; give a number of workers or "auto", and in resources '
                 'what each needs, such as {"GPU": 1}'
             )
-        build = _pickled(ray, (factory, parallel))
+        build = _pickled(ray, (factory, {"parallel": parallel, "vae_parallel": vae_parallel}))
         _connection.enter(address)
         try:
             total = ray.cluster_resources()
@@ -120,7 +121,7 @@ class RayParallelExecutor(PipelineExecutor):
                 has, needs = _told(total, resources), _told(resources, resources)
                 raise ValueError(f"there is nothing to run on: each worker needs {needs}, and the cluster has {has}")
             layout = "replicas" if layout == "auto" else layout
-            layout, size = resolve(layout, [torch.device("cpu")] * count, group_size, parallel)
+            layout, size = resolve(layout, [torch.device("cpu")] * count, group_size, parallel, vae_parallel)
             setup = {
                 "layout": layout,
                 "patches": chosen_patches(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 
 from wan_patches import stages
-from wan_patches.executor.layouts import place
+from wan_patches.executor.layouts import loading_sharded, place
 
 Report = Callable[[int, "int | None", int], None]
 
@@ -45,13 +46,14 @@ class Session:
         device: torch.device,
         *,
         parallel: Any = None,
+        vae_parallel: bool | str = False,
         ranks: int = 1,
     ) -> None:
         """Builds the pipeline and puts it where `layout` says.
 
         Args:
             build: gives the pipeline.
-            layout, parallel: as in `ParallelExecutor`.
+            layout, parallel, vae_parallel: as in `ParallelExecutor`.
             device: of this process.
             ranks: how many processes work on each request; above one torch.distributed must be initialised.
 
@@ -60,10 +62,13 @@ class Session:
         """
         if device.index is not None and hasattr(getattr(torch, device.type, None), "set_device"):
             getattr(torch, device.type).set_device(device)
-        pipe = build()
+        # what a factory does with its models after loading them is unknown, so only ours are divided that early
+        early = layout == "sharded" and isinstance(build, Pretrained)
+        with loading_sharded(device) if early else contextlib.nullcontext():
+            pipe = build()
         if not callable(pipe):
             raise TypeError(f"the factory gave {type(pipe).__name__!r}, which cannot be called; return a pipeline")
-        place(pipe, layout, device, parallel)
+        place(pipe, layout, device, parallel, vae_parallel)
         if hasattr(pipe, "progress_bar"):
             pipe.progress_bar = self._progress_bar
         self._pipe, self._device, self._ranks = pipe, device, ranks
