@@ -161,6 +161,52 @@ def transport(
         _fail(f"NOT what was sent: {'; '.join(different)}.")
 
 
+@bench.command()
+def vae(
+    json: Annotated[Optional[Path], typer.Option(help="Write the rows and the machine's facts here.")] = None,  # noqa: UP045
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, npu, ...")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "bf16",
+    quick: Annotated[bool, typer.Option("--quick", help="A tiny model.")] = False,
+    threads: Annotated[Optional[int], typer.Option(min=1, help="Threads of torch on the CPU.")] = None,  # noqa: UP045
+    parallel: Annotated[bool, typer.Option(help="Also tiles shared by two processes, on two cores.")] = True,
+) -> None:
+    """The video autoencoder: time, memory, equal bits. Exits with status 1 if a single bit differs."""
+    with _errors("bench"):
+        from wan_patches.bench import vae as run
+        from wan_patches.bench.measure import device_of, dtype_of
+
+        on = device_of(device)
+        rows, shared = run.measure(on, dtype_of(dtype), quick=quick, threads=threads, parallel=parallel)
+        typer.echo(text(run.table(rows, shared)))
+        if json is not None:
+            run.write_json(json, rows, shared, on, threads)
+    different = [f"{row.op} {row.shape}" for row in rows if not row.exact]
+    different += [f"{row.case.operation} in tiles" for row in shared if not row.equal]
+    if different:
+        _fail(f"NOT bit-identical: {'; '.join(different)}.")
+
+
+@bench.command()
+def sharding(
+    json: Annotated[Optional[Path], typer.Option(help="Write the rows and the machine's facts here.")] = None,  # noqa: UP045
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, npu, ...")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "bf16",
+    ranks: Annotated[int, typer.Option(min=2, help="Processes that share the weights.")] = 2,
+    quick: Annotated[bool, typer.Option("--quick", help="A tiny model.")] = False,
+) -> None:
+    """Memory of weights that are divided among ranks. Exits with status 1 if a single bit differs."""
+    with _errors("bench"):
+        from wan_patches.bench import sharding as run
+        from wan_patches.bench.measure import device_of, dtype_of
+
+        rows = run.measure(device_of(device), dtype_of(dtype), ranks=ranks, quick=quick)
+        typer.echo(text(run.table(rows)))
+        if json is not None:
+            run.write_json(json, rows, device_of(device))
+    if different := [row.way for row in rows if not row.exact]:
+        _fail(f"NOT bit-identical: {'; '.join(different)}.")
+
+
 @contextlib.contextmanager
 def _errors(extra: str) -> Iterator[None]:
     """What the user can mend, in one sentence and without a traceback."""

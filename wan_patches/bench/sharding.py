@@ -1,0 +1,303 @@
+"""Memory of weights that are divided among ranks, while they are loaded and while they are used.
+
+A transformer of Wan's real architecture with random weights is saved in float32, in several files, and loaded in three
+ways: whole in one process, whole in every rank and then divided (`place` alone), and divided while it is read
+(`loading_sharded`). Every way has fresh processes, and every output is compared with that of the whole model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import hashlib
+import json
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import diffusers
+import torch
+import torch.distributed as dist
+from rich import box
+from rich.console import Group
+from rich.table import Table
+
+from wan_patches.bench.measure import MeasurementError, machine, peak_extra_bytes
+from wan_patches.executor.layouts import loading_sharded, place
+
+WAYS = ("whole", "divided after loading", "divided on load")
+
+_MIB = 1 << 20
+_SECONDS = 900.0  # until a rank that says nothing is given up
+_CONTEXT = multiprocessing.get_context("spawn")
+_CPU = torch.device("cpu")
+
+# Wan 2.1 T2V 1.3B, with fewer of its 30 blocks; and something tiny
+_FULL: dict[str, Any] = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 12, "text_dim": 4096}
+_QUICK: dict[str, Any] = {"num_attention_heads": 2, "ffn_dim": 1024, "num_layers": 6, "text_dim": 64}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way: MiB in the rank that needs most, beyond what it had before; None where the device cannot tell.
+
+    `load` is the peak while the model is loaded and placed, `held` what is left of that, `forward` the peak while it is
+    called. Of an accelerator these are its memory as torch's allocator counts, and `host` is the peak of the process
+    while it loads; of the CPU the resident set, in which the pages of mapped files count.
+    """
+
+    way: str
+    ranks: int
+    dtype: str
+    weights_mib: float
+    block_mib: float
+    load_mib: float | None
+    held_mib: float
+    forward_mib: float | None
+    host_mib: float | None
+    exact: bool
+
+    @property
+    def load_ratio(self) -> float | None:
+        """The peak while loading, in models."""
+        return None if self.load_mib is None else self.load_mib / self.weights_mib
+
+    @property
+    def forward_ratio(self) -> float | None:
+        """The peak while the model is called, in models."""
+        return None if self.forward_mib is None else self.forward_mib / self.weights_mib
+
+
+def measure(
+    device: torch.device, dtype: torch.dtype, *, ranks: int = 2, quick: bool = False, folder: Path | None = None
+) -> list[Row]:
+    """Measures the three ways.
+
+    Args:
+        device: its kind; on accelerators each rank has one of its own.
+        dtype: that the weights are loaded in.
+        ranks: processes that share the weights.
+        quick: a tiny model instead of one of 1.2 GB (bf16).
+        folder: where the checkpoint goes for the time being, 2.2 GB; by default the system's for such files.
+
+    Raises:
+        MeasurementError: fewer than two ranks, or fewer devices than ranks.
+    """
+    if ranks < 2:
+        raise MeasurementError(f"Weights are divided among 2 ranks or more, not {ranks}.")
+    if device.type != "cpu" and (found := torch.get_device_module(device).device_count()) < ranks:
+        raise MeasurementError(
+            f"There are {found} devices of the kind {device.type!r}, and {ranks} ranks want their own."
+        )
+    with tempfile.TemporaryDirectory(prefix="wan-patches-", dir=folder) as temporary, _given_back():
+        checkpoint = Path(temporary) / "checkpoint"
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)
+            model: Any = diffusers.WanTransformer3DModel(**(_QUICK if quick else _FULL))
+        model.save_pretrained(checkpoint, max_shard_size="1MB" if quick else "500MB")
+        del model
+        gc.collect()
+        rows: list[Row] = []
+        expected: str | None = None
+        for way in WAYS:
+            each = _run(way, 1 if way == "whole" else ranks, device, dtype, checkpoint)
+            expected = expected or each[0].digest
+            rows.append(_row(way, each, dtype, all(rank.digest == expected for rank in each)))
+        return rows
+
+
+@contextlib.contextmanager
+def _given_back() -> Iterator[None]:
+    """Processes started inside give what they free back to the system, where that is glibc's to decide.
+
+    Else it stays with them, and the resident set says how memory was used before. No accelerator counts that.
+    """
+    name = "MALLOC_MMAP_THRESHOLD_"
+    before = os.environ.get(name)
+    os.environ[name] = str(1 << 16)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def _row(way: str, ranks: list[Any], dtype: torch.dtype, exact: bool) -> Row:
+    def most(name: str) -> Any:
+        sizes = [getattr(rank, name) for rank in ranks]
+        return None if None in sizes else max(sizes) / _MIB
+
+    sizes = {f"{name}_mib": most(name) for name in ("weights", "block", "load", "held", "forward", "host")}
+    return Row(way=way, ranks=len(ranks), dtype=str(dtype).removeprefix("torch."), exact=exact, **sizes)
+
+
+# The ranks
+
+
+def _run(way: str, ranks: int, device: torch.device, dtype: torch.dtype, checkpoint: Path) -> list[Any]:
+    """What each rank has found."""
+    with tempfile.TemporaryDirectory(prefix="wan-patches-") as folder, contextlib.ExitStack() as stack:
+        ends = []
+        for rank in range(ranks):
+            end, theirs = _CONTEXT.Pipe()
+            on = _CPU if device.type == "cpu" else torch.device(device.type, rank)
+            arguments = (theirs, way, rank, ranks, on, dtype, str(checkpoint), str(Path(folder) / "store"))
+            process = _CONTEXT.Process(target=_rank, args=arguments, daemon=True)
+            process.start()
+            stack.callback(process.join)
+            stack.callback(process.kill)  # before it is waited for
+            theirs.close()
+            ends.append(stack.enter_context(end))
+        found = []
+        for end in ends:
+            try:
+                answer = end.recv() if end.poll(_SECONDS) else f"nothing was heard of it for {_SECONDS:.0f} s"
+            except EOFError:
+                answer = "it has died"
+            if isinstance(answer, str):
+                raise RuntimeError(f"a rank of the way {way!r} has failed: {answer}")
+            found.append(SimpleNamespace(**answer))
+        return found
+
+
+def _rank(end: Any, way: str, rank: int, ranks: int, device: torch.device, dtype: torch.dtype, *files: str) -> None:
+    try:
+        torch.set_num_threads(1)
+        checkpoint, store = files
+        if device.type != "cpu":
+            torch.get_device_module(device).set_device(device)
+        if ranks > 1:
+            dist.init_process_group(store=dist.FileStore(store, ranks), rank=rank, world_size=ranks)
+        end.send(_sizes(way, device, dtype, checkpoint))
+        if ranks > 1:
+            dist.destroy_process_group()
+    except BaseException:
+        end.send(traceback.format_exc())
+
+
+def _sizes(way: str, device: torch.device, dtype: torch.dtype, checkpoint: str) -> dict[str, Any]:
+    _use_a_small_one(way, device, dtype)
+    kept: list[Any] = []
+    before = _held(device)
+    load, host = _peaks(lambda: kept.append(_load(way, device, dtype, checkpoint)), device)
+    model = kept[0]
+    if way == "whole" and device.type == "cpu":
+        for parameter in model.parameters():  # stock's can lie in the file, where kernels may round otherwise
+            parameter.data = parameter.data.clone()
+    held = _held(device) - before
+    outputs: list[torch.Tensor] = []
+    forward, _ = _peaks(lambda: outputs.append(_call(model, device, dtype)), device)
+    return {
+        "weights": _bytes(model),
+        "block": _bytes(model.blocks[0]),
+        "load": load,
+        "held": held,
+        "forward": None if forward is None else held + forward,
+        "host": host,
+        "digest": hashlib.sha256(outputs[0].view(torch.uint8).numpy().tobytes()).hexdigest(),
+    }
+
+
+def _load(way: str, device: torch.device, dtype: torch.dtype, checkpoint: str) -> Any:
+    with loading_sharded(device) if way == WAYS[2] else contextlib.nullcontext():
+        model = diffusers.WanTransformer3DModel.from_pretrained(checkpoint, torch_dtype=dtype)
+    return _placed(model, way, device)
+
+
+def _placed(model: Any, way: str, device: torch.device) -> Any:
+    if way == WAYS[0]:
+        return model.to(device)
+    place(SimpleNamespace(components={"transformer": model}), "sharded", device)
+    return model
+
+
+def _use_a_small_one(way: str, device: torch.device, dtype: torch.dtype) -> None:
+    """So that what torch and diffusers need once is not counted."""
+    small: Any = diffusers.WanTransformer3DModel(**_QUICK | {"num_layers": 2})
+    for parameter in small.parameters():
+        parameter.data = parameter.data.to(dtype)
+    _call(_placed(small, way, device), device, dtype)
+
+
+def _call(model: Any, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """On so few tokens that hardly anything but weights takes memory; the output, on the CPU."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        return model(
+            hidden_states=torch.randn(1, 16, 1, 8, 8, generator=generator).to(device, dtype),
+            timestep=torch.tensor([500.0], device=device),
+            encoder_hidden_states=torch.randn(1, 8, model.config.text_dim, generator=generator).to(device, dtype),
+            return_dict=False,
+        )[0].cpu()
+
+
+def _peaks(call: Callable[[], Any], device: torch.device) -> tuple[int | None, int | None]:
+    """Of the device, and, if that is not the CPU, of the process."""
+    if device.type == "cpu":
+        return peak_extra_bytes(call, device), None
+    found: list[int | None] = []
+    host = peak_extra_bytes(lambda: found.append(peak_extra_bytes(call, device)), _CPU)
+    return found[0], host
+
+
+def _held(device: torch.device) -> int:
+    gc.collect()
+    if device.type == "cpu":
+        import psutil
+
+        return psutil.Process().memory_info().rss
+    return torch.get_device_module(device).memory_allocated()
+
+
+def _bytes(model: torch.nn.Module) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+# What is printed and written
+
+
+def table(rows: Sequence[Row]) -> Group:
+    """The rows for people."""
+    found = Table(box=box.SIMPLE, pad_edge=False)
+    found.add_column("weights are", overflow="fold")
+    columns = [
+        "ranks",
+        "weights MiB",
+        "peak at load MiB",
+        "of weights",
+        "held MiB",
+        "peak in forward MiB",
+        "of weights",
+    ]
+    on_accelerator = any(row.host_mib is not None for row in rows)
+    for column in (*columns, *(["host at load MiB"] if on_accelerator else []), "exact"):
+        found.add_column(column, justify="right")
+    for row in rows:
+        sizes = [_number(row.weights_mib), _number(row.load_mib), _ratio(row.load_ratio), _number(row.held_mib)]
+        sizes += [_number(row.forward_mib), _ratio(row.forward_ratio)]
+        sizes += [_number(row.host_mib)] if on_accelerator else []
+        found.add_row(row.way, str(row.ranks), *sizes, "yes" if row.exact else "NO")
+    notes = [f"Per rank. A block has {_number(row.block_mib)} MiB." for row in rows[:1]]
+    return Group(found, *notes)
+
+
+def _number(mib: float | None) -> str:
+    return "-" if mib is None else f"{mib:,.0f}"
+
+
+def _ratio(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.2f}x"
+
+
+def write_json(path: Path, rows: Sequence[Row], device: torch.device) -> None:
+    """Writes the rows and the facts about the machine."""
+    lines = [{**asdict(row), "load_ratio": row.load_ratio, "forward_ratio": row.forward_ratio} for row in rows]
+    path.write_text(json.dumps({"machine": machine(device), "rows": lines}, indent=2) + "\n")

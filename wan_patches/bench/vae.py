@@ -1,0 +1,152 @@
+"""Wan's video autoencoder: stock against patched, and one process against two that share the tiles.
+
+The models have the published channel counts and random weights. On a CPU the shapes are scaled down to what it can do;
+what a convolution costs grows with them like all else.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan, WanImageToVideoPipeline
+from rich import box
+from rich.console import Group
+from rich.table import Table
+
+import wan_patches
+from wan_patches.bench import ops, vae_parallel
+
+_WAN_22 = {  # the autoencoder of Wan2.2 TI2V 5B
+    **{"base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "latents_mean": [0.0] * 48, "latents_std": [1.0] * 48},
+    **{"is_residual": True, "in_channels": 12, "out_channels": 12, "patch_size": 2, "scale_factor_spatial": 16},
+}
+_TINY = {"base_dim": 8, "z_dim": 4, "latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
+
+
+def cases(device: torch.device, quick: bool = False) -> list[ops.Case]:
+    """What is measured on `device`: 480p and 720p with 81 frames, or a scaled form of them on a CPU."""
+    if quick:
+        return [_coded("decode", 5, 48, 80, _TINY), _coded("encode", 5, 48, 80, _TINY), _condition(5, 48, 80)]
+    if device.type != "cpu":
+        both = [(81, 480, 832, {}), (81, 720, 1280, {}), (81, 704, 1280, _WAN_22)]
+    else:
+        both = [(5, 240, 416, {}), (5, 352, 640, {}), (5, 128, 224, _WAN_22)]
+    return [
+        *(_coded(what, *shape) for shape in both for what in ("decode", "encode")),
+        _condition(81, 480, 832),
+    ]
+
+
+def measure(
+    device: torch.device, dtype: torch.dtype, *, quick: bool = False, threads: int | None = None, parallel: bool = True
+) -> tuple[list[ops.Row], list[vae_parallel.Row]]:
+    """The rows of one device, and of tiles shared by two processes (`parallel`; always on two cores of the CPU)."""
+    rows = ops.measure(device, dtype, quick=quick, threads=threads, cases=cases(device, quick))
+    return rows, vae_parallel.measure(quick=quick) if parallel else []
+
+
+def table(rows: Sequence[ops.Row], shared: Sequence[vae_parallel.Row]) -> Group:
+    """The rows for people."""
+    if not shared:
+        return ops.table(rows)
+    found = Table(box=box.SIMPLE, pad_edge=False)
+    for column in ("tiles shared", "shape", "dtype", "processes", "one s", "together s", "ratio", "exact"):
+        found.add_column(column, justify="right" if column.endswith(("s", "ratio")) else "left")
+    for row in shared:
+        case, busy = row.case, "~" if (row.other_cores or 0.0) > ops.CALM else ""
+        numbers = (str(row.ranks), f"{row.alone_s:.2f}", f"{row.shared_s:.2f}", f"{busy}{row.ratio:.2f}x")
+        shape = f"{case.frames}x{case.height}x{case.width}"
+        found.add_row(case.operation, shape, case.dtype, *numbers, "yes" if row.equal else "NO")
+    return Group(ops.table(rows), found, "Each process has a core of its own and one thread; patches are off.")
+
+
+def write_json(
+    path: Path,
+    rows: Sequence[ops.Row],
+    shared: Sequence[vae_parallel.Row],
+    device: torch.device,
+    threads: int | None = None,
+) -> None:
+    """Writes the rows and the facts about the machine; `threads` as it was given to `measure`."""
+    ops.write_json(path, rows, device, threads)
+    content = json.loads(path.read_text())
+    content["shared"] = [{**asdict(row), "ratio": row.ratio} for row in shared]
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _coded(what: str, frames: int, height: int, width: int, config: dict[str, Any]) -> ops.Case:
+    make = functools.partial(_decode if what == "decode" else _encode, frames, height, width, config)
+    name = f"{what}, Wan 2.2" if config is _WAN_22 else what
+    return ops.Case(name, f"{frames}x{height}x{width}", make)
+
+
+def _decode(
+    frames: int, height: int, width: int, config: dict[str, Any], device: torch.device, dtype: torch.dtype
+) -> tuple[ops.Call, ops.Call]:
+    vae = _build(config, device, dtype)
+    scale = vae.config.scale_factor_spatial
+    latents = torch.randn(1, vae.config.z_dim, (frames - 1) // 4 + 1, height // scale, width // scale)
+    latents = latents.to(device, dtype)
+    return _both(lambda: vae.decode(latents).sample)
+
+
+def _encode(
+    frames: int, height: int, width: int, config: dict[str, Any], device: torch.device, dtype: torch.dtype
+) -> tuple[ops.Call, ops.Call]:
+    vae = _build(config, device, dtype)
+    video = torch.randn(1, 3, frames, height, width).to(device, dtype)
+    return _both(lambda: vae.encode(video).latent_dist.parameters)
+
+
+def _condition(frames: int, height: int, width: int) -> ops.Case:
+    make = functools.partial(_condition_calls, frames, height, width)
+    return ops.Case("condition video, VAE without work", f"{frames}x{height}x{width}", make, "fp32")
+
+
+def _condition_calls(
+    frames: int, height: int, width: int, device: torch.device, dtype: torch.dtype
+) -> tuple[ops.Call, ops.Call]:
+    """`prepare_latents` around an autoencoder whose encoder only looks at its chunks."""
+    vae: Any = _build(_TINY, device, torch.float32)
+    latent = torch.zeros(1, 8, 1, height // 8, width // 8, device=device)
+    vae.encoder = _Looking(latent)
+    config = SimpleNamespace(expand_timesteps=False)
+    pipe = SimpleNamespace(vae=vae, vae_scale_factor_temporal=4, vae_scale_factor_spatial=8, config=config)
+    image = torch.randn(1, 3, height, width, device=device)
+
+    def prepare() -> Any:
+        method = WanImageToVideoPipeline.prepare_latents
+        noise = latent[:, :4].expand(-1, -1, (frames - 1) // 4 + 1, -1, -1)
+        return method(pipe, image, 1, 4, height, width, frames, torch.float32, device, None, noise)
+
+    return _both(prepare, "conditioning")
+
+
+class _Looking(torch.nn.Module):
+    def __init__(self, latent: torch.Tensor) -> None:
+        super().__init__()
+        self._latent = latent
+
+    def forward(self, x: torch.Tensor, feat_cache: Any = None, feat_idx: Any = None) -> torch.Tensor:
+        return self._latent + x.amax()
+
+
+def _build(config: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Any:
+    torch.manual_seed(0)
+    vae: Any = AutoencoderKLWan(**config)
+    return vae.to(device=device, dtype=dtype).eval()
+
+
+def _both(call: Callable[[], Any], *names: str) -> tuple[ops.Call, ops.Call]:
+    def patched() -> Any:
+        with wan_patches.enabled(names or ("vae",)):
+            return call()
+
+    return call, patched
