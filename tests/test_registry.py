@@ -237,3 +237,15 @@ def test_a_hook_that_fails_does_not_break_the_import():
         "print(WanTransformer3DModel.__name__)"
     )
     assert out.strip() == "WanTransformer3DModel"
+
+
+def test_places_are_where_patches_are(modules):
+    a = importlib.import_module("made_a")
+    registry = Registry([patch("one"), patch("two", functions=("g",))])
+    assert registry.places() == []
+    with registry.enabled("two"):
+        (place,) = registry.places()
+        assert (place.patch.name, place.target.qualname, place.function) == ("two", "g", a.g)
+        assert (place.function(1), place.stock(1)) == (6, 3)
+        assert place.stock.__code__ is not a.g.__code__
+    assert registry.places() == []

@@ -79,6 +79,16 @@ class Patch:
 
 
 @dataclass(frozen=True)
+class Place:
+    """A function that a patch is in at the moment; `stock` runs the code that was installed."""
+
+    patch: Patch
+    target: Target
+    function: types.FunctionType
+    stock: types.FunctionType
+
+
+@dataclass(frozen=True)
 class Report:
     """The state of one patch: `active`, `waiting for import`, `skipped` (and why) or `off`."""
 
@@ -206,6 +216,15 @@ class Registry:
         with self._lock:
             reports = [entry.report() for entry in self._load()]
             return Status(tuple(reports + self._broken_plugins), tuple(gate.verdicts()))
+
+    def places(self) -> list[Place]:
+        """The functions that patches are in at the moment."""
+        with self._lock:
+            return [
+                Place(entry.patch, target, function, stock(function))
+                for entry in self._load()
+                for function, target in entry.functions
+            ]
 
     # Finding patches
 
