@@ -115,13 +115,48 @@ def test_81_frames():
 @pytest.mark.parametrize("dtype", DTYPES[:2])
 def test_real_channels_are_divided_and_bit_identical(dtype, monkeypatch):
     divided = []
+    monkeypatch.setattr(patch, "_divided", {})
     original = patch._can_be_divided
     monkeypatch.setattr(patch, "_can_be_divided", lambda *args: divided.append(original(*args)) or divided[-1])
     vae = _build(REAL, dtype)
     _compare(vae, _latents(vae, 2, 15, 6), _video(vae, 5, 28, 6))
-    if not all(patch._divisible.values()):
+    if not all(patch._divided.values()):
         pytest.skip("convolutions add up in another order here: nothing is divided")
-    assert divided == [True, True]
+    assert divided == [True] * 4  # in the first pass, to know early, and in the second
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("channels", "kernel"), [((256, 128), 1), ((512, 256), 1), ((1024, 512), 1), ((96, 96), 3)])
+@torch.no_grad()
+def test_what_is_found_divisible_is(channels, kernel, threads, monkeypatch):
+    """oneDNN adds up 1x1 convolutions in bf16 in an order that depends on the number of rows."""
+    from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    monkeypatch.setattr(patch, "_divided", {})
+    try:
+        conv = WanCausalConv3d(*channels, kernel, padding=kernel // 2).to(torch.bfloat16)
+        for height, width in ((8, 14), (16, 28), (32, 56)):
+            found = patch._convolves_divided(conv, (1, 4, height, width), torch.bfloat16)
+            x = torch.randn(1, channels[0], 4 + kernel - 1, height + kernel - 1, width + kernel - 1).to(torch.bfloat16)
+            convolve = patch._convolution(conv)
+            parts = [convolve(x[:, :, t : t + 2 + kernel - 1].contiguous()) for t in (0, 2)]
+            assert not found or torch.equal(convolve(x), torch.cat(parts, dim=2))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("channels", [64, 67])
+@torch.no_grad()
+def test_what_is_tried_tells_orders_of_adding_up_apart(channels):
+    """On random numbers most results round to the same bf16 value in any order."""
+    from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
+
+    conv = WanCausalConv3d(channels, 8, 3, padding=1).to(torch.bfloat16)
+    like, x = patch._cancelling(conv, (1, channels, 3, 10, 10), torch.bfloat16)
+    reordered = torch.nn.functional.conv3d(x.flip(1), like.weight.flip(1))
+    assert (patch._convolution(like)(x) != reordered).float().mean() > 0.5
 
 
 @pytest.mark.parametrize("height", [13, 16])
@@ -306,8 +341,8 @@ def test_a_compiled_decoder_keeps_stock_code(taken):
 def test_the_random_state_is_the_users():
     vae = _build(REAL)
     state = torch.random.get_rng_state()
-    patch._divisible.clear()
+    patch._divided.clear()
     with wan_patches.enabled(["vae"]), torch.no_grad():
         vae.decode(torch.zeros(1, 16, 2, 14, 4))
-    assert patch._divisible
+    assert patch._divided
     assert torch.equal(state, torch.random.get_rng_state())

@@ -72,7 +72,7 @@ class FrameCaches(list):
         before = self[index]
         if before is None:
             before = self[index] = x.new_zeros((batch, channels, HISTORY, height, width))
-        edges = _bands(height, least_rows(batch * channels * (HISTORY + frames)) if self.divided and above else height)
+        edges = bands(height, least_rows(batch * channels * (HISTORY + frames)) if self.divided and above else height)
         carried = out = None
         loaded = 0
         for top, bottom in itertools.pairwise(edges):
@@ -111,7 +111,7 @@ def least_rows(elements: int) -> int:
 _LARGE = 20480  # batch x channels x frames x rows above which it does
 
 
-def _bands(height: int, least: int) -> list[int]:
+def bands(height: int, least: int) -> list[int]:
     """Borders of bands of `least` rows or somewhat more, from 0 to `height`."""
     count = max(1, height // least)
     return [height * i // count for i in range(count + 1)]
@@ -193,7 +193,7 @@ def upsampled_bands(x: torch.Tensor, rows: int, caches: FrameCaches) -> Iterator
         Which rows of the upsampled images these are, and `(images, channels, that many + 2, 2 * width)`.
     """
     images, channels, height, width = x.shape
-    for top, bottom in itertools.pairwise(_bands(height, rows)):
+    for top, bottom in itertools.pairwise(bands(height, rows)):
         band = caches.shared((images, channels, 2 * (bottom - top) + 2, 2 * width), x)
         upsample(x[..., top:bottom, :], band[..., 1:-1, :])
         for row, neighbour in ((0, top - 1), (-1, bottom)):

@@ -9,8 +9,10 @@ it stock's code.
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 from wan_patches.codeswap import STOCK
@@ -165,7 +167,7 @@ def decode_chunk(
     x = decoder.mid_block(x, feat_cache=feat_cache, feat_idx=feat_idx)
     for block in blocks[:border]:
         x = block(x, feat_cache=feat_cache, feat_idx=feat_idx, first_chunk=first_chunk)
-    return _in_steps(tail, (*blocks[border:], decoder.conv_out), x, feat_cache, feat_idx)
+    return _in_steps(tail, (*blocks[border:], decoder.conv_out), x, 2 ** len(temporal), feat_cache, feat_idx)
 
 
 def encode_chunk(stock: Callable[..., Any], encoder: Any, x: Any, feat_cache: Any, feat_idx: list[int]) -> Any:
@@ -173,7 +175,8 @@ def encode_chunk(stock: Callable[..., Any], encoder: Any, x: Any, feat_cache: An
     if not _is_fast(feat_cache):
         return stock(encoder, x, feat_cache=feat_cache, feat_idx=feat_idx)
     blocks = list(encoder.down_blocks)
-    border = next((i for i, block in enumerate(blocks) if _changes_frames(block)), 0)
+    temporal = [i for i, block in enumerate(blocks) if _changes_frames(block)]
+    border = temporal[0] if temporal else 0
 
     def run(blocks: list[Any], x: Any, caches: Any, index: list[int]) -> Any:
         for block in blocks:
@@ -181,7 +184,7 @@ def encode_chunk(stock: Callable[..., Any], encoder: Any, x: Any, feat_cache: An
         return x
 
     x = _causal(encoder.conv_in, feat_cache, feat_idx, x)
-    x = _in_steps(functools.partial(run, blocks[:border]), blocks[:border], x, feat_cache, feat_idx)
+    x = _in_steps(functools.partial(run, blocks[:border]), blocks[:border], x, 2 ** len(temporal), feat_cache, feat_idx)
     x = run(blocks[border:], x, feat_cache, feat_idx)
     x = encoder.mid_block(x, feat_cache=feat_cache, feat_idx=feat_idx)
     return _causal(encoder.conv_out, feat_cache, feat_idx, x, encoder.norm_out)
@@ -205,7 +208,8 @@ def resample(stock: Callable[..., Any], module: Any, x: Any, feat_cache: Any, fe
     if module.mode == "upsample3d":
         frames = _upsample_time(module.time_conv, x, feat_cache, feat_idx)
     conv, images = module.resample[1], frames.flatten(0, -4)
-    if x.is_cpu and len(images) > 1 and _resizes_divided(conv, x.shape, x.dtype, up):
+    shape = tuple(images.shape)
+    if x.is_cpu and (feat_cache.divided or (shape[0] > 1 and _resizes_divided(conv, shape, x.dtype, up))):
         y = _resize_divided(conv, images, up, feat_cache)
     else:
         y = conv((_upsample if up else _pad)(images, feat_cache))
@@ -231,11 +235,12 @@ def _causal(conv: Any, caches: Any, index: list[int], x: Any, norm: Any = None, 
     return caches.convolve(index[0] - 1, x, _convolution(conv), (above, left), activation=activation, **options)
 
 
-def _convolution(conv: Any) -> Callable[[Any], Any]:
+def _convolution(conv: Any, padding: Any = 0) -> Callable[[Any], Any]:
     """The convolution itself, of what is joined and padded."""
     import torch.nn.functional as F
 
-    return lambda x: F.conv3d(x, conv.weight, conv.bias, conv.stride, 0, conv.dilation, conv.groups)
+    convolve: Any = F.conv3d if conv.weight.dim() == 5 else F.conv2d
+    return lambda x: convolve(x, conv.weight, conv.bias, conv.stride, padding, conv.dilation, conv.groups)
 
 
 def _upsample_time(conv: Any, x: Any, caches: Any, index: list[int]) -> Any:
@@ -267,17 +272,11 @@ def _resize_divided(conv: Any, images: Any, up: bool, caches: Any) -> Any:
         return torch.cat([conv(_pad(image, caches)) for image in images.split(1)])
     count, _, height, width = images.shape
     y = images.new_empty((count, conv.out_channels, 2 * height, 2 * width))
+    convolve = _convolution(conv, (0, conv.padding[1]))  # rows have their neighbours above and below with them
     for image, out in zip(images.split(1), y.split(1)):
         for rows, band in upsampled_bands(image, _ROWS, caches):
-            out[..., rows, :] = _convolution_of_band(conv)(band)
+            out[..., rows, :] = convolve(band)
     return y
-
-
-def _convolution_of_band(conv: Any) -> Callable[[Any], Any]:
-    """A two-dimensional convolution of rows that have their neighbours above and below with them."""
-    import torch.nn.functional as F
-
-    return lambda x: F.conv2d(x, conv.weight, conv.bias, conv.stride, (0, conv.padding[1]), conv.dilation, conv.groups)
 
 
 def _pad(frames: Any, caches: Any) -> Any:
@@ -317,12 +316,17 @@ def _is_attention(block: Any) -> bool:
 # A few frames and rows at a time
 
 
-def _in_steps(run: Callable[..., Any], modules: Any, x: Any, caches: Any, index: list[int]) -> Any:
-    """`run(x, caches, index)` of modules that keep the frames, divided where that gives the same bits."""
+def _in_steps(run: Callable[..., Any], modules: Any, x: Any, frames: int, caches: Any, index: list[int]) -> Any:
+    """`run(x, caches, index)` of modules that keep the frames, divided where that gives the same bits.
+
+    frames: of `x` in every pass but the first, which has one.
+    """
     from wan_patches.ops.vae import in_steps
 
     first, is_first_pass = index[0], caches[index[0]] is None
-    if is_first_pass or not _can_be_divided(modules, x):
+    # asked in the first pass already: there is room for what is tried, as most caches are empty
+    divided = _can_be_divided(modules, x, frames if is_first_pass else x.shape[2])
+    if is_first_pass or not divided:
         return run(x, caches, index)
     caches.divide()
     try:
@@ -331,93 +335,128 @@ def _in_steps(run: Callable[..., Any], modules: Any, x: Any, caches: Any, index:
         caches.divided = False
 
 
-def _can_be_divided(modules: Any, x: Any) -> bool:
-    """Whether so many frames and rows as are taken at a time, and not fewer, have the bits of the whole.
+def _can_be_divided(modules: Any, x: Any, frames: int) -> bool:
+    """Whether so many frames and rows of `x` as are taken at a time have the bits of the whole.
 
-    On a CPU a convolution's way of adding up does not depend on how many frames and rows there are, as long as ATen
-    gives both to the same library; tried here on the processor for each shape. On accelerators libraries
+    On a CPU a convolution's way of adding up mostly does not depend on how many frames and rows there are, as long as
+    ATen gives both to the same library; tried here for each convolution and shape. On accelerators libraries
     choose an algorithm by the shape: there nothing is divided.
     """
     from torch import nn
 
-    if not x.is_cpu or x.shape[2] <= _STEP or x.shape[2] % _STEP:
+    if not x.is_cpu or frames <= _STEP or frames % _STEP:
         return False
     batch, _, _, height, width = x.shape
     for module in (part for block in modules for part in block.modules()):
-        up = getattr(module, "mode", "").startswith("up")
         if _is_attention(module):
             return False
         if hasattr(module, "resample"):
-            if not _resizes_divided(module.resample[1], (batch, 0, 0, height, width), x.dtype, up):
+            up, conv = module.mode.startswith("up"), module.resample[1]
+            if not _resizes_divided(conv, (batch * frames, conv.in_channels, height, width), x.dtype, up):
                 return False
             height, width = (2 * height, 2 * width) if up else (height // 2, width // 2)
-        elif isinstance(module, nn.Conv3d) and (
-            height < _least_rows(module, batch) or not _is_divisible(module, batch, width, x.dtype)
-        ):
+        elif isinstance(module, nn.Conv3d) and not _convolves_divided(module, (batch, frames, height, width), x.dtype):
             return False
     return True
 
 
-_divisible: dict[Any, bool] = {}
+_divided: dict[Any, bool] = {}
 
 
-def _is_divisible(conv: Any, batch: int, width: int, dtype: Any) -> bool:
-    """Whether a convolution of four frames has the bits of two (in 2D: one) at a time, in two bands."""
+def _remembered(try_it: Callable[..., bool]) -> Callable[..., bool]:
+    """Tries once for a convolution's form, a shape and what else can change the algorithm."""
+
+    @functools.wraps(try_it)
+    def ask(conv: Any, shape: Any, dtype: Any, *more: Any) -> bool:
+        import torch
+
+        settings = (torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.backends.mkldnn.enabled)
+        form = (conv.weight.shape, conv.stride, conv.padding, conv.bias is None)
+        key = (try_it, form, tuple(shape), dtype, *more, *settings)
+        if key not in _divided:
+            _divided[key] = try_it(conv, shape, dtype, *more)
+        return _divided[key]
+
+    return ask
+
+
+@_remembered
+def _convolves_divided(conv: Any, shape: Any, dtype: Any) -> bool:
+    """Whether a causal convolution to `(batch, frames, height, width)` has the same bits in steps and bands."""
     import torch
 
-    settings = (torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.backends.mkldnn.enabled)
-    key = (conv.weight.shape, conv.stride, conv.padding, batch, width, dtype, *settings)
-    if key not in _divisible:
-        _divisible[key] = _try_divided(conv, batch, width, dtype)
-    return _divisible[key]
+    from wan_patches.ops.vae import bands, least_rows
 
-
-def _resizes_divided(conv: Any, shape: Any, dtype: Any, up: bool) -> bool:
-    """The same of resampling `(batch, channels, frames, height, width)`: one frame at a time, and up in bands."""
-    from wan_patches.ops.vae import least_rows
-
-    batch, _, _, height, width = shape
-    height, width = (min(2 * height, 2 * _ROWS), 2 * width) if up else (height + 1, width + 1)
-    return height >= least_rows(conv.in_channels * width) and _is_divisible(conv, batch, width, dtype)
-
-
-def _try_divided(conv: Any, batch: int, width: int, dtype: Any) -> bool:
-    import torch
-
-    generator = torch.Generator("cpu").manual_seed(0)  # the user's random state is not ours to move
-
-    def sample(*shape: int) -> Any:
-        return torch.randn(shape, generator=generator, device="cpu").to(dtype)
-
-    frames = 2 * _STEP
-    if conv.weight.dim() == 4:
-        images = sample(batch * frames, conv.in_channels, 4 * _ROWS, width)
-        if conv.stride != (1, 1):
-            return torch.equal(conv(images), torch.cat([conv(image) for image in images.split(1)]))
-        padded = torch.nn.functional.pad(images, (0, 0, 1, 1))
-        bands = [padded[..., rows : rows + 2 * _ROWS + 2, :].contiguous() for rows in (0, 2 * _ROWS)]
-        convolve = _convolution_of_band(conv)
-        parts = [torch.cat([convolve(image) for image in band.split(1)]) for band in bands]
-        return torch.equal(conv(images), torch.cat(parts, dim=2))
-    before, border, _ = (size - 1 for size in conv.kernel_size)
-    rows = _least_rows(conv, batch)
-    window = sample(batch, conv.in_channels, before + frames, 2 * rows + border, width + border)
+    batch, frames, height, width = shape
+    before, above, beside = (size - 1 for size in conv.kernel_size)
+    least = least_rows(batch * conv.in_channels * (before + _STEP))
+    if height < least:
+        return False
+    conv, window = _cancelling(conv, (batch, conv.in_channels, before + frames, height + above, width + beside), dtype)
     convolve = _convolution(conv)
     whole = convolve(window)
+    edges = bands(height, least) if above else [0, height]
     return all(
         torch.equal(
-            convolve(window[:, :, t : t + before + _STEP, r : r + rows + border].contiguous()),
-            whole[:, :, t : t + _STEP, r : r + rows],
+            convolve(window[:, :, : before + _STEP, top : bottom + above].contiguous()),
+            whole[:, :, :_STEP, top:bottom],
         )
-        for t in range(0, frames, _STEP)
-        for r in (0, rows)
+        for top, bottom in _of_each_size(edges)
     )
 
 
-def _least_rows(conv: Any, batch: int) -> int:
-    from wan_patches.ops.vae import least_rows
+@_remembered
+def _resizes_divided(conv: Any, shape: Any, dtype: Any, up: bool) -> bool:
+    """The same of resampling `(images, channels, height, width)`: one image at a time, and up in bands."""
+    import torch
 
-    return least_rows(batch * conv.in_channels * (conv.kernel_size[0] - 1 + _STEP))
+    from wan_patches.ops.vae import bands, least_rows
+
+    images, channels, height, width = shape
+    rows, columns = (2 * min(height, _ROWS), 2 * width) if up else (height + 1, width + 1)
+    if rows < least_rows(channels * columns):
+        return False
+    # up: twice as many rows, with zeros above and below them; down: one more row
+    size = (2 * height + 2, 2 * width) if up else (height + 1, width + 1)
+    conv, frames = _cancelling(conv, (images, channels, *size), dtype)
+    if not up:
+        convolve = _convolution(conv)
+        return torch.equal(convolve(frames)[:1], convolve(frames[:1]))
+    frames[..., 0, :] = frames[..., -1, :] = 0
+    whole = _convolution(conv, conv.padding)(frames[..., 1:-1, :].contiguous())
+    convolve = _convolution(conv, (0, conv.padding[1]))
+    return all(
+        torch.equal(convolve(frames[:1, :, 2 * top : 2 * bottom + 2].contiguous()), whole[:1, :, 2 * top : 2 * bottom])
+        for top, bottom in _of_each_size(bands(height, _ROWS))
+    )
+
+
+def _of_each_size(edges: list[int]) -> list[tuple[int, int]]:
+    """Of bands with these borders, one of each height."""
+    return list({bottom - top: (top, bottom) for top, bottom in itertools.pairwise(edges)}.values())
+
+
+def _cancelling(conv: Any, shape: Any, dtype: Any) -> tuple[Any, Any]:
+    """Such a convolution and its input, in which products cancel: what is left is rounding.
+
+    In bf16 another order of adding up changes one result in ten thousand; here it changes most.
+    """
+    import torch
+
+    generator = torch.Generator("cpu").manual_seed(0)  # the user's random state is not ours to move
+    half = conv.in_channels // 2
+
+    def random(*sizes: int) -> Any:
+        return torch.randn(sizes, generator=generator, dtype=torch.float32, device="cpu").to(dtype)
+
+    weight, row = random(*conv.weight.shape), random(conv.in_channels, shape[-1])
+    weight[:, half : 2 * half] = -weight[:, :half]
+    row[half : 2 * half] = row[:half]
+    row[2 * half :] = 0
+    x = row.view(1, shape[1], *(1 for _ in shape[2:-1]), shape[-1]).expand(shape).contiguous()
+    bias = None if conv.bias is None else torch.zeros(conv.out_channels, dtype=dtype, device="cpu")
+    options = {name: getattr(conv, name) for name in ("stride", "padding", "dilation", "groups")}
+    return SimpleNamespace(weight=weight, bias=bias, **options), x
 
 
 # Who takes the short way
