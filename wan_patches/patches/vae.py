@@ -17,7 +17,7 @@ from typing import Any
 
 from wan_patches.codeswap import STOCK
 from wan_patches.registry import Known, Patch, Target
-from wan_patches.rewrite import Body, Replace
+from wan_patches.rewrite import Body, Replace, fingerprint
 
 logger = logging.getLogger("wan_patches")
 
@@ -26,6 +26,7 @@ _MODULE = "diffusers.models.autoencoders.autoencoder_kl_wan"
 _CLONE = "_wan_patches_vae_unchanged"
 _STEP = 2  # frames at a time in the largest layers: half of stock's
 _ROWS = 16  # that are upsampled at a time there
+_IN_FP32 = "13d23c0e7d565d8e"  # the text of a norm that takes lengths and quotients of half dtypes in fp32
 
 # target, the function here that runs in its place, and the fingerprints of the texts it knows
 _REPLACED = (
@@ -73,12 +74,13 @@ PATCHES = (
         },
         implementations={
             "CPUs": "norms a few rows at a time, shared windows, two frames a step where that is exact",
+            "CUDA with Triton": "shared windows, and norm and SiLU in a kernel",
             "other devices": "shared windows in place of joined, padded and cloned tensors",
         },
         requires=(
             _relied_on("WanCausalConv3d.__init__", "929b940173af746e"),
             _relied_on("WanCausalConv3d.forward", "04d4cc1d5eef07df"),
-            _relied_on("WanRMS_norm.forward", "2589c33f8908ab21", "13d23c0e7d565d8e"),
+            _relied_on("WanRMS_norm.forward", "2589c33f8908ab21", _IN_FP32),
             _relied_on("WanUpsample.forward", "9324770ad80c15cc"),
             _relied_on("WanAttentionBlock.forward", "220c002c809b1ace"),
             _relied_on("WanMidBlock.forward", "680be2f1110718f9", "23fc1bae73fbb131"),
@@ -227,12 +229,29 @@ def unchanged(x: Any, feat_cache: Any) -> Any:
 
 def _causal(conv: Any, caches: Any, index: list[int], x: Any, norm: Any = None, **options: Any) -> Any:
     """A causal convolution of three taps in time, after a norm and SiLU where one is given."""
-    import torch.nn.functional as F
-
     _, left, _, above, _, _ = conv._padding
-    activation = None if norm is None else lambda piece: F.silu(norm(piece), inplace=True)
+    activation = None if norm is None else functools.partial(_normed, norm)
     index[0] += 1
     return caches.convolve(index[0] - 1, x, _convolution(conv), (above, left), activation=activation, **options)
+
+
+def _normed(norm: Any, x: Any) -> Any:
+    """`WanRMS_norm` and SiLU."""
+    import torch
+
+    from wan_patches.ops.norm_silu import norm_silu
+
+    bias = norm.bias if isinstance(norm.bias, torch.Tensor) else None
+    return norm_silu(x, norm, scale=norm.scale, gamma=norm.gamma, bias=bias, in_fp32=_normalizes_in_fp32())
+
+
+@functools.lru_cache(maxsize=1)
+def _normalizes_in_fp32() -> bool:
+    """Whether the installed `WanRMS_norm` takes lengths and quotients of half dtypes in fp32."""
+    from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm
+
+    forward: Any = WanRMS_norm.forward
+    return fingerprint(forward) == _IN_FP32
 
 
 def _convolution(conv: Any, padding: Any = 0) -> Callable[[Any], Any]:
@@ -498,8 +517,11 @@ def _peculiarity(module: Any) -> str | None:
         return f"a {name} is compiled"
     if isinstance(module, torch.nn.Dropout) and module.training and module.p:
         return "dropout is on"
-    if any(type(parameter) is not torch.nn.Parameter for parameter in filter(_is_given, module._parameters.values())):
-        return f"the weights of a {name} are not plain tensors"
+    for parameter in filter(_is_given, module._parameters.values()):
+        if type(parameter) is not torch.nn.Parameter:
+            return f"the weights of a {name} are not plain tensors"
+        if parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16):  # stock upsamples others in fp32
+            return f"the weights of a {name} are {parameter.dtype}"
     return None
 
 

@@ -1,0 +1,112 @@
+"""RMS norm and SiLU against the installed `WanRMS_norm`, where no kernel can run and where one is put in its place."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from wan_patches.fidelity import gate
+from wan_patches.ops import norm_silu as op
+from wan_patches.patches.vae import _normalizes_in_fp32
+
+autoencoders = pytest.importorskip("diffusers.models.autoencoders.autoencoder_kl_wan")
+pytestmark = pytest.mark.upstream
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def case(dtype, bias=False, channels=12):
+    torch.manual_seed(0)
+    norm = autoencoders.WanRMS_norm(channels, images=False, bias=bias)
+    for parameter in norm.parameters():
+        torch.nn.init.normal_(parameter)
+    norm.to(dtype)
+    x = torch.randn(2, channels, 3, 7, 9).to(dtype)
+    x[0, :, 0, 0] = 0
+    return norm, x
+
+
+def call(norm, x):
+    bias = norm.bias if isinstance(norm.bias, torch.Tensor) else None
+    return op.norm_silu(x, norm, scale=norm.scale, gamma=norm.gamma, bias=bias, in_fp32=_normalizes_in_fp32())
+
+
+def arithmetic(x, denominator, scale, gamma, bias):
+    """What the kernel is to compute."""
+    value = (x.float() / denominator.float()).to(x.dtype) * scale * gamma
+    return F.silu(value + (0.0 if bias is None else bias))
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """The way of accelerators on the CPU, with torch's arithmetic in the kernel's place; what it was given."""
+    import sys
+    from types import SimpleNamespace
+
+    calls = []
+
+    def run(*args):
+        calls.append(args)
+        return arithmetic(*args)
+
+    stand_in = SimpleNamespace(norm_silu=run)
+    monkeypatch.setitem(sys.modules, "wan_patches.ops.triton.norm_silu", stand_in)
+    monkeypatch.setattr(op.kernels, "is_usable", lambda device: True)
+
+    class OnDevice(torch.Tensor):
+        is_cpu = False
+
+    gate.reset()
+    yield calls, lambda x: x.as_subclass(OnDevice)
+    gate.reset()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@torch.no_grad()
+def test_cpus_run_the_norm_itself(dtype, monkeypatch):
+    monkeypatch.setattr(op.kernels, "is_usable", lambda device: pytest.fail("a CPU needs no kernel"))
+    norm, x = case(dtype)
+    assert torch.equal(call(norm, x), F.silu(norm(x)))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@torch.no_grad()
+def test_what_the_kernel_is_given_gives_the_bits_of_the_norm(dtype, bias, kernel):
+    calls, on_device = kernel
+    norm, x = case(dtype, bias)
+    expected = F.silu(norm(x))
+    for _ in range(2):  # the second time without comparison
+        assert torch.equal(call(norm, on_device(x)), expected)
+    assert len(calls) == 2
+    (verdict,) = gate.verdicts()
+    assert verdict.exact
+
+
+@torch.no_grad()
+def test_a_kernel_that_differs_is_not_used(kernel, monkeypatch):
+    _, on_device = kernel
+    norm, x = case(torch.bfloat16)
+    monkeypatch.setattr(op, "_fused", lambda *args: op._plain(*args) * 1.01)
+    for _ in range(2):
+        assert torch.equal(call(norm, on_device(x)), F.silu(norm(x)))
+    (verdict,) = gate.verdicts()
+    assert not verdict.exact
+
+
+@pytest.mark.parametrize("change", ["dtype", "gamma", "strides", "dimensions"])
+@torch.no_grad()
+def test_other_inputs_run_the_norm_itself(change, kernel):
+    calls, on_device = kernel
+    norm, x = case(torch.float32)
+    if change == "dtype":
+        norm, x = norm.double(), x.double()
+    elif change == "gamma":
+        norm = norm.half()
+    elif change == "strides":
+        x = x.transpose(-1, -2)
+    else:
+        norm, x = autoencoders.WanRMS_norm(12), x[:, :, 0]
+    assert torch.equal(call(norm, on_device(x)), F.silu(norm(x)))
+    assert calls == []
