@@ -1,0 +1,1 @@
+"""A patch for LTX-Video, installed beside wan-patches and found by it."""

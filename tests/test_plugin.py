@@ -1,0 +1,112 @@
+"""The example of a third-party plugin: installed on its own, found, active, with the bits of stock."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PLUGIN = Path(__file__).parents[1] / "examples" / "plugin"
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    """A folder into which the plugin is installed, without network."""
+    source, target = tmp_path_factory.mktemp("source") / "plugin", tmp_path_factory.mktemp("site")
+    shutil.copytree(PLUGIN, source)  # the build leaves files beside the project
+    install = ["install", "--no-index", "--no-deps", "--no-build-isolation", "--target", str(target), str(source)]
+    done = subprocess.run([sys.executable, "-m", "pip", *install], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return target
+
+
+def run(code: str, site: Path | None) -> str:
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": "" if site is None else str(site)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=env)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+STATUS = """
+import sys, wan_patches
+print([(report.name, report.state) for report in wan_patches.enable().reports if "transformer_ltx" in report.module])
+assert not {"torch", "diffusers"} & set(sys.modules)
+"""
+
+
+def test_it_is_found_once_it_is_installed(site):
+    assert run(STATUS, None) == "[]\n"
+    assert run(STATUS, site) == "[('ltx', 'waiting for import')]\n"
+
+
+ACTIVE = """
+import torch, wan_patches, wan_patches_ltx.ops
+from diffusers import LTXVideoTransformer3DModel
+
+torch.manual_seed(0)
+model = LTXVideoTransformer3DModel(
+    in_channels=8, out_channels=8, num_attention_heads=2, attention_head_dim=20, cross_attention_dim=40, num_layers=2,
+    caption_channels=16,
+)
+call = dict(
+    hidden_states=torch.randn(2, 3 * 4 * 5, 8), encoder_hidden_states=torch.randn(2, 7, 16), num_frames=3, height=4,
+    width=5, timestep=torch.tensor([500, 500]), encoder_attention_mask=torch.ones(2, 7), return_dict=False,
+)
+calls, rotated = [], wan_patches_ltx.ops.rotated
+wan_patches_ltx.ops.rotated = lambda *args: calls.append(args[0].dtype) or rotated(*args)
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    model.to(dtype)
+    given = {k: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v for k, v in call.items()}
+    with torch.no_grad():
+        stock = model(**given)[0]
+        with wan_patches.enabled() as status:
+            patched = model(**given)[0]
+        assert torch.equal(stock, model(**given)[0])
+    assert stock.isfinite().all() and stock.std() > 0
+    assert torch.equal(stock, patched), dtype
+    assert calls == 4 * [dtype], calls  # queries and keys of two layers
+    calls.clear()
+
+model.float()
+gradients = []
+for patches in ([], ["ltx"]):
+    model.zero_grad()
+    with wan_patches.enabled(patches):
+        model(**call)[0].square().sum().backward()
+    gradients.append([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
+assert len(calls) == 4 and gradients[0]
+assert all(map(torch.equal, *gradients))
+print(status.of("ltx")[0].state)
+"""
+
+
+EXACT = """
+from diffusers.models.transformers import transformer_ltx as ltx
+
+for shape, dtype in [((1, 4095, 256), torch.bfloat16), ((3, 17, 34), torch.float32), ((2, 1, 2), torch.float16)]:
+    x = torch.randn(2 * shape[0], shape[1], 2 * shape[2]).to(dtype)[::2, :, : shape[2]]
+    x[..., 0, :] *= 1e-39
+    x[..., -1, 0] = float("inf")
+    tables = torch.randn(shape), torch.randn(shape)
+    with wan_patches.enabled(["ltx"]):
+        patched = ltx.apply_rotary_emb(x, tables)
+    stock = ltx.apply_rotary_emb(x, tables)
+    assert patched.dtype == stock.dtype and patched.stride() == stock.stride()
+    assert torch.equal(patched.nan_to_num(nan=7), stock.nan_to_num(nan=7))
+"""
+
+GATED = """
+seen = []
+wan_patches_ltx.ops.gate = lambda *args: seen.append(args) or args[2](*args[4:])
+x, cos, sin = (torch.randn(1, 3, 4, device="meta") for _ in range(3))
+assert wan_patches_ltx.ops.rotate(None, x, cos, sin).shape == x.shape
+assert seen[0][3].__name__ == "reference"
+"""
+
+
+def test_it_is_active_keeps_every_bit_and_is_gated_on_accelerators(site):
+    assert run(ACTIVE + EXACT + GATED, site) == "active\n"
