@@ -45,6 +45,20 @@ def test_what_is_not_asked_for_is_not_told():
     assert told == ["double", "double"]
 
 
+def test_a_function_is_asked_once_about_each_code():
+    asked, told = [], []
+
+    def wants(frame):
+        asked.append(frame.f_code.co_name)
+        return frame.f_code is double.__code__
+
+    with observing(wants, on_call=lambda frame: told.append(frame.f_locals["x"])):
+        quadruple(1)
+        quadruple(3)
+    assert told == [1, 2, 3, 6]
+    assert asked.count("double") == asked.count("quadruple") == 1
+
+
 def test_an_exception_is_told_and_goes_on():
     told = []
     with (

@@ -22,7 +22,9 @@ from wan_patches.rewrite import Block, Body, Replace, Unknown, fingerprint
 if TYPE_CHECKING:
     from wan_patches.executor import ParallelExecutor, RayParallelExecutor
     from wan_patches.offload import OffloadPlan, disable_offload, enable_offload
+    from wan_patches.profiling import Profile, profile
     from wan_patches.vae_parallel import ParallelVAE, parallelize_vae
+    from wan_patches.verification import Verification, verify
 
 __version__ = "0.1.0"
 
@@ -79,6 +81,18 @@ def status() -> Status:
     return _registry.status()
 
 
+def load_ipython_extension(ipython: object) -> None:
+    """`%load_ext wan_patches`: `enable()`, in one line of a notebook."""
+    names = dict.fromkeys(report.name for report in enable().reports)
+    print(f"wan_patches: {', '.join(names)} enabled; wan_patches.status() shows what each does")
+
+
+def unload_ipython_extension(ipython: object) -> None:
+    """`%unload_ext wan_patches`: `disable()`."""
+    disable()
+    print("wan_patches: disabled")
+
+
 def __getattr__(name: str) -> Any:
     if name in ("ParallelExecutor", "RayParallelExecutor"):  # they need torch
         import wan_patches.executor
@@ -88,10 +102,18 @@ def __getattr__(name: str) -> Any:
         import wan_patches.offload
 
         return getattr(wan_patches.offload, name)
+    if name in ("Profile", "profile"):
+        import wan_patches.profiling
+
+        return getattr(wan_patches.profiling, name)
     if name in ("ParallelVAE", "parallelize_vae"):
         import wan_patches.vae_parallel
 
         return getattr(wan_patches.vae_parallel, name)
+    if name in ("Verification", "verify"):
+        import wan_patches.verification
+
+        return getattr(wan_patches.verification, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -105,6 +127,7 @@ __all__ = [
     "ParallelVAE",
     "Patch",
     "PatchError",
+    "Profile",
     "RayParallelExecutor",
     "Replace",
     "Report",
@@ -112,6 +135,7 @@ __all__ = [
     "Target",
     "Unknown",
     "Verdict",
+    "Verification",
     "disable",
     "disable_offload",
     "enable",
@@ -119,5 +143,7 @@ __all__ = [
     "enabled",
     "fingerprint",
     "parallelize_vae",
+    "profile",
     "status",
+    "verify",
 ]

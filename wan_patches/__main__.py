@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any, NoReturn, Optional
 
 import typer
 
@@ -27,12 +28,26 @@ app.add_typer(bench, name="bench")
 _NEEDS = {
     "demo": ("transformers", "accelerate", "ftfy", "av"),
     "bench": ("transformers", "accelerate", "ftfy", "psutil"),
+    "verify": ("transformers", "accelerate", "ftfy"),
 }
+
+
+class _Outside(BaseException):
+    """What a command leaves to be done outside of typer, which would catch what a script raises."""
+
+    def __init__(self, action: Callable[[], None]) -> None:
+        self.action = action
 
 
 def main() -> None:
     """The console command."""
-    app()
+    hook = sys.excepthook
+    try:
+        app()
+    except _Outside as outside:
+        action = outside.action
+    sys.excepthook = hook  # typer has put its own there
+    action()
 
 
 def _version(wanted: bool) -> None:
@@ -63,6 +78,86 @@ def status(
             with contextlib.suppress(ModuleNotFoundError):  # the installed version has no such module
                 importlib.import_module(module)
     typer.echo(str(wan_patches.status()))
+
+
+# everything after the script is the script's
+@app.command(context_settings={"allow_interspersed_args": False})
+def run(
+    script: Annotated[str, typer.Argument(help="The script; with -m the name of a module.")],
+    arguments: Annotated[Optional[list[str]], typer.Argument(help="What the script gets.")] = None,  # noqa: UP045
+    module: Annotated[bool, typer.Option("-m", help="Run a module, as `python -m` does.")] = False,
+    patches: Annotated[
+        Optional[str], typer.Option(help="Names with commas between them; by default all that `status` lists.")  # noqa: UP045
+    ] = None,
+    fidelity: Annotated[str, typer.Option(help="exact, or close to allow patches that move rounding.")] = "exact",
+    gate: Annotated[
+        bool, typer.Option("--gate/--no-gate", help="On accelerators: compare with stock at first sight.")
+    ] = True,
+) -> None:
+    """Run a Python script, unchanged, with the patches enabled.
+
+    As `python SCRIPT ARGUMENTS` does: same exit status, same tracebacks. A line on stderr says at the end what was
+    active. Also as `torchrun ... -m wan_patches run SCRIPT` and `accelerate launch ... -m wan_patches run SCRIPT`.
+    """
+    from wan_patches.running import run as run_script
+
+    names = None if patches is None else [name.strip() for name in patches.split(",") if name.strip()]
+    try:
+        wan_patches.enable(names, fidelity=fidelity, gate=gate)
+    except ValueError as error:
+        _fail(str(error))
+    raise _Outside(lambda: run_script(script, arguments or (), module=module))
+
+
+@app.command(context_settings={"allow_interspersed_args": False})
+def profile(
+    script: Annotated[str, typer.Argument(help="The script; with -m the name of a module.")],
+    arguments: Annotated[Optional[list[str]], typer.Argument(help="What the script gets.")] = None,  # noqa: UP045
+    module: Annotated[bool, typer.Option("-m", help="Run a module, as `python -m` does.")] = False,
+    patches: Annotated[
+        Optional[str], typer.Option(help='Names with commas between them; "" for stock, by default all.')  # noqa: UP045
+    ] = None,
+    json: Annotated[Optional[Path], typer.Option(help="Write the profile here.")] = None,  # noqa: UP045
+    chart: Annotated[Optional[Path], typer.Option(help="Draw it here, as PNG.")] = None,  # noqa: UP045
+    trace: Annotated[
+        Optional[Path], typer.Option(help="Write the trace of torch's profiler here, for chrome://tracing.")  # noqa: UP045
+    ] = None,
+    copies: Annotated[
+        bool, typer.Option(help="On accelerators: count copies and waits, for which every operator is kept in memory.")
+    ] = True,
+) -> None:
+    """Run a Python script with the patches enabled, and print to stderr where the time of its pipelines went.
+
+    By stage and by patched operation, and which calls took stock's way and why. Exits with the script's status.
+    """
+    from wan_patches.profiling import obstacle
+    from wan_patches.profiling import run as run_script
+
+    if wrong := obstacle(chart, json, trace):
+        _fail(wrong)
+    names = None if patches is None else [name.strip() for name in patches.split(",") if name.strip()]
+    try:
+        wan_patches.enable(names)
+    except ValueError as error:
+        _fail(str(error))
+    given: dict[str, Any] = {"json": json, "chart": chart, "trace": trace, "copies": copies}
+    raise _Outside(lambda: run_script(script, arguments or (), module=module, **given))
+
+
+@app.command()
+def doctor(
+    json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+) -> None:
+    """Say what works on this machine, what does not, and what to do about it.
+
+    Works where `import torch` fails. Exits with status 1 if there is a problem; warnings are none.
+    """
+    from wan_patches.doctor import examine
+
+    found = examine()
+    typer.echo(found.json() if json else str(found))
+    if found.problems:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -106,6 +201,65 @@ def demo(
     typer.echo(f"Videos and contact-sheet.png are in {out}")
     if wrong := run.verdict(comparisons):
         _fail(wrong)
+
+
+@app.command()
+def verify(
+    model: Annotated[str, typer.Argument(help="A folder, a name on the Hub, or tiny:FAMILY (such as tiny:wan_t2v).")],
+    prompt: Annotated[Optional[str], typer.Option(help="What the video shows.")] = None,  # noqa: UP045
+    image: Annotated[Optional[Path], typer.Option(help="The picture of image-to-video.")] = None,  # noqa: UP045
+    size: Annotated[Optional[str], typer.Option(help="WIDTHxHEIGHT of the video.")] = None,  # noqa: UP045
+    frames: Annotated[Optional[int], typer.Option(min=1, help="Frames of the video.")] = None,  # noqa: UP045
+    steps: Annotated[Optional[int], typer.Option(min=1, help="Denoising steps; few will do.")] = None,  # noqa: UP045
+    seed: Annotated[int, typer.Option(help="Of the noise, and of random weights.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, npu, ...")] = "auto",
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "bf16",
+    patches: Annotated[
+        Optional[str], typer.Option(help="Names with commas between them; by default all that `status` lists.")  # noqa: UP045
+    ] = None,
+    fidelity: Annotated[str, typer.Option(help="exact, or close to allow patches that move rounding.")] = "exact",
+    repeat: Annotated[int, typer.Option(min=0, help="Measured runs of each; 0 measures nothing.")] = 1,
+    json: Annotated[Optional[Path], typer.Option(help="Write what was found here.")] = None,  # noqa: UP045
+    report: Annotated[Optional[Path], typer.Option(help="Write a report in HTML here.")] = None,  # noqa: UP045
+) -> None:
+    """Run a model stock and patched: equal bits of operations, blocks, stages and video; time and memory.
+
+    Exits with status 0 if every bit is the same, 1 if not (and names the patch), 2 if it could not be found out.
+    """
+    width_height = _size(size)
+    names = None if patches is None else [name.strip() for name in patches.split(",") if name.strip()]
+    for path in (json, report):
+        if path is not None and not path.absolute().parent.is_dir():  # said before hours of work
+            _fail(f"There is no folder {path.parent} for {path.name}: make it, or give another place.", 2)
+    with _errors("verify", 2):
+        from rich.console import Console
+
+        from wan_patches.bench.demo import open_image
+        from wan_patches.bench.measure import device_of, dtype_of
+        from wan_patches.bench.verification import subject
+
+        on, precision = device_of(device), dtype_of(dtype)
+        photo = None if image is None else open_image(image)
+        try:
+            with wan_patches.enabled(names, fidelity=fidelity):  # what is misspelt is said before a model is loaded
+                pass
+        except ValueError as error:
+            _fail(str(error), 2)
+        choice: dict[str, Any] = {"prompt": prompt, "size": width_height, "frames": frames, "steps": steps}
+        with Console(stderr=True).status("loading") as shown:
+            found = subject(model, photo, on, precision, seed=seed, **choice)
+            try:
+                verification = wan_patches.verify(
+                    found.pipe, patches=names, fidelity=fidelity, repeat=repeat, report=report,
+                    on_run=lambda purpose: shown.update(purpose), **found.arguments(),
+                )  # fmt: skip
+            except Exception as error:  # of the pipeline itself, with stock code
+                _fail(f"{type(error).__name__}: {error}. Does this model run with these arguments at all?", 2)
+    typer.echo(str(verification))
+    if json is not None:
+        verification.save_json(json)
+    if not verification.exact:
+        raise typer.Exit(1)
 
 
 @bench.command()
@@ -207,22 +361,41 @@ def sharding(
         _fail(f"NOT bit-identical: {'; '.join(different)}.")
 
 
+@bench.command()
+def compatibility(
+    families: Annotated[Optional[list[str]], typer.Argument(help="By default all that this diffusers has.")] = None,  # noqa: UP045
+    json: Annotated[
+        Optional[Path], typer.Option(help="Folder for a record, named after the version of diffusers.")  # noqa: UP045
+    ] = None,
+) -> None:
+    """Each pipeline, small: the patches that it gets, equal bits. Exits with status 1 if a single bit differs."""
+    with _errors("bench"):
+        from wan_patches.bench import compatibility as run
+
+        rows = run.measure(families or ())
+        typer.echo(text(run.table(rows)))
+        if json is not None:
+            run.write_json(json, rows)
+    if different := [row.family for row in rows if not row.identical]:
+        _fail(f"NOT bit-identical: {', '.join(different)}.")
+
+
 @contextlib.contextmanager
-def _errors(extra: str) -> Iterator[None]:
+def _errors(extra: str, status: int = 1) -> Iterator[None]:
     """What the user can mend, in one sentence and without a traceback."""
     if missing := [package for package in _NEEDS[extra] if importlib.util.find_spec(package) is None]:
-        _fail(f'{" and ".join(missing)} must be installed for this: pip install "wan-patches[{extra}]"')
+        _fail(f'{" and ".join(missing)} must be installed for this: pip install "wan-patches[{extra}]"', status)
     from wan_patches.bench.measure import MeasurementError
 
     try:
         yield
     except MeasurementError as error:
-        _fail(str(error))
+        _fail(str(error), status)
 
 
-def _fail(message: str) -> None:
+def _fail(message: str, status: int = 1) -> NoReturn:
     typer.echo(f"Error: {message}", err=True)
-    raise typer.Exit(1)
+    raise typer.Exit(status)
 
 
 def _size(text: str | None) -> tuple[int, int] | None:

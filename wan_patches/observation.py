@@ -11,7 +11,7 @@ from typing import Any
 
 @contextlib.contextmanager
 def observing(
-    codes: Collection[CodeType],
+    codes: Collection[CodeType] | Callable[[FrameType], bool],
     *,
     on_call: Callable[[FrameType], None] | None = None,
     on_return: Callable[[FrameType, Any], None] | None = None,
@@ -23,17 +23,24 @@ def observing(
 
     Args:
         codes: code objects, by identity: a function's own (`__code__`) and the one it had before it was patched
-            are different.
+            are different. Or a function that is asked once about each, with the first frame that runs it.
         on_call: called with the frame, in which the arguments are its `f_locals`.
         on_return: called with the frame and what it returns; None also where an exception leaves it.
     """
-    wanted = {id(code) for code in codes}
-    alive = list(codes)  # so that no other code object gets the id of one
+    is_wanted = codes if callable(codes) else lambda frame: False
+    alive = [] if callable(codes) else list(codes)  # so that no other code object gets the id of one
+    wanted = {id(code): True for code in alive}
     inside = False
 
     def profiler(frame: FrameType, event: str, value: Any) -> None:
         nonlocal inside
-        if inside or id(frame.f_code) not in wanted:
+        if inside or event not in ("call", "return"):
+            return
+        known = wanted.get(id(frame.f_code))
+        if known is None:
+            alive.append(frame.f_code)
+            known = wanted[id(frame.f_code)] = is_wanted(frame)
+        if not known:
             return
         inside = True  # what the callbacks call is not told
         try:

@@ -481,7 +481,7 @@ class _Host:
                     self._hook(self.modules[placement.name], placement)
 
     def _hook(self, module: nn.Module, placement: Placement) -> None:
-        from diffusers.hooks import apply_group_offloading
+        from diffusers.hooks.group_offloading import apply_group_offloading
 
         if placement.how == DEVICE:
             module.to(self.device)

@@ -117,9 +117,14 @@ class Status:
         return tuple(report for report in self.reports if report.state == SKIPPED)
 
     def __str__(self) -> str:
-        from wan_patches.tables import status_table
+        from wan_patches.tables import status_table, text
 
-        return status_table(self)
+        return text(*status_table(self))
+
+    def _repr_html_(self) -> str:
+        from wan_patches.tables import html, status_table
+
+        return html(*status_table(self))
 
 
 @dataclass(frozen=True)
@@ -216,6 +221,18 @@ class Registry:
         with self._lock:
             reports = [entry.report() for entry in self._load()]
             return Status(tuple(reports + self._broken_plugins), tuple(gate.verdicts()))
+
+    def patches(self) -> list[Patch]:
+        """Every patch that there is, wanted or not."""
+        with self._lock:
+            return [entry.patch for entry in self._load()]
+
+    def stock(self, patch: Patch, target: Target) -> list[types.FunctionType]:
+        """The functions behind a target of `patch`, as they were before any edit; none while it is not loaded."""
+        module = _loaded(patch.module)
+        with self._lock, contextlib.suppress(Unknown):
+            return [] if module is None else [stock(function) for function in _functions(module, target)]
+        return []
 
     def places(self) -> list[Place]:
         """The functions that patches are in at the moment."""

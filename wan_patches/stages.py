@@ -41,8 +41,8 @@ Function = Callable[..., Any]
 class Stopwatch:
     """Gives time to stages, of which there is one at a time; waits for `device` whenever a stage ends."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, on_end: Callable[[str], None] | None = None) -> None:
+        self._device, self._on_end = device, on_end
         self._seconds: dict[str, float] = {}
         self._since = 0.0
 
@@ -69,6 +69,9 @@ class Stopwatch:
         now = time.perf_counter()
         self._seconds[stage] = self._seconds.get(stage, 0.0) + now - self._since
         self._since = now
+        if self._on_end is not None:
+            self._on_end(stage)
+            self.start()
 
 
 def synchronize(device: torch.device) -> None:
@@ -90,6 +93,7 @@ def watching(
     *,
     on_stage: Callable[[str, Any], None] | None = None,
     on_step: Callable[[], None] | None = None,
+    on_end: Callable[[str], None] | None = None,
 ) -> Iterator[Stopwatch]:
     """Takes the times of what `pipe`, called once in the block, does on `device`.
 
@@ -105,8 +109,9 @@ def watching(
             "latents and mask" and "decode": the function's result. Of "image preprocess": a list of tensors. Of
             "denoise": a tuple of the latents that the VAE is to decode. Of "postprocess" nothing is known here.
         on_step: called after every step of the scheduler.
+        on_end: called with a stage whenever time was given to it, while the clock stands still.
     """
-    watcher = _Watcher(Stopwatch(device), on_stage)
+    watcher = _Watcher(Stopwatch(device, on_end), on_stage)
     scheduler, vae = _attribute(pipe, "scheduler"), _attribute(pipe, "vae")
     boundaries = [(pipe, name, functools.partial(watcher.span, stage=stage)) for name, stage in _SPANS.items()]
     boundaries.append((scheduler, "set_timesteps", functools.partial(watcher.span, stage=DENOISE)))

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import gc
 import importlib
 import math
 import os
 import platform
 import statistics
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -21,6 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from wan_patches.peaks import watching_memory
 from wan_patches.stages import synchronize
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -159,72 +157,9 @@ def peak_extra_bytes(call: Callable[[], Any], device: torch.device) -> int | Non
     On accelerators as torch's allocator counts, on the CPU by the resident set of the process, which sees
     numpy and Pillow too and is good to some hundred KiB. None where the device has no such counters.
     """
-    gc.collect()
-    if device.type == "cpu":
-        _return_free_memory()
-        with _resident_peak() as peak:
-            call()
-        return max(0, peak())
-    backend = getattr(torch, device.type)
-    if not hasattr(backend, "max_memory_allocated"):
-        return None
-    synchronize(device)
-    backend.reset_peak_memory_stats()
-    before = backend.memory_allocated()
-    call()
-    synchronize(device)
-    return backend.max_memory_allocated() - before
-
-
-def _return_free_memory() -> None:
-    """Else the call would reuse what is free in the process, and nothing would show."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # glibc only
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-@contextlib.contextmanager
-def _resident_peak() -> Iterator[Callable[[], int]]:
-    """Gives a function that tells, after the block, how far the resident set rose in it."""
-    try:
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # resets the high-water mark that Linux keeps
-        before = _proc_status("VmRSS")
-    except (OSError, KeyError):
-        yield from _sampled_peak()
-        return
-    yield lambda: peak - before
-    peak = _proc_status("VmHWM")
-
-
-def _proc_status(field: str) -> int:
-    with open("/proc/self/status") as file:
-        return int(dict(map(_pairs, file))[field].split()[0]) * 1024
-
-
-def _pairs(line: str) -> tuple[str, str]:
-    key, _, rest = line.partition(":")
-    return key, rest
-
-
-def _sampled_peak() -> Iterator[Callable[[], int]]:
-    import psutil
-
-    process, done = psutil.Process(os.getpid()), threading.Event()
-    before = peak = process.memory_info().rss
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.0005):
-            peak = max(peak, process.memory_info().rss)
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield lambda: peak - before
-    finally:
-        done.set()
-        thread.join()
-        peak = max(peak, process.memory_info().rss)
+    with watching_memory(device) as peak:
+        call()
+        return peak()
 
 
 # The machine
@@ -253,3 +188,8 @@ def _cpu() -> str:
             if key.strip() == "model name":
                 return value.strip()
     return platform.processor() or platform.machine()
+
+
+def _pairs(line: str) -> tuple[str, str]:
+    key, _, rest = line.partition(":")
+    return key, rest

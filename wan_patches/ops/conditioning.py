@@ -39,7 +39,7 @@ def condition_mask(
         RuntimeError: where `frames` does not fit `temporal`, or there is nothing to mask, as in stock.
     """
     args = (batch, frames, height, width, temporal, device, last_frame)
-    if (frames - 1) % temporal != 0 or min(batch, height, width) < 1:
+    if (frames - 1) % temporal != 0 or min(batch, frames, height, width) < 1:
         return reference(*args)
     if torch.device(device).type == "cpu":
         return in_latent_frames(*args)
@@ -50,10 +50,8 @@ def reference(
     batch: int, frames: int, height: int, width: int, temporal: int, device: torch.device, last_frame: bool
 ) -> torch.Tensor:
     """The plain formulation: a mask of pixel frames, its first frame repeated, folded into latent frames."""
-    given = torch.zeros(batch, 1, frames, height, width)
-    given[:, :, 0] = 1
-    if last_frame:
-        given[:, :, -1] = 1
+    given = torch.ones(batch, 1, frames, height, width)
+    given[:, :, 1 : frames - last_frame] = 0
     padded = torch.cat([given[:, :, :1].repeat_interleave(temporal, dim=2), given[:, :, 1:]], dim=2)
     return padded.view(batch, -1, temporal, height, width).transpose(1, 2).to(device)
 

@@ -46,6 +46,15 @@ def apply_rotary_emb(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> t
     return gate("rope", signature(x, cos, sin), stacked, reference, x, cos, sin)
 
 
+def why_stock(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> str | None:
+    """Why such input takes the plain formulation, asked afterwards: a call is too short to tell. None: unknown."""
+    if not x.is_cpu:
+        return None
+    if x.numel() < _SMALL:
+        return "it is the fastest for so few elements"
+    return "no other is exact for this dtype, this shape and this number of threads"
+
+
 def reference(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """The plain formulation: two strided assignments into an empty tensor, in stock's order of arithmetic."""
     first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
@@ -59,7 +68,8 @@ def stacked(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
     """The form without assignments, for compilers, autograd and devices where strided stores are slow."""
     first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
     pairs = torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-1)
-    return pairs.flatten(-2).type_as(x)
+    out = pairs.flatten(-2).type_as(x)
+    return out if out.shape == x.shape else reference(x, cos, sin)  # which raises, as tables must not enlarge `x`
 
 
 def complex_rows(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

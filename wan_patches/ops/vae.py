@@ -105,7 +105,7 @@ def least_rows(elements: int) -> int:
 
     elements: batch x channels x frames of its input.
     """
-    return _LARGE // elements + 1
+    return _LARGE // max(1, elements) + 1
 
 
 _LARGE = 20480  # batch x channels x frames x rows above which it does
@@ -113,7 +113,7 @@ _LARGE = 20480  # batch x channels x frames x rows above which it does
 
 def bands(height: int, least: int) -> list[int]:
     """Borders of bands of `least` rows or somewhat more, from 0 to `height`."""
-    count = max(1, height // least)
+    count = max(1, height // max(1, least))
     return [height * i // count for i in range(count + 1)]
 
 

@@ -89,15 +89,26 @@ def condition_video(vae: Any, first: Any, last: Any, *zeros: int) -> Any:
 
     That is an `AutoencoderKLWan` whose way from `encode` to the encoder is its class's own; any other gets the tensor.
     """
-    from diffusers import AutoencoderKLWan
+    import torch
 
     from wan_patches.ops.conditioning import ConditionVideo
 
-    own = type(vae) is AutoencoderKLWan and not {"encode", "_encode", "tiled_encode"} & vars(vae).keys()
-    batch, channels, frames, height, width = zeros
-    fits = all(frame.shape == (batch, channels, 1, height, width) for frame in (first, last) if frame is not None)
-    if own and fits and frames >= 0 and vae.config.patch_size is None:
-        return ConditionVideo(first, frames, last)
-    import torch
+    if _reason_against(vae, first, last, *zeros) is not None:
+        return torch.cat([first, first.new_zeros(*zeros), *([] if last is None else [last])], dim=2)
+    return ConditionVideo(first, zeros[2], last)
 
-    return torch.cat([first, first.new_zeros(*zeros), *([] if last is None else [last])], dim=2)
+
+def _reason_against(vae: Any, first: Any, last: Any, *zeros: int) -> str | None:
+    """Why the condition video is built, as stock does; None where it need not be."""
+    from diffusers import AutoencoderKLWan
+
+    kind: type = type(vae)
+    if kind is not AutoencoderKLWan:
+        return "the VAE is not AutoencoderKLWan"
+    if {"encode", "_encode", "tiled_encode"} & vars(vae).keys():
+        return "the VAE has an encode of its own"
+    batch, channels, frames, height, width = zeros
+    shape = (batch, channels, 1, height, width)
+    if frames < 0 or any(frame.shape != shape for frame in (first, last) if frame is not None):
+        return "the frames do not fit one another"
+    return None if vae.config.patch_size is None else "the VAE takes patches"

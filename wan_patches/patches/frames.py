@@ -44,26 +44,35 @@ def postprocess_video(stock: Callable[..., Any], processor: Any, video: Any, out
     it goes where `wan_patches.delivery` says: computed into the memory given there, or copied to it once from an
     accelerator.
     """
-    import torch
-
-    fast = (
-        output_type in ("pil", "np")
-        and not kwargs
-        and type(video) is torch.Tensor
-        and video.dim() == 5
-        and video.shape[1] == 3
-        and video.numel() > 0
-        and video.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        and not video.requires_grad
-        and processor.config.do_normalize
-        and is_stock(processor, POSTPROCESS)
-    )
-    if not fast:
+    if _reason_against(processor, video, output_type, kwargs) is not None:
         return stock(processor, video, output_type, **kwargs)
     to = delivery.get()
     if output_type == "np":
         return _to_numpy(stock, processor, video, to)
     return _to_pil(stock, processor, video, to)
+
+
+def _reason_against(processor: Any, video: Any, output_type: str, others: Any) -> str | None:
+    """Why this video takes stock's way; None where it need not."""
+    import torch
+
+    if output_type not in ("pil", "np"):
+        return "the output type is neither pil nor np"
+    if others:
+        return "there are more arguments"
+    if type(video) is not torch.Tensor:
+        return "the video is not a plain tensor"
+    if video.dim() != 5 or video.shape[1] != 3 or video.numel() == 0:
+        return "the video is not (batch, 3, frames, height, width)"
+    if video.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"the video is {video.dtype}"
+    if video.requires_grad:
+        return "gradients are recorded"
+    if not processor.config.do_normalize:
+        return "the processor does not normalise"
+    if not is_stock(processor, POSTPROCESS):
+        return "the processor has a method that is not stock's"
+    return None
 
 
 def _to_pil(stock: Callable[..., Any], processor: Any, video: Any, to: Delivery | None) -> Any:

@@ -98,12 +98,13 @@ def preprocess(
 ) -> Any:
     """`processor.preprocess(image, height, width)` on `device`: `(images, 3, height, width)`, fp32 in [-1, 1]."""
     images = image if isinstance(image, list) else [image]
-    size = None if kwargs else _size(processor, images, height, width, PREPROCESS)
 
     def stock() -> Any:
         return processor.preprocess(image, height=height, width=width, **kwargs)
 
-    return stock() if size is None else _tensor(images, size, device, stock)
+    if _reason_against(processor, [images], height, width, PREPROCESS, kwargs) is not None:
+        return stock()
+    return _tensor(images, _size(processor, images, height, width), device, stock)
 
 
 def preprocess_video(
@@ -111,24 +112,27 @@ def preprocess_video(
 ) -> Any:
     """`processor.preprocess_video(video, height, width)` on `device`: `(videos, 3, frames, height, width)`, fp32."""
     videos = video if isinstance(video, list) and video and isinstance(video[0], list) else [video]
-    size = None
-    if not kwargs and all(isinstance(frames, list) and len(frames) == len(videos[0]) for frames in videos):
-        sizes = {_size(processor, frames, height, width, PREPROCESS_VIDEO) for frames in videos}
-        size = sizes.pop() if len(sizes) == 1 else None
-    if size is None:
+    if _reason_against(processor, videos, height, width, PREPROCESS_VIDEO, kwargs) is not None:
         return processor.preprocess_video(video, height=height, width=width, **kwargs)
 
     def stock() -> Any:
         return processor.preprocess_video(video, height=height, width=width).transpose(1, 2).flatten(0, 1)
 
+    size = _size(processor, videos[0], height, width)
     pixels = _tensor([image for frames in videos for image in frames], size, device, stock)
     return pixels.unflatten(0, (len(videos), -1)).transpose(1, 2)
 
 
-def _size(processor: Any, images: list[Any], height: Any, width: Any, methods: tuple[str, ...]) -> Any:
-    """The `(height, width)` that stock would resize to; None where this input is not for the fast way."""
+def _reason_against(
+    processor: Any, videos: list[Any], height: Any, width: Any, methods: tuple[str, ...], others: Any
+) -> str | None:
+    """Why these lists of images take stock's way; None where they need not."""
     import PIL.Image
 
+    if others:
+        return "there are more arguments"
+    if not all(isinstance(images, list) and len(images) == len(videos[0]) > 0 for images in videos):
+        return "the input is not lists of images, as many in each"
     config = processor.config
     plain = (
         config.do_resize
@@ -137,11 +141,19 @@ def _size(processor: Any, images: list[Any], height: Any, width: Any, methods: t
         and config.do_normalize
         and not config.do_convert_grayscale
         and not config.do_binarize
-        and is_stock(processor, methods)
     )
-    rgb = all(isinstance(i, PIL.Image.Image) and i.mode == "RGB" and min(i.size) > 0 for i in images)
-    if not plain or not rgb or not images:
-        return None
+    if not plain:
+        return "the processor does something else than resize by Lanczos and normalise"
+    if not is_stock(processor, methods):
+        return "the processor has a method that is not stock's"
+    if not all(isinstance(i, PIL.Image.Image) and i.mode == "RGB" and min(i.size) > 0 for v in videos for i in v):
+        return "the input is not PIL images in RGB"
+    sizes = {_size(processor, images, height, width) for images in videos}
+    return "the size is not whole numbers, the same for all" if None in sizes or len(sizes) > 1 else None
+
+
+def _size(processor: Any, images: list[Any], height: Any, width: Any) -> Any:
+    """The `(height, width)` that stock would resize to; None where that is not a size."""
     height, width = processor.get_default_height_width(images[0], height, width)
     whole = isinstance(height, int) and isinstance(width, int) and min(height, width) > 0
     return (height, width) if whole else None
@@ -152,15 +164,22 @@ def _tensor(images: list[Any], size: tuple[int, int], device: Any, stock: Callab
     import torch
 
     from wan_patches.fidelity import gate
-    from wan_patches.ops.resize import supported
 
     device = torch.device("cpu" if device is None else device)
     if device.type == "cpu":
         return _on_cpu(images, size)
-    if not all(supported(image.height, image.width, *size) for image in images):
+    if _reason_against_sizes(images, size) is not None:
         return stock().to(device)
     key = (device, size, tuple(image.size for image in images))
     return gate("preprocess", key, lambda: _on_device(images, size, device), lambda: stock().to(device))
+
+
+def _reason_against_sizes(images: list[Any], size: tuple[int, int]) -> str | None:
+    """Why these images are not resized on an accelerator; None where they can be."""
+    from wan_patches.ops.resize import supported
+
+    known = all(supported(image.height, image.width, *size) for image in images)
+    return None if known else "there is no exact resize between these sizes"
 
 
 def _on_cpu(images: list[Any], size: tuple[int, int]) -> Any:
@@ -171,10 +190,13 @@ def _on_cpu(images: list[Any], size: tuple[int, int]) -> Any:
     from wan_patches.ops.resize import normalize_uint8
 
     height, width = size
-    out = torch.empty((len(images), height, width, 3), dtype=torch.float32, device="cpu").permute(0, 3, 1, 2)
-    for image, target in zip(images, out):
+    out: Any = None
+    for nth, image in enumerate(images):
         resized = torch.from_numpy(np.array(image.resize((width, height), PIL.Image.Resampling.LANCZOS)))
-        normalize_uint8(resized[None], out=target[None])
+        if out is None:  # not before Pillow has said what it thinks of the size
+            shape = (len(images), height, width, 3)
+            out = torch.empty(shape, dtype=torch.float32, device="cpu").permute(0, 3, 1, 2)
+        normalize_uint8(resized[None], out=out[nth : nth + 1])
     return out
 
 

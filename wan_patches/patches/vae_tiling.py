@@ -32,23 +32,36 @@ def blend(stock: Callable[..., Any], vae: Any, a: Any, b: Any, blend_extent: Any
     Tiles of shape `(batch, channels, frames, height, width)` in fp32, bf16 or fp16 take the fast way, but not while
     something looks into the operations (autograd, a compiler); everything else is stock's.
     """
+    from wan_patches.ops import tiling
+
+    if _reason_against(a, b, blend_extent, dim) is not None:
+        return stock(vae, a, b, blend_extent)
+    return tiling.blend(a, b, blend_extent, dim)
+
+
+def _reason_against(a: Any, b: Any, blend_extent: Any, dim: int) -> str | None:
+    """Why these tiles take stock's way; None where they need not."""
     import torch
 
     from wan_patches.ops import tiling
 
-    fast = (
-        not torch.compiler.is_compiling()
-        and _is_plain(a)
-        and _is_plain(b)
-        and type(blend_extent) is int
-        and a.dtype == b.dtype
-        and a.dtype in tiling.DTYPES
-        and a.device == b.device
-        and a.dim() == b.dim() == 5
-        and all(sizes[0] == sizes[1] for axis, sizes in enumerate(zip(a.shape, b.shape), -5) if axis != dim)
-        and a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr()  # row by row, a row could read another
-    )
-    return tiling.blend(a, b, blend_extent, dim) if fast else stock(vae, a, b, blend_extent)
+    if torch.compiler.is_compiling():
+        return "it is being compiled"
+    if not _is_plain(a) or not _is_plain(b):
+        return "something looks into the operations on a tile"
+    if type(blend_extent) is not int:
+        return "the overlap is not a whole number"
+    if a.dtype != b.dtype or a.dtype not in tiling.DTYPES or a.device != b.device:
+        return "the dtypes or devices of the tiles"
+    if a.dim() != 5 or b.dim() != 5:
+        return "the tiles are not five-dimensional"
+    if any(sizes[0] != sizes[1] for axis, sizes in enumerate(zip(a.shape, b.shape), -5) if axis != dim):
+        return "the tiles do not fit one another"
+    if a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr():  # row by row, a row could read another
+        return "the tiles share memory"
+    if 0 in b.stride():  # stock writes row after row to the same place, or refuses to
+        return "elements of a tile are one in memory"
+    return None
 
 
 def _is_plain(tile: Any) -> bool:

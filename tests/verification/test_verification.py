@@ -1,0 +1,391 @@
+"""verify: what it finds on tiny pipelines that are right, and on those with something broken on purpose."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import wan_patches
+from wan_patches import Patch, Replace, Target, verify
+from wan_patches import __main__ as cli
+from wan_patches.bench.models import FAMILIES
+from wan_patches.ops import frames as frames_op
+from wan_patches.ops import rope as rope_op
+from wan_patches.registry import Registry
+from wan_patches.verification.partings import compare_calls, first_parting, smallest
+from wan_patches.verification.trials import Event, Trial, ops_of
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+T2V = FAMILIES["wan_t2v"]
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return T2V.build()
+
+
+def inputs(**more):
+    return T2V.inputs(frames=5, steps=1, **more)
+
+
+def one_ulp_up(function):
+    def wrong(*args, **kwargs):
+        out = function(*args, **kwargs)
+        return torch.nextafter(out, torch.full_like(out, torch.inf), out=out)
+
+    return wrong
+
+
+@pytest.fixture
+def broken_rope(monkeypatch):
+    monkeypatch.setattr(rope_op, "reference", one_ulp_up(rope_op.reference))
+
+
+@pytest.fixture
+def broken_frames(monkeypatch):
+    monkeypatch.setattr(frames_op, "_denormalize", one_ulp_up(frames_op._denormalize))
+
+
+def theirs(edit, name="theirs", **more):
+    """A patch of somebody else, for a module that no patch of ours is for."""
+    called = f"_theirs_{id(edit)}"  # the names that patches put into a module stay there
+    target = Target("FP32LayerNorm.forward", (Replace("inputs.float()", f"{called}(inputs)"),))
+    return Patch(name, "diffusers.models.normalization", (target,), {called: edit}, **more)
+
+
+def names(found):
+    return [[patch.name for patch in culprit.patches] for culprit in found.culprits]
+
+
+# What is right
+
+
+@pytest.mark.parametrize("name", ["wan_t2v", "wan22_i2v"])
+def test_the_patches_verify(name):
+    family = FAMILIES[name]
+    if not family.available:
+        pytest.skip(f"this diffusers has no {name}")
+    found = verify(family.build(), **family.inputs(frames=5, steps=2))
+    assert found.exact, found
+    assert found.culprits == ()
+    assert {"rope", "frames", "vae"} <= set(found.patches)
+    ops = {op.name.removeprefix("diffusers."): op for op in found.ops}
+    rope = ops["models.transformers.transformer_wan.WanAttnProcessor.__call__.apply_rotary_emb"]
+    assert (rope.state, rope.patches) == ("same", ("rope",))
+    assert rope.stock_calls == rope.patched_calls > 0
+    assert ops["video_processor.VideoProcessor.postprocess_video"].state == "same"
+    assert ops["models.autoencoders.autoencoder_kl_wan.AutoencoderKLWan.clear_cache"].state == "not compared"
+    assert {block.state for block in found.blocks} == {"same"}
+    assert any(block.name == "transformer.blocks.1" and block.stock_calls for block in found.blocks)
+    stages = {stage.name: stage for stage in found.stages}
+    assert all(stages[stage].difference.exact for stage in ("text", "denoise", "decode", "postprocess"))
+    assert all(stage.stock_seconds > 0 and stage.patched_seconds > 0 for stage in found.stages)
+    assert all(stage.stock_peak is not None for stage in found.stages)
+    assert found.video.shape == (5, 32, 48, 3)
+    assert set(found.video.ssim) == {1.0}
+    assert found.strips.largest == 0
+
+
+def test_everything_is_left_as_it_was(pipe):
+    pipe(**inputs())  # which keeps some things on the instances itself
+    generator = torch.Generator("cpu").manual_seed(7)
+    torch.rand(3, generator=generator)
+    before = generator.get_state(), torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    held = [dict(vars(part)) for part in (pipe, pipe.scheduler, pipe.vae)]
+    wan_patches.enable(["frames"])
+    profiler = sys.getprofile()
+    found = verify(pipe, repeat=0, **inputs(generator=[generator]))
+    assert found.exact
+    assert "rope" in found.patches  # all are verified, whatever is enabled
+    assert {report.name for report in wan_patches.status().reports if report.state == "active"} == {"frames"}
+    assert sys.getprofile() is profiler
+    assert torch.equal(generator.get_state(), before[0])
+    assert torch.equal(torch.get_rng_state(), before[1])
+    assert random.getstate() == before[2]
+    assert np.random.get_state()[1].tolist() == before[3]
+    assert [vars(part).keys() for part in (pipe, pipe.scheduler, pipe.vae)] == [part.keys() for part in held]
+    assert not any(module._forward_hooks for module in pipe.transformer.modules())
+
+
+def test_without_a_generator_every_run_draws_the_same(pipe):
+    found = verify(pipe, repeat=1, **inputs(generator=None))
+    assert found.stock_repeats
+    assert found.exact
+
+
+def test_what_is_compiled_is_verified_without_hooks_in_it():
+    compiled = T2V.build()
+    compiled.transformer.compile(backend="eager")
+    found = verify(compiled, repeat=0, **inputs())
+    assert found.exact
+    assert found.blocks == ()
+    assert "Compiled, so that its blocks are not seen: transformer." in found.notes
+
+
+def test_latents_are_verified_though_there_is_nothing_to_look_at(pipe):
+    found = verify(pipe, repeat=0, **inputs(output_type="latent"))
+    assert found.exact
+    assert found.video is None
+    assert str(found)
+
+
+def test_only_the_named_patches_are_in_force(pipe):
+    found = verify(pipe, patches="rope", repeat=0, **inputs())
+    assert found.patches == ("rope",)
+    assert all(op.patches == ("rope",) for op in found.ops)
+
+
+# What is broken
+
+
+def test_a_broken_patch_is_named(pipe, broken_rope):
+    found = verify(pipe, repeat=0, **inputs())
+    assert not found.exact
+    assert names(found) == [["rope"]]
+    (culprit,) = found.culprits
+    assert culprit.patches[0].module == "diffusers.models.transformers.transformer_wan"
+    assert culprit.parting.kind == "op"
+    assert culprit.parting.name.endswith("WanAttnProcessor.__call__.apply_rotary_emb")
+    assert culprit.parting.call == 1
+    states = {stage.name: stage.difference.exact for stage in found.stages}
+    assert states["text"]
+    assert not states["denoise"]
+    assert next(block.name for block in found.blocks if block.differing) == "transformer.blocks.0"
+    assert "rope" in str(found)
+    assert "NOT the same bits" in str(found)
+
+
+def test_a_broken_last_step_is_named_with_how_far_it_is_off(pipe, broken_frames):
+    found = verify(pipe, repeat=0, **inputs(output_type="np"))
+    assert names(found) == [["frames"]]
+    assert found.parting.name == "diffusers.video_processor.VideoProcessor.postprocess_video"
+    assert found.result.max_ulp == 1
+    assert {stage.name for stage in found.stages if not stage.difference.exact} == {"postprocess"}
+    assert 100 < min(found.video.psnr) < 200
+
+
+def test_two_broken_patches_are_both_named(pipe, broken_rope, broken_frames):
+    assert sorted(names(verify(pipe, repeat=0, **inputs()))) == [["frames"], ["rope"]]
+
+
+def test_a_broken_patch_of_somebody_else_is_named(pipe, monkeypatch):
+    ours = [place.patch for place in _active()]
+    patch = theirs(lambda x: x.float() * (1 + 1e-6))
+    monkeypatch.setattr(wan_patches, "_registry", Registry([*ours, patch]))
+    found = verify(pipe, repeat=0, **inputs())
+    assert names(found) == [["theirs"]]
+    assert found.culprits[0].patches[0].targets == ("FP32LayerNorm.forward",)
+    assert found.parting.name == "diffusers.models.normalization.FP32LayerNorm.forward"
+
+
+def _active():
+    import diffusers.video_processor  # noqa: F401
+
+    with wan_patches.enabled(["frames", "rope"]):
+        return wan_patches._registry.places()
+
+
+def test_patches_can_be_given_as_values(pipe):
+    found = verify(pipe, patches=[theirs(lambda x: x.float())], repeat=0, **inputs())
+    assert found.exact
+    assert found.patches == ("theirs",)
+    with pytest.raises(ValueError, match="not both"):
+        verify(pipe, patches=["rope", theirs(lambda x: x.float())])
+
+
+def test_a_patch_that_raises_is_named(pipe):
+    def fail(x):
+        raise RuntimeError("out of luck")
+
+    found = verify(pipe, patches=[theirs(fail)], **inputs())
+    assert not found.exact
+    assert found.error == "RuntimeError: out of luck"
+    assert names(found) == [["theirs"]]
+    assert "out of luck" in str(found)
+    assert found.video is None
+
+
+def test_patches_that_differ_only_together_are_found_together():
+    def differs(patches):
+        tried.append(len(patches))
+        return {3, 6} <= {*patches}
+
+    for total in (7, 8, 20):
+        tried = []
+        assert smallest(range(total), differs) == [3, 6]
+        assert len(tried) < 4 * total
+    assert smallest([1, 2], lambda patches: len(patches) == 2) == [1, 2]
+    assert smallest([1, 2, 3], lambda patches: 2 in patches) == [2]
+
+
+def test_work_in_other_portions_is_never_called_the_same():
+    def trial(*digests):
+        return Trial([Event("op", "f", one) for one in digests] + [Event("result", "result", "r")])
+
+    def compared(stock, patched):
+        return compare_calls(stock, patched, [])["op", "f"]
+
+    assert compared(trial("a"), trial("a")).state == "same"
+    assert compared(trial("a"), trial("a", "b")).state == "not compared"
+    assert compared(trial(None), trial(None)).state == "not compared"
+    assert compared(trial("a", "b"), trial("a", None)).state == "not compared"
+    assert compared(trial("a", "b"), trial("a", "c")).state == "differs"
+    assert first_parting(trial("a"), trial("b", "c"), compare_calls(trial("a"), trial("b", "c"), [])) is None
+
+
+def test_blocks_and_stages_that_are_run_more_often_differ():
+    stock, patched = (Trial([Event("block", "b", "a")] * calls) for calls in (2, 1))
+    assert first_parting(stock, patched, compare_calls(stock, patched, [])).call == 2
+    assert first_parting(patched, stock, compare_calls(patched, stock, [])).call == 2
+
+
+def test_the_code_that_is_watched_is_that_which_runs():
+    from diffusers.models.transformers import transformer_wan
+
+    function = transformer_wan.WanAttnProcessor.__call__
+    with wan_patches.enabled(["rope"]):
+        (op,) = (op for op in ops_of(wan_patches._registry.places()) if op.function is function)
+        patched = op.codes()
+    stock = op.codes()
+    assert [code.co_name for code in (*stock, *patched)] == ["apply_rotary_emb"] * 2
+    assert stock != patched
+
+
+# Other pipelines, and what is asked of them
+
+
+@dataclass
+class Anything:
+    result: object
+
+    def __call__(self, **inputs):
+        return self.result() if callable(self.result) else self.result
+
+
+def test_anything_that_can_be_called_can_be_verified():
+    found = verify(Anything(torch.ones(3)))
+    assert found.exact
+    assert [stage.name for stage in found.stages] == ["call"]
+    assert any("No patched function was seen to run" in note for note in found.notes)
+
+
+def test_a_pipeline_that_does_not_repeat_itself_is_not_judged():
+    numbers = iter(range(100))
+    found = verify(Anything(lambda: torch.tensor(next(numbers))), repeat=0)
+    assert not found.exact
+    assert not found.stock_repeats
+    assert found.culprits == ()
+    assert "NOT comparable" in str(found)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"repeat": -1}, ValueError, "repeat is -1"),
+        ({"patches": ["rpoe"]}, ValueError, "unknown patch rpoe; known: "),
+        ({"fidelity": "exactly"}, ValueError, "unknown fidelity 'exactly'"),
+    ],
+)
+def test_what_is_misspelt_is_said(arguments, error, message):
+    with pytest.raises(error, match=message):
+        verify(Anything(torch.ones(1)), **arguments)
+
+
+def test_what_cannot_be_verified_is_said():
+    with pytest.raises(TypeError, match="give it one that can be called"):
+        verify(torch.ones(1))
+    with pytest.raises(TypeError, match="nothing to verify"):
+        verify(Anything("words"))
+
+
+def test_what_stock_raises_is_raised_and_all_is_put_back(pipe):
+    generator = torch.Generator("cpu").manual_seed(3)
+    before = generator.get_state()
+    with pytest.raises(ValueError, match="divisible"):
+        verify(pipe, **inputs(generator=generator, size=(47, 31)))
+    assert torch.equal(generator.get_state(), before)
+    assert not any(report.state == "active" for report in wan_patches.status().reports)
+
+
+def test_json_has_it_all_and_is_json(pipe, broken_frames, tmp_path):
+    found = verify(pipe, repeat=1, **inputs(prompt="A <fox>"))
+    found.save_json(tmp_path / "found.json")
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    read = json.loads((tmp_path / "found.json").read_text(), parse_constant=refuse)
+    assert read["exact"] is False
+    assert read["culprits"][0]["patches"][0]["name"] == "frames"
+    assert read["inputs"]["prompt"] == "'A <fox>'"
+    assert read["stages"][0]["stock_seconds"] > 0
+    assert "strips" not in read
+    assert set(read["facts"]) >= {"torch", "diffusers", "device", "transformer"}
+
+
+# The command
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli.app, ["verify", *arguments])
+
+
+TINY = ("tiny:wan_t2v", "--frames", "5", "--steps", "1", "--repeat", "0", "--device", "cpu", "--dtype", "fp32")
+
+
+def test_the_command_exits_with_0_where_all_is_the_same(tmp_path):
+    report, rows = tmp_path / "report.html", tmp_path / "rows.json"
+    done = run(*TINY, "--report", str(report), "--json", str(rows), "--patches", "rope,frames")
+    assert done.exit_code == 0, done.output
+    assert "Every bit is the same" in done.output
+    assert "Every bit is the same" in report.read_text()
+    assert set(json.loads(rows.read_text())["patches"]) == {"rope", "frames"}
+
+
+def test_the_command_exits_with_1_and_names_the_patch(broken_rope):
+    done = run(*TINY)
+    assert done.exit_code == 1
+    assert "patch 'rope' in diffusers.models.transformers.transformer_wan" in done.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["tiny:wan_t3v"], "Unknown tiny model 'wan_t3v'; known: wan_t2v, "),
+        (["no-such-folder"], "Cannot load the model no-such-folder"),
+        (["tiny:wan_t2v", "--patches", "rpoe"], "unknown patch rpoe"),
+        (["tiny:wan_t2v", "--fidelity", "near"], "unknown fidelity 'near'"),
+        (["tiny:wan_t2v", "--size", "47x"], "WIDTHxHEIGHT"),
+        (["tiny:wan_t2v", "--size", "47x31"], "Does this model run with these arguments at all?"),
+        (["tiny:wan_t2v", "--report", "no-such-folder/report.html"], "There is no folder no-such-folder"),
+        (["tiny:wan_t2v", "--dtype", "fp7"], "Unknown dtype 'fp7'"),
+        (["tiny:wan22_i2v", "--image", "no-such-photo.png"], "Cannot read the image"),
+    ],
+)
+def test_the_command_exits_with_2_where_nothing_could_be_found_out(arguments, message):
+    done = run(*arguments, "--device", "cpu")
+    assert done.exit_code == 2
+    assert message in " ".join(done.output.replace("│", " ").split())
+
+
+def test_the_command_takes_a_folder_and_says_what_else_it_needs(tmp_path):
+    from wan_patches.bench.models import images
+
+    folder, photo = tmp_path / "model", tmp_path / "photo.png"
+    FAMILIES["wan22_i2v"].build().save_pretrained(folder)
+    images()[0].save(photo)
+    rest = ("--size", "48x32", "--frames", "5", "--steps", "1", "--repeat", "0", "--device", "cpu", "--dtype", "fp32")
+    done = run(str(folder), *rest)
+    assert done.exit_code == 2
+    assert "WanImageToVideoPipeline also needs image: give one with --image." in done.output
+    done = run(str(folder), *rest, "--image", str(photo))
+    assert done.exit_code == 0, done.output
+    assert "Every bit is the same (WanImageToVideoPipeline on cpu" in done.output

@@ -1,0 +1,104 @@
+"""What crosses between host and device, from the operators that torch's profiler records."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass
+class Crossing:
+    """What crossed between host and device, as torch's profiler saw it.
+
+    what: `"copy to device"`, `"copy to host"`, `"copy between devices"`, or the operator that reads a value.
+    inside: the operator in which it happened; empty where it was asked for by itself.
+    bytes: of what was copied, in the dtype that it had before.
+    waits: how many times the host had to wait.
+    """
+
+    what: str
+    inside: str
+    count: int = 0
+    bytes: int = 0
+    waits: int = 0
+
+
+def has_accelerator() -> bool:
+    """Whether torch finds one."""
+    import torch
+
+    found = torch.accelerator.current_accelerator() if hasattr(torch, "accelerator") else None
+    return torch.accelerator.is_available() if found is not None else torch.cuda.is_available()
+
+
+def recorder(notes: list[str], trace: bool | None) -> Any:
+    """Torch's profiler, not started; None where it is not wanted or not to be had."""
+    if trace is False or (trace is None and not has_accelerator()):
+        return None
+    import torch
+    from torch.profiler import ProfilerActivity, supported_activities
+
+    if torch.autograd._profiler_enabled():
+        notes.append("torch's profiler was on already, and was left alone")
+        return None
+    wanted = {ProfilerActivity.CPU, ProfilerActivity.CUDA, ProfilerActivity.XPU}
+    return torch.profiler.profile(activities=wanted & set(supported_activities()), record_shapes=True)
+
+
+def mark(name: str) -> Any:
+    """A context manager that gives what happens in it a name in the trace."""
+    import torch
+
+    return torch.profiler.record_function(name)
+
+
+#: Operators that are nothing but copies, and those that read a value, for which the host waits.
+_COPYING = ("to", "_to_copy", "copy_", "contiguous", "clone", "type_as", "item", "is_nonzero")
+_READING = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "_unique2", "unique_dim")
+
+
+def count_crossings(recorder: Any, notes: list[str]) -> list[Crossing] | None:
+    """What the recorded operators copied and read, by the devices of their inputs; None, and a note, if that fails."""
+    try:
+        events = [(event, "") for event in recorder.profiler.kineto_results.experimental_event_tree()]
+        rows: dict[tuple[str, str], Crossing] = {}
+        while events:
+            event, inside = events.pop()
+            name = event.name.removeprefix("aten::")
+            if name != event.name:
+                tensors = [value for value in getattr(event.extra_fields, "inputs", ()) if hasattr(value, "device")]
+                crossing = _crossing(name, tensors, event, inside)
+                if crossing is not None:
+                    row = rows.setdefault((crossing.what, inside), Crossing(crossing.what, inside))
+                    row.count += 1
+                    row.bytes += crossing.bytes
+                    row.waits += crossing.waits
+                    continue
+                inside = inside or ("" if name in _COPYING else event.name)
+            events += [(child, inside) for child in event.children]
+    except Exception as error:  # that interface of torch is no promise
+        notes.append(f"copies were not counted: torch's profiler does not tell ({type(error).__name__}: {error})")
+        return None
+    return sorted(rows.values(), key=lambda row: (row.inside, row.what))
+
+
+def _crossing(name: str, tensors: Sequence[Any], event: Any, inside: str) -> Crossing | None:
+    if name in _READING:
+        away = any(tensor.device.type not in ("cpu", "meta") for tensor in tensors)
+        return Crossing(event.name, inside, waits=1) if away else None
+    if name not in ("copy_", "_copy_from_and_resize") or len(tensors) != 2:
+        return None
+    target, source = tensors if name == "copy_" else reversed(tensors)
+    if target.device == source.device or "meta" in (target.device.type, source.device.type):
+        return None
+    what = "copy between devices"
+    if source.device.type == "cpu":
+        what = "copy to device"
+    elif target.device.type == "cpu":
+        what = "copy to host"
+    waits = not any(value is True for value in event.extra_fields.inputs)  # it may be `non_blocking`
+    size = source.dtype.itemsize
+    for length in source.sizes:
+        size *= length
+    return Crossing(what, inside, bytes=size, waits=int(waits and what != "copy between devices"))

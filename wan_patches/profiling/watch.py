@@ -1,0 +1,361 @@
+"""Follows the calls of pipelines and of patched operations from outside, and the way that each took.
+
+Which way a call took is seen from what ran inside it. Stock's way is the code that the patched function had before
+(`STOCK`), a function called `reference` in the package of the operation, or a call for which a function called
+`_reason_against` there gave a reason. `why_stock` beside an operation, which takes its arguments, is asked for a reason
+afterwards. A patch of somebody else's that keeps to these names is told in the same way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import wan_patches
+from wan_patches.profiling.crossings import has_accelerator, mark
+from wan_patches.registry import Patch, Target
+from wan_patches.stages import Stopwatch, synchronize, watching
+
+if TYPE_CHECKING:
+    import torch
+
+UNKNOWN = "unknown"
+
+#: What patches call that computes nothing: no rows of their own.
+_BOOKKEEPING = (("wan_patches.patches.vae", "clear_cache"), ("wan_patches.patches.vae", "unchanged"))
+
+
+@dataclass
+class PipelineProfile:
+    """The calls of pipelines of one class on one device, in sum.
+
+    calls: how many; `failed` of them ended with an exception, and have the stages that had ended.
+    seconds: by stage, in the order in which a pipeline goes through them.
+    peak_bytes: by stage, the most memory held beyond what was held when the call began: of torch's allocator on
+        accelerators, of the process on CPUs. None where nobody counts.
+    """
+
+    pipeline: str
+    device: str
+    calls: int = 0
+    failed: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_bytes: dict[str, int | None] = field(default_factory=dict)
+
+    @property
+    def total(self) -> float:
+        """Seconds of all stages."""
+        return sum(self.seconds.values())
+
+
+@dataclass
+class OpProfile:
+    """The calls of what one patch calls in the code that it changes.
+
+    calls: all of them. `stock` took stock's way; `first_sight` took both, because the first-sight gate compared them.
+    seconds: of the calls, the device waited for on both ends; `own_seconds` without those of other operations
+        that were called inside.
+    reasons: why calls took stock's way, and how many did.
+    """
+
+    patch: str
+    op: str
+    calls: int = 0
+    stock: int = 0
+    first_sight: int = 0
+    seconds: float = 0.0
+    own_seconds: float = 0.0
+    reasons: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def fast(self) -> int:
+        """Calls that took the patch's own way."""
+        return self.calls - self.stock - self.first_sight
+
+
+_OP, _STOCK, _REASON, _PROBE, _GATE, _FIRST_SIGHT, _PIPELINE = range(7)
+
+
+@dataclass
+class _Call:
+    """A call of an operation that has not returned, or of a probe, in which nothing counts."""
+
+    frame: FrameType
+    op: _Op | None = None
+    device: Any = None
+    mark: Any = None
+    start: float = 0.0
+    inner: float = 0.0
+    stock: bool = False
+    first_sight: bool = False
+    parts: bool = False
+    asked: bool = False
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class _Op:
+    """A function that patched code calls by `name`."""
+
+    patch: str
+    name: str
+    module: str
+    function: str
+
+    @property
+    def has_row(self) -> bool:
+        return (self.module, self.function) not in _BOOKKEEPING
+
+
+@dataclass
+class _PipelineCall:
+    frame: FrameType
+    pipe: Any
+    row: PipelineProfile
+    device: torch.device
+    watch: Stopwatch
+    watched: contextlib.ExitStack
+
+
+class Observer:
+    """Recognises functions by the code that they run, and follows who calls whom.
+
+    What it finds is in `pipelines` and `ops`; `preparing` is the time that it took for itself, in seconds.
+
+    Args:
+        pipe: whose calls are watched; None is every pipeline of diffusers.
+        marks: whether calls get their names in the trace of torch's profiler.
+    """
+
+    def __init__(self, pipe: Any, marks: bool) -> None:
+        self.pipelines: list[PipelineProfile] = []
+        self.ops: list[OpProfile] = []
+        self._pipe, self._marks = pipe, marks
+        self._has_accelerator = has_accelerator()
+        self.preparing = 0.0
+        self._roles: dict[int, tuple[int, Any]] = {}  # by the id of a code object, which `observing` keeps alive
+        self._rows: dict[tuple[str, str], OpProfile] = {}
+        self._calls: list[_Call] = []
+        self._running: list[_PipelineCall] = []
+        self._standing: dict[str, str | None] = {}  # by module: what the last call that asked for a reason was told
+        self._ops: dict[str, list[_Op]] = {}
+        self._targets: dict[str, list[tuple[Patch, Target]]] = {}
+        for patch in wan_patches._registry.patches():
+            for name, path in patch.calls.items():
+                if isinstance(path, str):
+                    module, _, function = path.partition(":")
+                    self._ops.setdefault(function, []).append(_Op(patch.name, name, module, function))
+            for target in patch.targets:
+                for qualname in filter(None, (target.qualname, target.formerly)):
+                    self._targets.setdefault(qualname.rpartition(".")[2], []).append((patch, target))
+        self._packages = {_package(op.module) for ops in self._ops.values() for op in ops}
+
+    def wants(self, frame: FrameType) -> bool:
+        """Whether calls of this code are to be told."""
+        role = self._role(frame)
+        if role is not None:
+            self._roles[id(frame.f_code)] = role
+        return role is not None
+
+    def _role(self, frame: FrameType) -> tuple[int, Any] | None:
+        code, module = frame.f_code, str(frame.f_globals.get("__name__", ""))
+        name = code.co_name
+        if ops := [op for op in self._ops.get(name, ()) if _code(op) is code]:
+            return _OP, ops
+        if module == "wan_patches.fidelity":
+            return {"__call__": (_GATE, None), "_first_sight": (_FIRST_SIGHT, None)}.get(name)
+        if name == "__call__" and self._is_watched_kind(_first_argument(frame)):
+            return _PIPELINE, None
+        if _package(module) in self._packages:
+            if name == "reference":
+                return _STOCK, None
+            if name.startswith("_reason_against"):
+                return _REASON, None
+            if name == "_is_exact":
+                return _PROBE, None
+        for patch, target in self._targets.get(name, ()):
+            if any(function.__code__ is code for function in wan_patches._registry.stock(patch, target)):
+                return _STOCK, None
+        return None
+
+    def _is_watched_kind(self, owner: Any) -> bool:
+        return _is_pipeline(owner) if self._pipe is None else isinstance(owner, type(self._pipe))
+
+    def enter(self, frame: FrameType) -> None:
+        role, value = self._roles[id(frame.f_code)]
+        if role == _PIPELINE:
+            self._enter_pipeline(frame)
+        elif role == _OP:
+            caller = frame.f_back
+            names = caller.f_code.co_names if caller is not None else ()
+            for op in value:
+                if op.name in names:  # not where somebody calls the function by another name
+                    self._enter_op(frame, op)
+                    return
+        elif role == _PROBE:
+            self._calls.append(_Call(frame))
+        elif role == _STOCK and self._calls:
+            self._calls[-1].stock = True
+
+    def leave(self, frame: FrameType, value: Any) -> None:
+        role, _ = self._roles[id(frame.f_code)]
+        if role == _PIPELINE:
+            if self._running and self._running[-1].frame is frame:
+                self._leave_pipeline(self._running.pop(), value)
+        elif not self._calls:
+            return
+        elif self._calls[-1].frame is frame:
+            call = self._calls.pop()
+            if call.op is not None:
+                self._leave_op(call, call.op)
+        elif role == _REASON:
+            self._calls[-1].asked = True
+            self._calls[-1].reason = self._calls[-1].reason or value
+        elif role == _FIRST_SIGHT:
+            self._calls[-1].first_sight = True
+        elif role == _GATE:
+            verdict = frame.f_locals.get("verdict")
+            if verdict is not None and not verdict.exact:
+                self._calls[-1].reason = f"the first-sight gate, {verdict.op}: {verdict.reason}"
+
+    # Operations
+
+    def _enter_op(self, frame: FrameType, op: _Op) -> None:
+        call = _Call(frame, op, self._device(frame))
+        synchronize(call.device)
+        if self._marks and op.has_row:
+            call.mark = mark(f"wan_patches: {op.patch}: {op.function}")
+            call.mark.__enter__()
+        self._calls.append(call)
+        call.start = time.perf_counter()
+
+    def _leave_op(self, call: _Call, op: _Op) -> None:
+        synchronize(call.device)
+        seconds = time.perf_counter() - call.start
+        if call.mark is not None:
+            call.mark.__exit__(None, None, None)
+        if call.asked:
+            self._standing[op.module] = call.reason
+        if not op.has_row:
+            return
+        row = self._rows.get((op.patch, op.function))
+        if row is None:
+            row = self._rows[op.patch, op.function] = OpProfile(op.patch, op.function)
+            self.ops.append(row)
+        row.calls += 1
+        row.seconds += seconds
+        row.own_seconds += seconds - call.inner
+        is_stock = call.stock or call.reason is not None
+        if call.first_sight:
+            row.first_sight += 1
+        elif is_stock:
+            reason = self._reason(call, op)
+            row.stock += 1
+            row.reasons[reason] = row.reasons.get(reason, 0) + 1
+        if self._calls:
+            self._calls[-1].inner += seconds
+            self._calls[-1].parts |= not is_stock or call.first_sight
+
+    def _device(self, frame: FrameType) -> torch.device:
+        """Where a call computes: that of the pipeline around it, else of its arguments."""
+        import torch
+
+        if self._running:
+            return self._running[-1].device
+        found = []
+        if self._has_accelerator:
+            for value in frame.f_locals.values():
+                found += [value] if isinstance(value, torch.device) else []
+                found += [value.device] if isinstance(value, torch.Tensor) else []
+        return next((device for device in found if device.type != "cpu"), torch.device("cpu"))
+
+    def _reason(self, call: _Call, op: _Op) -> str:
+        reason = call.reason or self._standing.get(op.module) or _afterwards(call.frame)
+        return reason or ("stock's loop over parts, which are counted by themselves" if call.parts else UNKNOWN)
+
+    # Pipelines
+
+    def _enter_pipeline(self, frame: FrameType) -> None:
+        from wan_patches.peaks import watching_memory
+
+        pipe = _first_argument(frame)
+        if self._pipe is not None and pipe is not self._pipe:
+            return
+        if any(call.pipe is pipe for call in self._running):  # a class calls that of its base
+            return
+        start, device = time.perf_counter(), _device_of(pipe)
+        row = self._pipeline_row(type(pipe).__name__, str(device))
+        watched = contextlib.ExitStack()
+        if self._marks:
+            watched.enter_context(mark(f"wan_patches: {row.pipeline}"))
+        peak = watched.enter_context(watching_memory(device))
+
+        def end(stage: str) -> None:
+            most, before = peak(), row.peak_bytes.get(stage)
+            row.peak_bytes[stage] = most if before is None or most is None else max(most, before)
+
+        watch = watched.enter_context(watching(pipe, device, on_end=end))
+        self._running.append(_PipelineCall(frame, pipe, row, device, watch, watched))
+        self.preparing += time.perf_counter() - start
+
+    def _leave_pipeline(self, call: _PipelineCall, value: Any) -> None:
+        call.row.calls += 1
+        if value is None and _is_pipeline(call.pipe):  # none of them returns that: an exception has left it
+            call.row.failed += 1
+            error = RuntimeError()
+            call.watched.__exit__(type(error), error, None)
+        else:
+            call.watched.close()
+        for stage, seconds in call.watch.seconds.items():
+            call.row.seconds[stage] = call.row.seconds.get(stage, 0.0) + seconds
+
+    def _pipeline_row(self, pipeline: str, device: str) -> PipelineProfile:
+        for row in self.pipelines:
+            if (row.pipeline, row.device) == (pipeline, device):
+                return row
+        self.pipelines.append(PipelineProfile(pipeline, device))
+        return self.pipelines[-1]
+
+
+def _package(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def _code(op: _Op) -> Any:
+    return getattr(getattr(sys.modules.get(op.module), op.function, None), "__code__", None)
+
+
+def _first_argument(frame: FrameType) -> Any:
+    code = frame.f_code
+    return frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+
+
+def _is_pipeline(value: Any) -> bool:
+    """Whether it is one of diffusers', of which nothing needs to be imported."""
+    return any(
+        base.__name__ in ("DiffusionPipeline", "ModularPipeline") and _package(base.__module__) == "diffusers"
+        for base in type(value).__mro__
+    )
+
+
+def _device_of(pipe: Any) -> torch.device:
+    import torch
+
+    for name in ("_execution_device", "device"):  # the first is right for offloaded pipelines
+        with contextlib.suppress(Exception):
+            return torch.device(getattr(pipe, name))
+    return torch.device("cpu")
+
+
+def _afterwards(frame: FrameType) -> str | None:
+    """Why a call that is just returning took stock's way, by the `why_stock` beside its function if there is one."""
+    why, code, given = frame.f_globals.get("why_stock"), frame.f_code, frame.f_locals
+    if why is None:
+        return None
+    with contextlib.suppress(Exception):  # it may be another function's
+        return why(*(given[name] for name in code.co_varnames[: code.co_argcount]))  # type: ignore[no-any-return]
+    return None
