@@ -1,0 +1,100 @@
+"""The record of one diffusers, and the README's table made of several."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import diffusers
+import pytest
+from typer.testing import CliRunner
+
+from wan_patches import __main__ as cli
+from wan_patches.bench import compatibility
+from wan_patches.bench.compatibility import Row, markdown, measure, read_json
+from wan_patches.bench.measure import MeasurementError
+from wan_patches.bench.models import FAMILIES
+from wan_patches.ops import frames
+
+ROOT = Path(__file__).parents[2]
+RECORDS = ROOT / "examples" / "results" / "compatibility"
+
+T2V = Row("wan_t2v", "WanPipeline", ("frames", "rope"), {}, True)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_family_is_recorded_with_the_patches_that_ran():
+    (row,) = measure(["wan22_i2v"])
+    assert (row.family, row.pipeline) == ("wan22_i2v", "WanImageToVideoPipeline")
+    assert set(row.patches) >= {"conditioning", "frames", "preprocess", "rope", "vae"}
+    assert row.skipped == {}
+    assert row.identical
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_different_bit_is_recorded(monkeypatch, tmp_path):
+    ours = frames.video_to_float
+    monkeypatch.setattr(frames, "video_to_float", lambda *args: ours(*args).clamp_(max=0.5))
+    (row,) = measure(["wan_t2v"])
+    assert not row.identical
+    monkeypatch.setattr(compatibility, "measure", lambda families: [row])
+    done = CliRunner().invoke(cli.app, ["bench", "compatibility", "--json", str(tmp_path)])
+    assert done.exit_code == 1
+    assert "NOT bit-identical: wan_t2v." in done.output
+    assert json.loads((tmp_path / f"{diffusers.__version__}.json").read_text())["rows"][0]["identical"] is False
+    assert read_json(tmp_path) == {diffusers.__version__: [row]}
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_patch_that_was_left_out_is_recorded_with_its_reason(monkeypatch):
+    from diffusers.models.transformers import transformer_wan
+
+    def rewritten(self, attn, hidden_states, *args, **kwargs):
+        return hidden_states
+
+    monkeypatch.setattr(transformer_wan.WanAttnProcessor, "__call__", rewritten)
+    monkeypatch.setattr(diffusers.WanImageToVideoPipeline, "__call__", rewritten)  # no part of text to video
+    (row,) = measure(["wan_t2v"])
+    assert "rope" not in row.patches
+    assert "frames" in row.patches
+    assert list(row.skipped) == ["rope"]
+    assert "WanAttnProcessor.__call__" in row.skipped["rope"]
+
+
+def test_families_that_are_not_there_are_named(monkeypatch):
+    with pytest.raises(MeasurementError, match=r"Unknown family 'wan_9'; known: wan_t2v, "):
+        measure(["wan_9"])
+    monkeypatch.setitem(FAMILIES, "helios", dataclasses.replace(FAMILIES["helios"], since=(99, 1)))
+    with pytest.raises(MeasurementError, match=r"helios came with diffusers 99.1, this is .*; it has: wan_t2v, "):
+        measure(["helios"])
+
+
+def test_the_table_says_what_each_version_has():
+    helios = Row("helios", "HeliosPipeline", ("rope",), {}, True)
+    without = Row("wan_t2v", "WanPipeline", ("frames",), {"rope": "the text of __call__ is not known"}, True)
+    other = dataclasses.replace(helios, family="helios_i2v", identical=False)
+    assert markdown({"0.35.2": [without], "0.36.0": [T2V, helios], "0.40.0": [helios, T2V, other]}) == "\n".join(
+        [
+            "| pipeline | patches | 0.35.2 | 0.36.0 | 0.40.0 |",
+            "| --- | --- | --- | --- | --- |",
+            "| `WanPipeline` | frames, rope | not rope | yes | yes |",
+            "| `HeliosPipeline` | rope | - | yes | **differs** |",
+            "",
+            r"- rope, 0.35.2: the text of \_\_call\_\_ is not known",
+        ]
+    )
+
+
+def test_versions_are_in_order(tmp_path):
+    for version in ("0.9.0", "0.10.0"):
+        content = {"versions": {"diffusers": version}, "rows": [dataclasses.asdict(T2V)]}
+        (tmp_path / f"{version}.json").write_text(json.dumps(content))
+    assert read_json(tmp_path) == {"0.9.0": [T2V], "0.10.0": [T2V]}
+    assert list(read_json(tmp_path)) == ["0.9.0", "0.10.0"]
+
+
+def test_no_recorded_version_differs():
+    records = read_json(RECORDS)
+    assert records
+    assert all(row.identical for record in records.values() for row in record)
