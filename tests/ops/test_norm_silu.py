@@ -27,6 +27,11 @@ def case(dtype, bias=False, channels=12):
     return norm, x
 
 
+def assert_same(result, expected):
+    """Bit for bit; older diffusers divides zeros by zeros in fp16, and nan is not equal to itself."""
+    torch.testing.assert_close(torch.Tensor(result), expected, rtol=0, atol=0, equal_nan=True)
+
+
 def call(norm, x):
     bias = norm.bias if isinstance(norm.bias, torch.Tensor) else None
     return op.norm_silu(x, norm, scale=norm.scale, gamma=norm.gamma, bias=bias, in_fp32=_normalizes_in_fp32())
@@ -67,7 +72,7 @@ def kernel(monkeypatch):
 def test_cpus_run_the_norm_itself(dtype, monkeypatch):
     monkeypatch.setattr(op.kernels, "is_usable", lambda device: pytest.fail("a CPU needs no kernel"))
     norm, x = case(dtype)
-    assert torch.equal(call(norm, x), F.silu(norm(x)))
+    assert_same(call(norm, x), F.silu(norm(x)))
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -78,7 +83,7 @@ def test_what_the_kernel_is_given_gives_the_bits_of_the_norm(dtype, bias, kernel
     norm, x = case(dtype, bias)
     expected = F.silu(norm(x))
     for _ in range(2):  # the second time without comparison
-        assert torch.equal(call(norm, on_device(x)), expected)
+        assert_same(call(norm, on_device(x)), expected)
     assert len(calls) == 2
     (verdict,) = gate.verdicts()
     assert verdict.exact
@@ -90,7 +95,7 @@ def test_a_kernel_that_differs_is_not_used(kernel, monkeypatch):
     norm, x = case(torch.bfloat16)
     monkeypatch.setattr(op, "_fused", lambda *args: op._plain(*args) * 1.01)
     for _ in range(2):
-        assert torch.equal(call(norm, on_device(x)), F.silu(norm(x)))
+        assert_same(call(norm, on_device(x)), F.silu(norm(x)))
     (verdict,) = gate.verdicts()
     assert not verdict.exact
 
@@ -108,5 +113,5 @@ def test_other_inputs_run_the_norm_itself(change, kernel):
         x = x.transpose(-1, -2)
     else:
         norm, x = autoencoders.WanRMS_norm(12), x[:, :, 0]
-    assert torch.equal(call(norm, on_device(x)), F.silu(norm(x)))
+    assert_same(call(norm, on_device(x)), F.silu(norm(x)))
     assert calls == []
