@@ -1,0 +1,100 @@
+"""The RMS norm against `torch.nn.RMSNorm`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from wan_patches.ops import rms_norm as op
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@st.composite
+def cases(draw):
+    torch.manual_seed(draw(st.integers(0, 99)))
+    batch, seq, dim = draw(st.integers(1, 3)), draw(st.integers(1, 23)), draw(st.sampled_from((1, 8, 24, 96, 640)))
+    dtype = draw(st.sampled_from(DTYPES))
+    layout = draw(st.sampled_from(("dense", "part of qkv", "transposed")))
+    x = torch.randn(batch, seq, 3 * dim if layout == "part of qkv" else dim).to(dtype)
+    if layout == "part of qkv":
+        x = x.chunk(3, dim=-1)[1]
+    elif layout == "transposed":
+        x = x.transpose(0, 1).contiguous().transpose(0, 1)
+    weight = torch.randn(dim).to(dtype) if draw(st.booleans()) else None
+    return x, weight, draw(st.sampled_from((1e-6, 1e-5, None)))
+
+
+@pytest.fixture
+def fast_forms(monkeypatch):
+    calls, form = [], op._in_chunks
+    monkeypatch.setattr(op, "_in_chunks", lambda *args: calls.append(1) or form(*args))
+    return calls
+
+
+def test_has_the_bits_of_torch(fast_forms, monkeypatch):
+    monkeypatch.setattr(op, "_SMALL", 1)
+    monkeypatch.setattr(op, "_CHUNK", 200)
+
+    @settings(max_examples=150, deadline=None, derandomize=True)
+    @given(cases())
+    def check(case):
+        x, weight, eps = case
+        expected, actual = F.rms_norm(x, x.shape[-1:], weight, eps), op.rms_norm(x, weight, eps)
+        assert actual.dtype == expected.dtype
+        assert actual.stride() == expected.stride()
+        assert torch.equal(actual, expected)
+
+    with torch.no_grad():
+        check()
+    assert len(fast_forms) > 50
+
+
+@pytest.mark.parametrize("dim", [1536, 5120])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("dtype", DTYPES)
+@torch.no_grad()
+def test_real_sizes_and_threads(dtype, threads, dim, fast_forms):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        torch.manual_seed(0)
+        x, weight = torch.randn(1, 700, dim).to(dtype), torch.randn(dim).to(dtype)
+        assert torch.equal(op.rms_norm(x, weight, 1e-6), F.rms_norm(x, (dim,), weight, 1e-6))
+    finally:
+        torch.set_num_threads(before)
+    assert fast_forms
+
+
+@torch.no_grad()
+def test_where_torch_has_another_order_it_is_torch(fast_forms, monkeypatch):
+    monkeypatch.setattr(op, "_is_exact", lambda *args: False)
+    x = torch.randn(1, 700, 640)
+    assert torch.equal(op.rms_norm(x, None, 1e-6), F.rms_norm(x, (640,), None, 1e-6))
+    assert fast_forms == []
+
+
+def test_the_trial_finds_another_order(monkeypatch):
+    op._is_exact.cache_clear()
+    form = op._in_chunks
+    monkeypatch.setattr(op, "_in_chunks", lambda x, weight, eps: form(x, weight, 2 * eps))
+    assert not op._is_exact(torch.float32, 640, 1)
+    op._is_exact.cache_clear()
+
+
+def test_gradients_are_those_of_torch(fast_forms, monkeypatch):
+    monkeypatch.setattr(op, "_SMALL", 1)
+
+    def grads(norm):
+        torch.manual_seed(0)
+        x, weight = torch.randn(1, 9, 24, requires_grad=True), torch.randn(24, requires_grad=True)
+        norm(x, weight).square().sum().backward()
+        return x.grad, weight.grad
+
+    ours = grads(lambda x, weight: op.rms_norm(x, weight, 1e-6))
+    stock = grads(lambda x, weight: F.rms_norm(x, (24,), weight, 1e-6))
+    assert all(torch.equal(a, b) for a, b in zip(ours, stock, strict=True))
+    assert fast_forms == []

@@ -1,0 +1,301 @@
+"""Blocks of every family, stock against patched, and what Helios hands its blocks."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib
+
+import pytest
+import torch
+
+import wan_patches
+from wan_patches.ops import modulation as ops
+from wan_patches.ops.modulation import TwoRows
+from wan_patches.patches import modulation as patch
+
+pytestmark = pytest.mark.upstream
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+DIM, HEADS, SEQ, TEXT = 96, 3, 50, 7
+
+BLOCKS = {
+    "transformer_wan": "WanTransformerBlock",
+    "transformer_wan_vace": "WanVACETransformerBlock",
+    "transformer_wan_animate": "WanTransformerBlock",
+    "transformer_chronoedit": "WanTransformerBlock",
+    "transformer_skyreels_v2": "SkyReelsV2TransformerBlock",
+    "transformer_helios": "HeliosTransformerBlock",
+}
+
+
+def _class(module, name):
+    try:
+        return getattr(importlib.import_module(f"diffusers.models.transformers.{module}"), name)
+    except ImportError:
+        pytest.skip("this diffusers has none")
+
+
+def _weights(model):
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model.eval()
+
+
+def _block(module, dtype, **more):
+    kind = _class(module, BLOCKS[module])
+    block = kind(DIM, 2 * DIM, HEADS, qk_norm="rms_norm_across_heads", cross_attn_norm=True, **more)
+    return _weights(block).to(dtype)
+
+
+def _inputs(module, dtype, batch=2, per_token=False):
+    x, text = torch.randn(batch, SEQ, DIM).to(dtype), torch.randn(batch, TEXT, DIM).to(dtype)
+    temb = torch.randn(batch, 6, DIM).to(dtype)
+    if per_token:  # SkyReels-V2 alone has the tokens third
+        dim = 2 if module == "transformer_skyreels_v2" else 1
+        temb = torch.stack([torch.randn(batch, 6, DIM).to(dtype) for _ in range(SEQ)], dim=dim)
+    angles = torch.rand(1, SEQ, 1, DIM // HEADS // 2).repeat_interleave(2, -1) * 10
+    if module == "transformer_helios":
+        return x, text, temb, torch.cat((angles.cos(), angles.sin()), -1).squeeze(2), SEQ - 13
+    if module == "transformer_wan_vace":
+        return x, text, torch.randn(batch, SEQ, DIM).to(dtype), temb, (angles.cos(), angles.sin())
+    if module == "transformer_skyreels_v2":  # which had complex tables once, and takes a mask
+        return x, text, temb, None, None
+    return x, text, temb, (angles.cos(), angles.sin())
+
+
+def _outputs(result):
+    return [tensor for tensor in (result if isinstance(result, tuple) else (result,)) if tensor is not None]
+
+
+def _count(calls, name, form, *args):
+    calls[name] = calls.get(name, 0) + 1
+    return form(*args)
+
+
+@pytest.fixture
+def fast_forms(monkeypatch):
+    """Small inputs take the way of large ones, in several chunks; how often they did."""
+    calls = {}
+    for name in ("_modulated_norm_in_chunks", "_gated_residual_in_chunks"):
+
+        monkeypatch.setattr(ops, name, functools.partial(_count, calls, name, getattr(ops, name)))
+    monkeypatch.setattr(ops, "_SMALL", 1)
+    monkeypatch.setattr(ops, "_CHUNK", 11 * DIM)
+    return calls
+
+
+@pytest.mark.parametrize("per_token", [False, True], ids=["one row", "a row per token"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("module", BLOCKS)
+@torch.no_grad()
+def test_blocks_are_bit_identical_to_stock(module, dtype, per_token, fast_forms):
+    block, inputs = _block(module, dtype), _inputs(module, dtype, per_token=per_token)
+    try:
+        expected = _outputs(block(*inputs))
+    except RuntimeError as error:
+        if not per_token:
+            raise
+        pytest.skip(f"stock itself takes no row per token: {error}")
+    with wan_patches.enabled(["modulation"], strict=module != "transformer_wan_animate"):
+        assert fast_forms == {}
+        actual = _outputs(block(*inputs))
+    assert fast_forms == {"_modulated_norm_in_chunks": 2, "_gated_residual_in_chunks": 2}
+    for ours, stock in zip(actual, expected, strict=True):
+        assert ours.dtype == stock.dtype
+        assert ours.stride() == stock.stride()
+        assert torch.equal(ours, stock)
+
+
+@pytest.mark.parametrize("mixed", ["fp32 table", "autocast", "fp64"])
+def test_mixed_dtypes_are_bit_identical_to_stock(mixed, fast_forms):
+    module = "transformer_wan"
+    block = _block(module, torch.float64 if mixed == "fp64" else torch.bfloat16)
+    inputs = _inputs(module, torch.float64 if mixed == "fp64" else torch.bfloat16)
+    if mixed == "fp32 table":  # as `from_pretrained` keeps it
+        block.scale_shift_table.data = block.scale_shift_table.data.float()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=mixed == "autocast"):
+        expected = block(*inputs)
+        with wan_patches.enabled(["modulation"]):
+            assert torch.equal(block(*inputs), expected)
+    assert bool(fast_forms) == (mixed == "fp32 table")
+
+
+def test_training_takes_the_operations_of_stock(fast_forms):
+    module = "transformer_wan"
+    block, inputs = _block(module, torch.float32), _inputs(module, torch.float32)
+
+    def gradients():
+        block.zero_grad()
+        block(*inputs).square().sum().backward()
+        return [parameter.grad.clone() for parameter in block.parameters() if parameter.grad is not None]
+
+    expected = gradients()
+    with wan_patches.enabled(["modulation"]):
+        actual = gradients()
+    assert len(actual) > 10
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+    assert fast_forms == {}
+
+
+@torch.no_grad()
+def test_a_norm_that_someone_watches_is_called_as_stock_calls_it(fast_forms):
+    module = "transformer_wan"
+    block, inputs = _block(module, torch.bfloat16), _inputs(module, torch.bfloat16)
+    seen = []
+    for norm in (block.norm1, block.norm2):
+        norm.register_forward_hook(lambda _, args, result: seen.append((args[0].shape, result.clone(), result)))
+    expected = block(*inputs)
+    with wan_patches.enabled(["modulation"]):
+        assert torch.equal(block(*inputs), expected)
+    assert [shape for shape, *_ in seen] == [(2, SEQ, DIM)] * 4
+    assert all(torch.equal(before, now) for _, before, now in seen)  # nobody wrote to what it returned
+    assert fast_forms["_modulated_norm_in_chunks"] == 1  # the third norm
+
+
+@pytest.mark.parametrize("module", ["transformer_wan", "transformer_helios"])
+@torch.no_grad()
+def test_compiled_blocks_are_one_graph_with_the_result_of_stock(module, fast_forms):
+    block, inputs = _block(module, torch.float32), _inputs(module, torch.float32, batch=1)
+    torch.compiler.reset()
+    expected = torch.compile(block, fullgraph=True)(*inputs)
+    torch.compiler.reset()
+    with wan_patches.enabled(["modulation", "qk_norm"]):
+        actual = torch.compile(block, fullgraph=True)(*inputs)
+    assert torch.equal(actual, expected)
+    assert fast_forms == {}
+
+
+# Helios: two kinds of tokens
+
+
+def _helios(**more):
+    kind = _class("transformer_helios", "HeliosTransformer3DModel")
+    model = kind(
+        num_attention_heads=2, attention_head_dim=24, in_channels=4, out_channels=4, text_dim=16, freq_dim=32,
+        ffn_dim=64, num_layers=2, rope_dim=(8, 8, 8), **more,
+    )  # fmt: skip
+    return _weights(model)
+
+
+def _request(batch=1, history=True, dtype=torch.float32):
+    torch.manual_seed(1)
+    shapes = {"short": (3, 3, 8, 8), "mid": (2, 2, 8, 8), "long": (4, 4, 8, 8)}
+    request = {
+        "hidden_states": torch.randn(batch, 4, 3, 8, 8).to(dtype),
+        "timestep": torch.full((batch,), 321.0),
+        "encoder_hidden_states": torch.randn(batch, 5, 16).to(dtype),
+        "indices_hidden_states": torch.arange(9, 12).expand(batch, -1),
+        "return_dict": False,
+    }
+    first = {"long": 0, "mid": 4, "short": 6}
+    for name, (frames, *size) in shapes.items() if history else ():
+        request[f"latents_history_{name}"] = torch.randn(batch, 4, *size[:1], *size[1:]).to(dtype)
+        request[f"indices_latents_history_{name}"] = torch.arange(first[name], first[name] + frames).expand(batch, -1)
+    return request
+
+
+@pytest.fixture
+def handed(monkeypatch):
+    """What blocks are handed."""
+    found, real = [], patch.modulations
+
+    def modulations(table, temb):
+        found.append(temb)
+        return real(table, temb)
+
+    monkeypatch.setitem(vars(patch), "modulations", modulations)
+    module = pytest.importorskip("diffusers.models.transformers.transformer_helios")
+    monkeypatch.delitem(vars(module), "_wan_patches_modulations", raising=False)
+    yield found
+    wan_patches.disable()
+    vars(module).pop("_wan_patches_modulations", None)
+
+
+@pytest.mark.parametrize("config", [{}, {"guidance_cross_attn": False}, {"is_amplify_history": True}])
+@pytest.mark.parametrize("history", [True, False], ids=["history", "no history"])
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("dtype", DTYPES)
+@torch.no_grad()
+def test_helios_is_bit_identical_with_two_rows(dtype, batch, history, config, fast_forms, handed):
+    model, request = _helios(**config).to(dtype), _request(batch, history, dtype)
+    expected = model(**request)[0]
+    with wan_patches.enabled(["modulation"], strict=True):
+        actual = model(**request)[0]
+    assert torch.equal(actual, expected)
+    assert actual.stride() == expected.stride()
+    assert len(handed) == 2
+    for value in handed:
+        if history:
+            assert isinstance(value, TwoRows)
+            assert value.rows.shape == (batch, 2, 6, 48)
+            assert value.border > 0
+        else:
+            assert value.shape == (batch, 6, 48)
+    assert fast_forms
+
+
+@torch.no_grad()
+def test_helios_without_a_timestep_of_its_own_for_history_has_one_row(fast_forms, monkeypatch):
+    model, request = _helios(zero_history_timestep=False), _request()
+    expected = model(**request)[0]
+    seen, real = [], ops._modulated_norm_in_chunks
+
+    def form(x, norm, scale, shift):
+        seen.append(scale.shape)
+        return real(x, norm, scale, shift)
+
+    monkeypatch.setattr(ops, "_modulated_norm_in_chunks", form)
+    with wan_patches.enabled(["modulation"]):
+        assert torch.equal(model(**request)[0], expected)
+    assert seen[:2] == [(1, 1, 48)] * 2
+
+
+@pytest.mark.parametrize("why", ["hook", "kind", "gradients"])
+def test_helios_hands_out_what_stock_does_where_someone_could_look(why, handed):
+    model, request = _helios(), _request()
+    shapes = []
+    if why == "hook":
+        model.blocks[0].register_forward_pre_hook(lambda _, args: shapes.append(args[2].shape))
+    elif why == "kind":
+
+        class Own(type(model.blocks[0])):
+            def forward(self, hidden_states, encoder_hidden_states, temb, *args):
+                shapes.append(temb.shape)
+                return super().forward(hidden_states, encoder_hidden_states, temb, *args)
+
+        model.blocks[0].__class__ = Own
+    with torch.set_grad_enabled(why == "gradients"):
+        expected = model(**request)[0]
+        with wan_patches.enabled(["modulation"]):
+            actual = model(**request)[0]
+    assert torch.equal(actual, expected)
+    assert len(set(shapes)) <= 1
+    assert handed == []
+
+
+@torch.no_grad()
+def test_a_dense_modulation_of_two_tokens_is_no_two_rows(fast_forms):
+    """A sequence of two tokens has a dense modulation of the same shape as two rows."""
+    block, inputs = _block("transformer_helios", torch.bfloat16), list(_inputs("transformer_helios", torch.bfloat16, 1))
+    inputs[0], inputs[3], inputs[4] = inputs[0][:, :2], inputs[3][:, :2], 1
+    inputs[2] = torch.randn(1, 2, 6, DIM).bfloat16()
+    expected = block(*inputs)
+    with wan_patches.enabled(["modulation"]):
+        assert torch.equal(block(*inputs), expected)
+
+
+@torch.no_grad()
+def test_compiled_helios_blocks_take_two_rows(handed):
+    model, request = _helios(), _request()
+    expected = model(**request)[0]
+    torch.compiler.reset()
+    with wan_patches.enabled(["modulation"]):
+        compiled = copy.deepcopy(model)
+        for block in compiled.blocks:
+            block.compile(backend="aot_eager", fullgraph=True)
+        actual = compiled(**request)[0]
+    assert torch.equal(actual, expected)
+    assert all(isinstance(value, TwoRows) for value in handed)
+    assert handed

@@ -1,0 +1,111 @@
+"""Attention of every family, stock against patched."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+
+import wan_patches
+from wan_patches.ops import rms_norm as op
+
+pytestmark = pytest.mark.upstream
+
+ATTENTION = {
+    "transformer_wan": "WanAttention",
+    "transformer_wan_animate": "WanAttention",
+    "transformer_chronoedit": "WanAttention",
+    "transformer_skyreels_v2": "SkyReelsV2Attention",
+    "transformer_helios": "HeliosAttention",
+}
+DIM, SEQ = 48, 30
+
+
+@pytest.fixture
+def fast_forms(monkeypatch):
+    calls, form = [], op._in_chunks
+    monkeypatch.setattr(op, "_in_chunks", lambda *args: calls.append(1) or form(*args))
+    monkeypatch.setattr(op, "_is_exact", lambda *args: True)  # whose trial is a call as well
+    monkeypatch.setattr(op, "_SMALL", 1)
+    monkeypatch.setattr(op, "_CHUNK", 7 * DIM)
+    return calls
+
+
+def _attention(module, dtype=torch.bfloat16, **more):
+    try:
+        library = importlib.import_module(f"diffusers.models.transformers.{module}")
+        kind = getattr(library, ATTENTION[module])
+    except (ImportError, AttributeError):
+        pytest.skip("this diffusers has none")
+    torch.manual_seed(0)
+    processor = getattr(library, ATTENTION[module].replace("Attention", "AttnProcessor"))()
+    attention = kind(dim=DIM, heads=2, dim_head=24, eps=1e-6, processor=processor, **more).eval()
+    for parameter in attention.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return attention.to(dtype)
+
+
+def _call(attention, module, dtype=torch.bfloat16, text=None):
+    torch.manual_seed(1)
+    x = torch.randn(2, SEQ, DIM).to(dtype)
+    more = {"original_context_length": SEQ} if module == "transformer_helios" else {}
+    with torch.no_grad():
+        return attention(x, text, None, None, **more)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("module", ATTENTION)
+def test_attention_is_bit_identical_to_stock(module, dtype, fused, fast_forms):
+    attention = _attention(module, dtype)
+    if fused:
+        attention.fuse_projections()
+    expected = _call(attention, module, dtype)
+    with wan_patches.enabled(["qk_norm"]):
+        assert fast_forms == []
+        assert torch.equal(_call(attention, module, dtype), expected)
+    assert len(fast_forms) == 2
+
+
+@pytest.mark.parametrize("module", ["transformer_wan", "transformer_chronoedit"])
+def test_keys_of_images_too(module, fast_forms):
+    attention = _attention(module, added_kv_proj_dim=DIM, cross_attention_dim_head=24)
+    text = torch.randn(2, 512 + 5, DIM).bfloat16()
+    expected = _call(attention, module, text=text)
+    with wan_patches.enabled(["qk_norm"]):
+        assert torch.equal(_call(attention, module, text=text), expected)
+    assert len(fast_forms) == 3
+
+
+@pytest.mark.parametrize("other", ["hook", "own forward", "other kind", "global hook"])
+def test_a_norm_that_is_not_torchs_alone_is_called(other, fast_forms):
+    module = "transformer_wan"
+    attention, seen = _attention(module), []
+    handle = None
+    if other == "hook":
+        attention.norm_q.register_forward_hook(lambda *args: seen.append(1))
+    elif other == "own forward":
+        forward = attention.norm_q.forward
+        attention.norm_q.forward = lambda x: seen.append(1) or forward(x)
+    elif other == "global hook":
+        handle = torch.nn.modules.module.register_module_forward_hook(
+            lambda norm, *args: seen.append(1) if norm is attention.norm_q else None
+        )
+    else:
+
+        class Own(torch.nn.RMSNorm):
+            def forward(self, x):
+                seen.append(1)
+                return super().forward(x)
+
+        attention.norm_q.__class__ = Own
+    try:
+        expected = _call(attention, module)
+        with wan_patches.enabled(["qk_norm"]):
+            assert torch.equal(_call(attention, module), expected)
+    finally:
+        if handle is not None:
+            handle.remove()
+    assert seen == [1, 1]
+    assert len(fast_forms) == (0 if other == "global hook" else 1)

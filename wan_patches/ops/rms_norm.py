@@ -1,0 +1,75 @@
+"""RMS norm over the last axis, as `torch.nn.RMSNorm` computes it for half dtypes on CPUs.
+
+    y = x * rsqrt(mean(x ** 2) + eps) * weight
+
+in fp32, rounded once to the dtype of `x`. On accelerators the reduction, and with it the norm, is ATen's.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+
+from wan_patches.ops.tracing import is_observed
+
+_SMALL = 1 << 16  # elements below which the plain formulation's few calls are the fastest
+_CHUNK = 1 << 19  # elements worked on at a time: they stay in the cache from the first operation to the last
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float | None) -> torch.Tensor:
+    """The RMS norm of each row of `x`.
+
+    Args:
+        x: `(batch, seq, dim)`, any floating dtype and strides.
+        weight: `(dim,)`, in the dtype of `x`; None for ones.
+        eps: None for the smallest number of its dtype, as torch has it.
+
+    Returns:
+        A new tensor. EXACT: the bits of `torch.nn.functional.rms_norm`.
+    """
+    if _is_fast(x, weight, eps):
+        assert eps is not None
+        return _in_chunks(x, weight, eps)
+    return F.rms_norm(x, x.shape[-1:], weight, eps)
+
+
+def _in_chunks(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
+    batch, seq, dim = x.shape
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    wide = None if weight is None else weight.float()
+    step = max(1, _CHUNK // dim)
+    for b in range(batch):
+        for start in range(0, seq, step):
+            rows = x[b, start : start + step].float()
+            normed = rows * torch.rsqrt(rows.pow(2).mean(-1, keepdim=True).add_(eps))
+            out[b, start : start + step].copy_(normed if wide is None else normed.mul_(wide))
+    return out
+
+
+def _is_fast(x: torch.Tensor, weight: torch.Tensor | None, eps: float | None) -> bool:
+    """Whether `_in_chunks` is for such input, and exact on this machine."""
+    if not x.is_cpu or x.dim() != 3 or x.numel() < _SMALL or eps is None:
+        return False
+    if is_observed(x) if weight is None else is_observed(x, weight):
+        return False
+    batch, seq, dim = x.shape
+    if x.stride(2) != 1 or x.stride(1) < dim or (batch > 1 and x.stride(0) < seq * x.stride(1)):
+        return False  # stock's result would lie in another order in memory
+    if weight is not None and (weight.dtype != x.dtype or weight.shape != (dim,) or not weight.is_cpu):
+        return False
+    return x.dtype in (torch.float32, torch.bfloat16, torch.float16) and _is_exact(
+        x.dtype, dim, torch.get_num_threads()
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _is_exact(dtype: torch.dtype, dim: int, threads: int) -> bool:
+    """Tries `_in_chunks` on this processor and this torch, where the order of operations may be another."""
+    generator = torch.Generator("cpu").manual_seed(0)  # the user's random state is not ours to move
+    step = max(1, _CHUNK // dim)
+    x = torch.randn((1, step + 3, dim), generator=generator, dtype=torch.float32, device="cpu").to(dtype)
+    weight = torch.randn((dim,), generator=generator, dtype=torch.float32, device="cpu").to(dtype)
+    with torch.no_grad():
+        return torch.equal(_in_chunks(x, weight, 1e-6), F.rms_norm(x, (dim,), weight, 1e-6))

@@ -1,0 +1,25 @@
+"""Whether something looks into the operations on tensors, so that the plain formulation is what it must see."""
+
+from __future__ import annotations
+
+import torch
+
+
+def is_observed(*tensors: torch.Tensor) -> bool:
+    """Whether a compiler, autograd, a transform, a tracer, autocast or a tensor subclass takes part in what follows.
+
+    tensors: everything that what follows is computed from.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or any(type(tensor) not in _PLAIN for tensor in tensors)
+        or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+        or torch._C._are_functorch_transforms_active()
+        or torch.jit.is_tracing()
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch.is_autocast_enabled()
+        or torch.is_autocast_enabled("cpu")
+    )
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
