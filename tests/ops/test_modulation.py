@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from wan_patches.fidelity import gate
 from wan_patches.ops import modulation as ops
-from wan_patches.ops.modulation import TwoRows
+from wan_patches.ops.modulation import RowPerToken, TwoRows
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGE = 40  # a chunk, in elements
@@ -29,11 +29,13 @@ def cases(draw):
     torch.manual_seed(draw(st.integers(0, 99)))
     batch, seq, dim = draw(st.integers(1, 3)), draw(st.integers(1, 23)), draw(st.sampled_from((1, 8, 24, 96)))
     dtype, other = draw(st.sampled_from(DTYPES)), draw(st.sampled_from(DTYPES))
-    kind = draw(st.sampled_from(("row", "token", "two rows")))
-    rows = {"row": 1, "token": seq, "two rows": 2}[kind]
+    kind = draw(st.sampled_from(("row", "token", "two rows", "made when used")))
+    rows = {"row": 1, "token": seq, "two rows": 2, "made when used": seq}[kind]
     border = draw(st.integers(0, seq))
 
     def modulation():
+        if kind == "made when used":
+            return RowPerToken(torch.randn(1, 3, dim)[:, 1:2], torch.randn(batch, seq, 3, dim).to(other)[:, :, 2])
         tensor = torch.randn(draw(st.sampled_from((1, batch))), 3 * rows, dim)[:, 1::3]  # as `chunk` leaves it
         return TwoRows(tensor, border) if kind == "two rows" else tensor
 
@@ -45,6 +47,8 @@ def cases(draw):
 
 def _dense(modulation, x):
     """Row by row, unlike the code under test."""
+    if isinstance(modulation, RowPerToken):
+        return modulation.table + modulation.temb.float()
     if not isinstance(modulation, TwoRows):
         return modulation
     rows = [modulation.rows[:, 0 if token < modulation.border else 1] for token in range(x.shape[1])]

@@ -79,7 +79,6 @@ def fast_forms(monkeypatch):
     """Small inputs take the way of large ones, in several chunks; how often they did."""
     calls = {}
     for name in ("_modulated_norm_in_chunks", "_gated_residual_in_chunks"):
-
         monkeypatch.setattr(ops, name, functools.partial(_count, calls, name, getattr(ops, name)))
     monkeypatch.setattr(ops, "_SMALL", 1)
     monkeypatch.setattr(ops, "_CHUNK", 11 * DIM)
@@ -165,6 +164,16 @@ def test_compiled_blocks_are_one_graph_with_the_result_of_stock(module, fast_for
         actual = torch.compile(block, fullgraph=True)(*inputs)
     assert torch.equal(actual, expected)
     assert fast_forms == {}
+
+
+@torch.no_grad()
+def test_a_row_per_token_is_never_whole_in_fp32(fast_forms, monkeypatch):
+    monkeypatch.setattr(ops.RowPerToken, "dense", lambda self: pytest.fail("it is whole"))
+    block = _block("transformer_wan", torch.bfloat16)
+    inputs = _inputs("transformer_wan", torch.bfloat16, per_token=True)
+    expected = block(*inputs)
+    with wan_patches.enabled(["modulation"]):
+        assert torch.equal(block(*inputs), expected)
 
 
 # Helios: two kinds of tokens

@@ -7,7 +7,7 @@ Every operation is rounded in fp32, and the result once more to the dtype of `x`
 `norm` is a layer norm and stays ATen's; it works on each token by itself and returns new memory.
 
 Hidden states are `(batch, seq, dim)`. A scale, a shift or a gate is fp32 and `(1 or batch, rows, dim)`: one row for all
-tokens, a row per token, or `TwoRows`.
+tokens, a row per token, `TwoRows`, or `RowPerToken`, which is one that has not been computed.
 """
 
 from __future__ import annotations
@@ -42,8 +42,10 @@ class TwoRows(NamedTuple):
     rows: torch.Tensor
     border: int
 
-    #: As of what models hand their blocks where all tokens are of one kind, `(batch, n, dim)`.
-    ndim = 3
+    @property
+    def ndim(self) -> int:
+        """As of what models hand their blocks where all tokens are of one kind, `(batch, n, dim)`."""
+        return 3
 
     def added_to(self, table: torch.Tensor) -> tuple[TwoRows, ...]:
         """The `n` modulations in this one, after `table`, `(1, n, dim)`, was added to each row in fp32."""
@@ -56,7 +58,21 @@ class TwoRows(NamedTuple):
         return torch.cat((first.expand(-1, self.border, -1), rest.expand(-1, seq - self.border, -1)), dim=1)
 
 
-Modulation = torch.Tensor | TwoRows
+class RowPerToken(NamedTuple):
+    """A row for each token that is made where it is used: the whole of it in fp32 can be larger than the model.
+
+    table: `(1, 1, dim)`; temb: `(batch, seq, dim)`. Their sum in fp32 is the modulation.
+    """
+
+    table: torch.Tensor
+    temb: torch.Tensor
+
+    def dense(self) -> torch.Tensor:
+        """The modulation, `(batch, seq, dim)`."""
+        return self.table + self.temb.float()
+
+
+Modulation = torch.Tensor | TwoRows | RowPerToken
 
 
 def modulated_norm(x: torch.Tensor, norm: Norm, scale: Modulation, shift: Modulation) -> torch.Tensor:
@@ -114,7 +130,9 @@ def plain_cast_norm(x: torch.Tensor, norm: Norm) -> torch.Tensor:
 
 
 def _tensor(modulation: Modulation, x: torch.Tensor) -> torch.Tensor:
-    return modulation.dense(x.shape[1]) if isinstance(modulation, TwoRows) else modulation
+    if isinstance(modulation, TwoRows):
+        return modulation.dense(x.shape[1])
+    return modulation.dense() if isinstance(modulation, RowPerToken) else modulation
 
 
 # CPUs: a few tokens at a time
@@ -154,6 +172,8 @@ def _rows(modulation: Modulation, b: int, chunk: slice) -> torch.Tensor:
     if isinstance(modulation, TwoRows):
         of_sample = modulation.rows[b if modulation.rows.shape[0] > 1 else 0]
         return of_sample[:1] if chunk.start < modulation.border else of_sample[1:]
+    if isinstance(modulation, RowPerToken):
+        return modulation.table[0] + modulation.temb[b, chunk].float()
     of_sample = modulation[b if modulation.shape[0] > 1 else 0]
     return of_sample if of_sample.shape[0] == 1 else of_sample[chunk]
 
@@ -182,13 +202,13 @@ def _kinds_of_tokens(modulation: Modulation) -> Iterator[tuple[slice, torch.Tens
         yield slice(modulation.border), modulation.rows[:, :1]
         yield slice(modulation.border, None), modulation.rows[:, 1:]
     else:
-        yield slice(None), modulation
+        yield slice(None), _of(modulation)
 
 
 def _modulated_norm_kernel(x: torch.Tensor, norm: Norm, scale: Modulation, shift: Modulation) -> torch.Tensor:
     from wan_patches.ops.triton.modulation import modulate
 
-    return modulate(norm(x.float()), *map(_of, (scale, shift)), x.dtype, _border(scale))
+    return modulate(norm(x.float()), _of(scale), _of(shift), x.dtype, _border(scale))
 
 
 def _gated_residual_kernel(x: torch.Tensor, y: torch.Tensor, gate: Modulation) -> torch.Tensor:
@@ -198,7 +218,10 @@ def _gated_residual_kernel(x: torch.Tensor, y: torch.Tensor, gate: Modulation) -
 
 
 def _of(modulation: Modulation) -> torch.Tensor:
-    return modulation.rows if isinstance(modulation, TwoRows) else modulation
+    """A modulation as kernels take it."""
+    if isinstance(modulation, TwoRows):
+        return modulation.rows
+    return modulation.dense() if isinstance(modulation, RowPerToken) else modulation
 
 
 def _border(modulation: Modulation) -> int | None:
@@ -210,19 +233,25 @@ def _border(modulation: Modulation) -> int | None:
 
 def _is_fast(x: torch.Tensor, *modulations: Modulation) -> bool:
     """Whether `x` and what it is modulated with are such as the fast forms are for."""
-    tensors = [_of(modulation) for modulation in modulations]
-    if is_observed(x, *tensors) or x.dim() != 3 or x.is_meta:
+    if is_observed(x, *itertools.chain(*map(_parts, modulations))) or x.dim() != 3 or x.is_meta:
         return False
     if x.dtype not in DTYPES or not x.is_contiguous() or x.numel() < (_SMALL if x.is_cpu else 1):
         return False
+    return all(_fits(modulation, x) for modulation in modulations) and len(set(map(_border, modulations))) <= 1
+
+
+def _fits(modulation: Modulation, x: torch.Tensor) -> bool:
     batch, seq, dim = x.shape
-    for modulation, tensor in zip(modulations, tensors):
-        if tensor.dtype != torch.float32 or tensor.device != x.device or tensor.dim() != 3 or tensor.stride(-1) != 1:
-            return False
-        rows = (2,) if isinstance(modulation, TwoRows) else (1, seq)
-        if tensor.shape[0] not in (1, batch) or tensor.shape[1] not in rows or tensor.shape[2] != dim:
-            return False
-    return len(set(map(_border, modulations))) <= 1
+    if any(part.device != x.device or part.dim() != 3 or part.stride(-1) != 1 for part in _parts(modulation)):
+        return False
+    if isinstance(modulation, RowPerToken):
+        table, temb = modulation
+        return table.shape == (1, 1, dim) and temb.shape == x.shape and {table.dtype, temb.dtype} <= set(DTYPES)
+    rows = modulation.rows if isinstance(modulation, TwoRows) else modulation
+    known = (2,) if isinstance(modulation, TwoRows) else (1, seq)
+    return (
+        rows.dtype == torch.float32 and rows.shape[0] in (1, batch) and rows.shape[1] in known and rows.shape[2] == dim
+    )
 
 
 def _is_like(y: torch.Tensor, x: torch.Tensor) -> bool:
@@ -231,5 +260,12 @@ def _is_like(y: torch.Tensor, x: torch.Tensor) -> bool:
     )
 
 
+def _parts(modulation: Modulation) -> tuple[torch.Tensor, ...]:
+    """The tensors that a modulation is made of."""
+    if isinstance(modulation, TwoRows):
+        return (modulation.rows,)
+    return tuple(modulation) if isinstance(modulation, RowPerToken) else (modulation,)
+
+
 def _kind(modulation: Modulation) -> tuple[object, ...]:
-    return (*signature(_of(modulation)), _border(modulation))
+    return (type(modulation), *signature(*_parts(modulation)), _border(modulation))

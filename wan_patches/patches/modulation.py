@@ -29,10 +29,15 @@ def _block(casts: int = 1) -> tuple[Edit, ...]:
     )
 
 
+_ROW_PER_TOKEN = (  # of Wan 2.2 TI2V and Helios
+    Replace("(TABLE.unsqueeze(0) + temb.float()).chunk(6, dim=2)", f"{_OF_TOKENS}(TABLE, temb)"),
+    Replace("MODULATION.squeeze(2)", "MODULATION", 6),
+)
+_WAN_BLOCK = (*_block(), *_ROW_PER_TOKEN)
 _HELIOS_BLOCK = (
     *_block(casts=2),
+    *_ROW_PER_TOKEN,
     Replace("(TABLE + temb.float()).chunk(6, dim=1)", f"{_OF_BLOCK}(TABLE, temb)"),
-    Replace("(TABLE.unsqueeze(0) + temb.float()).chunk(6, dim=2)", f"{_OF_TOKENS}(TABLE, temb)"),
 )
 _HELIOS_MODEL = (
     Replace(
@@ -62,7 +67,7 @@ _OUTPUT = (_modulated(1),)
 PATCHES = (
     _patch(
         "transformer_wan",
-        Target("WanTransformerBlock.forward", _block()),
+        Target("WanTransformerBlock.forward", _WAN_BLOCK),
         Target("WanTransformer3DModel.forward", _OUTPUT),
     ),
     _patch(
@@ -70,10 +75,10 @@ PATCHES = (
         Target("WanVACETransformerBlock.forward", _block()),
         Target("WanVACETransformer3DModel.forward", _OUTPUT),
     ),
-    _patch("transformer_wan_animate", Target("WanTransformerBlock.forward", _block())),
+    _patch("transformer_wan_animate", Target("WanTransformerBlock.forward", _WAN_BLOCK)),
     _patch(
         "transformer_chronoedit",
-        Target("WanTransformerBlock.forward", _block()),
+        Target("WanTransformerBlock.forward", _WAN_BLOCK),
         Target("ChronoEditTransformer3DModel.forward", _OUTPUT),
     ),
     _patch(
@@ -119,10 +124,18 @@ def modulations(table: Any, temb: Any) -> Any:
 
 
 def modulations_of_tokens(table: Any, temb: Any) -> Any:
-    """The same of a `temb` for each token, `(batch, seq, 6, dim)`, with one row where they all lie in one memory."""
+    """The same of a `temb` for each token, `(batch, seq, 6, dim)`, where the third axis of the results is gone.
+
+    One row each where all tokens have the same memory; else `RowPerToken`, or stock's tensors for who looks into them.
+    """
+    from wan_patches.ops.modulation import RowPerToken
+    from wan_patches.ops.tracing import is_observed
+
     if _is_repeated(temb, 1):
         temb = temb[:, :1]
-    return (table.unsqueeze(0) + temb.float()).chunk(6, dim=2)
+    elif not is_observed(table, temb):
+        return tuple(map(RowPerToken, table.split(1, dim=1), temb.unbind(dim=2)))
+    return tuple(modulation.squeeze(2) for modulation in (table.unsqueeze(0) + temb.float()).chunk(6, dim=2))
 
 
 def two_rows(model: Any, history: Any, current: Any) -> Any:
