@@ -109,6 +109,33 @@ def test_gated_residuals_have_the_bits_of_stock(form, large):
         check()
 
 
+@pytest.mark.parametrize("form", [ops.residual_norm, ops.plain_residual_norm, ops._residual_norm_in_chunks])
+def test_residual_norms_have_the_bits_of_stock(form, large):
+    @settings(max_examples=120, deadline=None, derandomize=True)
+    @given(cases(), st.booleans(), st.booleans())
+    def check(case, gated, modulated):
+        x, y, by, scale = case
+        y = y if gated else y.to(x.dtype)
+        before = x.clone(), y.clone()
+        h, normed = form(x, y, by if gated else None, _norm, *((scale, by) if modulated else (None, None)))
+        stock = _stock_residual(x, y, by) if gated else x + y
+        _assert_same(h, stock)
+        _assert_same(normed, _stock_norm(stock, scale, by) if modulated else _norm(stock.float()).type_as(stock))
+        _assert_same(x, before[0])
+        _assert_same(y, before[1])
+
+    with torch.no_grad():
+        check()
+
+
+@torch.no_grad()
+def test_sums_of_two_dtypes_have_the_one_that_stock_gives_them(large):
+    x, y = torch.randn(1, 9, 8).bfloat16(), torch.randn(1, 9, 8)
+    h, normed = ops.residual_norm(x, y, None, _norm, None, None)
+    assert (h.dtype, normed.dtype) == (torch.float32, torch.float32)
+    assert torch.equal(h, x + y)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @torch.no_grad()
@@ -191,7 +218,11 @@ def kernels(monkeypatch):
         given.append(("gated_residual", by.shape, border))
         return (x.float() + y.float() * rows(by, x, border)).to(x.dtype)
 
-    stand_in = SimpleNamespace(modulate=modulate, gated_residual=gated_residual)
+    def add_and_cast(x, y):
+        given.append(("add_and_cast",))
+        return torch.Tensor(x + y), (x + y).float()
+
+    stand_in = SimpleNamespace(modulate=modulate, gated_residual=gated_residual, add_and_cast=add_and_cast)
     monkeypatch.setitem(sys.modules, "wan_patches.ops.triton.modulation", stand_in)
     monkeypatch.setattr(ops.kernels, "is_usable", lambda device: True)
     monkeypatch.setattr(ops, "is_observed", lambda *tensors: False)
@@ -215,7 +246,12 @@ def test_what_kernels_are_given_gives_the_bits_of_stock(dtype, kind, kernels):
     for _ in range(2):  # the second time without comparison
         assert torch.equal(ops.modulated_norm(on_device(x), _norm, scale, shift), _stock_norm(x, scale, shift))
         assert torch.equal(ops.gated_residual(on_device(x), y, shift), _stock_residual(x, y, shift))
+        h, normed = ops.residual_norm(on_device(x), y, None, _norm, scale, shift)
+        assert torch.equal(h, x + y)
+        assert torch.equal(normed, _stock_norm(x + y, scale, shift))
     border = None if kind == "row" else 4
-    assert given == [("modulate", tensors[0].shape, border), ("gated_residual", tensors[1].shape, border)] * 2
+    modulated, gated = ("modulate", tensors[0].shape, border), ("gated_residual", tensors[1].shape, border)
+    added = [] if dtype == torch.float32 else [("add_and_cast",)]  # there is nothing to cast
+    assert given == [modulated, gated, *added, modulated] * 2
     assert all(verdict.exact for verdict in gate.verdicts())
-    assert len(gate.verdicts()) == 2
+    assert len(gate.verdicts()) == 2 + (dtype != torch.float32)

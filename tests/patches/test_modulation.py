@@ -5,11 +5,14 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
+import sys
 
 import pytest
 import torch
 
 import wan_patches
+from wan_patches.fidelity import Fidelity
+from wan_patches.ops import fused_norm
 from wan_patches.ops import modulation as ops
 from wan_patches.ops.modulation import TwoRows
 from wan_patches.patches import modulation as patch
@@ -78,7 +81,7 @@ def _count(calls, name, form, *args):
 def fast_forms(monkeypatch):
     """Small inputs take the way of large ones, in several chunks; how often they did."""
     calls = {}
-    for name in ("_modulated_norm_in_chunks", "_gated_residual_in_chunks"):
+    for name in ("_modulated_norm_in_chunks", "_gated_residual_in_chunks", "_residual_norm_in_chunks"):
         monkeypatch.setattr(ops, name, functools.partial(_count, calls, name, getattr(ops, name)))
     monkeypatch.setattr(ops, "_SMALL", 1)
     monkeypatch.setattr(ops, "_CHUNK", 11 * DIM)
@@ -100,7 +103,11 @@ def test_blocks_are_bit_identical_to_stock(module, dtype, per_token, fast_forms)
     with wan_patches.enabled(["modulation"], strict=module != "transformer_wan_animate"):
         assert fast_forms == {}
         actual = _outputs(block(*inputs))
-    assert fast_forms == {"_modulated_norm_in_chunks": 2, "_gated_residual_in_chunks": 2}
+    if module == "transformer_helios":
+        assert fast_forms == {"_modulated_norm_in_chunks": 2, "_gated_residual_in_chunks": 2}
+    else:
+        names = ("_modulated_norm_in_chunks", "_residual_norm_in_chunks", "_gated_residual_in_chunks")
+        assert fast_forms == dict(zip(names, (1, 2, 1)))
     for ours, stock in zip(actual, expected, strict=True):
         assert ours.dtype == stock.dtype
         assert ours.stride() == stock.stride()
@@ -150,7 +157,7 @@ def test_a_norm_that_someone_watches_is_called_as_stock_calls_it(fast_forms):
         assert torch.equal(block(*inputs), expected)
     assert [shape for shape, *_ in seen] == [(2, SEQ, DIM)] * 4
     assert all(torch.equal(before, now) for _, before, now in seen)  # nobody wrote to what it returned
-    assert fast_forms["_modulated_norm_in_chunks"] == 1  # the third norm
+    assert fast_forms == {"_residual_norm_in_chunks": 1, "_gated_residual_in_chunks": 1}  # the third norm
 
 
 @pytest.mark.parametrize("module", ["transformer_wan", "transformer_helios"])
@@ -164,6 +171,37 @@ def test_compiled_blocks_are_one_graph_with_the_result_of_stock(module, fast_for
         actual = torch.compile(block, fullgraph=True)(*inputs)
     assert torch.equal(actual, expected)
     assert fast_forms == {}
+
+
+@torch.no_grad()
+def test_close_blocks_call_close_norms_which_are_exact_without_kernels(fast_forms, monkeypatch):
+    called = []
+    for name in ("modulated_norm", "residual_norm"):
+        monkeypatch.setattr(fused_norm, name, functools.partial(_noted, called, name, getattr(fused_norm, name)))
+    block, inputs = _block("transformer_wan", torch.bfloat16), _inputs("transformer_wan", torch.bfloat16)
+    expected = block(*inputs)
+    with wan_patches.enabled(["modulation"], fidelity="close"):
+        assert torch.equal(block(*inputs), expected)
+        assert called == ["modulated_norm", "residual_norm", "residual_norm"]
+        states = {report.fidelity: report for report in wan_patches.status().of("modulation") if _is_wan(report)}
+        assert states[Fidelity.CLOSE].state == "active"
+        assert (states[Fidelity.EXACT].state, states[Fidelity.EXACT].reason) == ("off", "a close form is in its place")
+        with wan_patches.enabled(["modulation"]):  # and back
+            assert torch.equal(block(*inputs), expected)
+        assert len(called) == 3
+        block(*inputs)
+        assert len(called) == 6
+    assert torch.equal(block(*inputs), expected)
+    assert len(called) == 6
+
+
+def _noted(called, name, function, *args):
+    called.append(name)
+    return function(*args)
+
+
+def _is_wan(report):
+    return report.module == "diffusers.models.transformers.transformer_wan"
 
 
 @torch.no_grad()
@@ -214,12 +252,19 @@ def handed(monkeypatch):
         found.append(temb)
         return real(table, temb)
 
-    monkeypatch.setitem(vars(patch), "modulations", modulations)
-    module = pytest.importorskip("diffusers.models.transformers.transformer_helios")
-    monkeypatch.delitem(vars(module), "_wan_patches_modulations", raising=False)
+    pytest.importorskip("diffusers.models.transformers.transformer_helios")
+    monkeypatch.setattr(patch, "modulations", modulations)
+    _forget_calls()
     yield found
     wan_patches.disable()
-    vars(module).pop("_wan_patches_modulations", None)
+    _forget_calls()
+
+
+def _forget_calls():
+    """What patches have put into modules stays there; tests put something else."""
+    for module in [module for name, module in sys.modules.items() if name.startswith("diffusers.models.transformers.")]:
+        for name in ("_wan_patches_modulations", "_wan_patches_close_modulations"):
+            vars(module).pop(name, None)
 
 
 @pytest.mark.parametrize("config", [{}, {"guidance_cross_attn": False}, {"is_amplify_history": True}])

@@ -2,6 +2,7 @@
 
     modulated norm:   (norm(x.float()) * (1 + scale) + shift).type_as(x)
     gated residual:   (x.float() + y * gate).type_as(x)
+    residual norm:    h = x + y or a gated residual, and the norm of h, modulated or not
 
 Every operation is rounded in fp32, and the result once more to the dtype of `x`: that is stock's order of arithmetic.
 `norm` is a layer norm and stays ATen's; it works on each token by itself and returns new memory.
@@ -34,8 +35,10 @@ Norm = Callable[[torch.Tensor], torch.Tensor]
 class TwoRows(NamedTuple):
     """A modulation for two kinds of tokens, as a value of its own: a tensor for each token cannot prove that it is one.
 
-    rows: `(1 or batch, 2, dim)`, or `(batch, 2, n, dim)` of `n` modulations in one; what the tokens before `border`
-        get, and what the others do.
+    Models hand it on as they do a tensor for all tokens, `(batch, ...)`, and see it as such.
+
+    rows: `(1 or batch, 2, ...)`, what the tokens before `border` get, and what the others do. The rest is `(dim,)`, or
+        `(n, dim)` for `n` modulations in one.
     border: a number of tokens.
     """
 
@@ -44,18 +47,45 @@ class TwoRows(NamedTuple):
 
     @property
     def ndim(self) -> int:
-        """As of what models hand their blocks where all tokens are of one kind, `(batch, n, dim)`."""
-        return 3
+        """Axes, without that of the two kinds."""
+        return self.rows.dim() - 1
+
+    def unflatten(self, dim: int, sizes: tuple[int, ...]) -> TwoRows:
+        """As of a tensor; `dim` is at least 1."""
+        return TwoRows(self.rows.unflatten(dim + 1, sizes), self.border)
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> TwoRows:
+        """As of a tensor: hooks of offloading ask for it."""
+        return TwoRows(self.rows.to(device, non_blocking=non_blocking), self.border)
 
     def added_to(self, table: torch.Tensor) -> tuple[TwoRows, ...]:
-        """The `n` modulations in this one, after `table`, `(1, n, dim)`, was added to each row in fp32."""
-        each = (table.unsqueeze(0) + self.rows.float()).unbind(dim=2)
-        return tuple(TwoRows(rows, self.border) for rows in each)
+        """The `n` modulations in this one, after `table`, `(1, n, dim)`, was added to each row."""
+        return tuple(TwoRows(rows, self.border) for rows in (table.unsqueeze(0) + self.rows).unbind(dim=2))
 
     def dense(self, seq: int) -> torch.Tensor:
         """A row for each token, `(batch, seq, dim)`."""
         first, rest = self.rows.split(1, dim=1)
         return torch.cat((first.expand(-1, self.border, -1), rest.expand(-1, seq - self.border, -1)), dim=1)
+
+
+class TwoTimesteps(NamedTuple):
+    """Timesteps of a batch whose tokens are of two kinds; models see it as one timestep for each sample.
+
+    values: `(2,)`: of the tokens before `border`, and of the others.
+    border: a number of tokens.
+    """
+
+    values: torch.Tensor
+    border: int
+
+    @property
+    def ndim(self) -> int:
+        """As of timesteps that are not given for each token."""
+        return 1
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> TwoTimesteps:
+        """As of a tensor: hooks of offloading ask for it."""
+        return TwoTimesteps(self.values.to(device, non_blocking=non_blocking), self.border)
 
 
 class RowPerToken(NamedTuple):
@@ -77,11 +107,11 @@ Modulation = torch.Tensor | TwoRows | RowPerToken
 
 def modulated_norm(x: torch.Tensor, norm: Norm, scale: Modulation, shift: Modulation) -> torch.Tensor:
     """The norm of `x` in fp32, scaled and shifted; a new tensor like `x`. EXACT: the bits of the plain formulation."""
-    if not _is_fast(x, scale, shift):
+    if not is_fast(x, scale, shift):
         return plain_modulated_norm(x, norm, scale, shift)
     if x.is_cpu:
         return _modulated_norm_in_chunks(x, norm, scale, shift)
-    key = (*signature(x), *_kind(scale), *_kind(shift))
+    key = (*signature(x), *kind_of(scale), *kind_of(shift))
     fast = _modulated_norm_kernel if kernels.is_usable(x.device) else _modulated_norm_in_place
     return first_sight("modulated norm", key, fast, plain_modulated_norm, x, norm, scale, shift)
 
@@ -92,18 +122,49 @@ def gated_residual(x: torch.Tensor, y: torch.Tensor, gate: Modulation, cast: boo
     y: what attention or the feed-forward layer made of `x`, of its shape.
     cast: stock casts `y` to fp32 by itself, which makes a difference in fp64 only.
     """
-    if not _is_fast(x, gate) or not _is_like(y, x):
+    if not is_fast(x, gate) or not is_like(y, x):
         return plain_gated_residual(x, y, gate, cast)
     if x.is_cpu:
         return _gated_residual_in_chunks(x, y, gate)
-    key = (*signature(x, y), *_kind(gate))
+    key = (*signature(x, y), *kind_of(gate))
     fast = _gated_residual_kernel if kernels.is_usable(x.device) else _gated_residual_in_place
     return first_sight("gated residual", key, fast, plain_gated_residual, x, y, gate)
 
 
+def residual_norm(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    gate: Modulation | None,
+    norm: Norm,
+    scale: Modulation | None,
+    shift: Modulation | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The residual sum of `x` and `y`, and its norm.
+
+    Args:
+        x, y: as in `gated_residual`.
+        gate: None for `x + y`, in their dtypes.
+        norm, scale, shift: as in `modulated_norm`; None for `norm` alone.
+
+    Returns:
+        The sum and the norm, new tensors like `x`. EXACT: the bits of the plain formulations, one after the other.
+    """
+    modulations = [modulation for modulation in (gate, scale, shift) if modulation is not None]
+    if not is_fast(x, *modulations) or not is_like(y, x) or (gate is None and y.dtype != x.dtype):
+        return plain_residual_norm(x, y, gate, norm, scale, shift)
+    if x.is_cpu:
+        return _residual_norm_in_chunks(x, y, gate, norm, scale, shift)
+    if gate is None and x.dtype != torch.float32 and kernels.is_usable(x.device):
+        key = (*signature(x, y), *map(kind_of, modulations))
+        args = (x, y, gate, norm, scale, shift)
+        return first_sight("residual norm", key, _residual_norm_kernel, plain_residual_norm, *args)
+    h = x + y if gate is None else gated_residual(x, y, gate)
+    return h, cast_norm(h, norm) if scale is None or shift is None else modulated_norm(h, norm, scale, shift)
+
+
 def cast_norm(x: torch.Tensor, norm: Norm) -> torch.Tensor:
     """`norm(x.float()).type_as(x)`, by ATen's own kernels. EXACT; on CPUs the fp32 tensors are never whole."""
-    if not x.is_cpu or x.dtype == torch.float32 or not _is_fast(x):
+    if not x.is_cpu or x.dtype == torch.float32 or not is_fast(x):
         return plain_cast_norm(x, norm)
     out = torch.empty_like(x)
     for b, chunk in _chunks(x):
@@ -116,12 +177,12 @@ def cast_norm(x: torch.Tensor, norm: Norm) -> torch.Tensor:
 
 def plain_modulated_norm(x: torch.Tensor, norm: Norm, scale: Modulation, shift: Modulation) -> torch.Tensor:
     """`modulated_norm` in stock's operations."""
-    return (norm(x.float()) * (1 + _tensor(scale, x)) + _tensor(shift, x)).type_as(x)
+    return (norm(x.float()) * (1 + as_tensor(scale, x)) + as_tensor(shift, x)).type_as(x)
 
 
 def plain_gated_residual(x: torch.Tensor, y: torch.Tensor, gate: Modulation, cast: bool = False) -> torch.Tensor:
     """`gated_residual` in stock's operations."""
-    return (x.float() + (y.float() if cast else y) * _tensor(gate, x)).type_as(x)
+    return (x.float() + (y.float() if cast else y) * as_tensor(gate, x)).type_as(x)
 
 
 def plain_cast_norm(x: torch.Tensor, norm: Norm) -> torch.Tensor:
@@ -129,7 +190,23 @@ def plain_cast_norm(x: torch.Tensor, norm: Norm) -> torch.Tensor:
     return norm(x.float()).type_as(x)
 
 
-def _tensor(modulation: Modulation, x: torch.Tensor) -> torch.Tensor:
+def plain_residual_norm(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    gate: Modulation | None,
+    norm: Norm,
+    scale: Modulation | None,
+    shift: Modulation | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`residual_norm` in stock's operations."""
+    h = x + y if gate is None else plain_gated_residual(x, y, gate)
+    if scale is None or shift is None:
+        return h, plain_cast_norm(h, norm)
+    return h, plain_modulated_norm(h, norm, scale, shift)
+
+
+def as_tensor(modulation: Modulation, x: torch.Tensor) -> torch.Tensor:
+    """A modulation of `x` as stock has it: `(1 or batch, 1 or seq, dim)`."""
     if isinstance(modulation, TwoRows):
         return modulation.dense(x.shape[1])
     return modulation.dense() if isinstance(modulation, RowPerToken) else modulation
@@ -142,8 +219,7 @@ def _modulated_norm_in_chunks(x: torch.Tensor, norm: Norm, scale: Modulation, sh
     out = torch.empty_like(x)
     for b, chunk in _chunks(x, scale, shift):
         normed = norm(x[b, chunk].float())
-        normed.mul_(1 + _rows(scale, b, chunk)).add_(_rows(shift, b, chunk))
-        out[b, chunk].copy_(normed)
+        out[b, chunk].copy_(normed.mul_(1 + _rows(scale, b, chunk)).add_(_rows(shift, b, chunk)))
     return out
 
 
@@ -153,6 +229,28 @@ def _gated_residual_in_chunks(x: torch.Tensor, y: torch.Tensor, gate: Modulation
         product = y[b, chunk] * _rows(gate, b, chunk)
         out[b, chunk].copy_(product.add_(x[b, chunk]))
     return out
+
+
+def _residual_norm_in_chunks(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    gate: Modulation | None,
+    norm: Norm,
+    scale: Modulation | None,
+    shift: Modulation | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    h, out = torch.empty_like(x), torch.empty_like(x)
+    for b, chunk in _chunks(x, *(modulation for modulation in (gate, scale, shift) if modulation is not None)):
+        if gate is None:
+            torch.add(x[b, chunk], y[b, chunk], out=h[b, chunk])
+        else:
+            product = y[b, chunk] * _rows(gate, b, chunk)
+            h[b, chunk].copy_(product.add_(x[b, chunk]))
+        normed = norm(h[b, chunk].float())
+        if scale is not None and shift is not None:
+            normed.mul_(1 + _rows(scale, b, chunk)).add_(_rows(shift, b, chunk))
+        out[b, chunk].copy_(normed)
+    return h, out
 
 
 def _chunks(x: torch.Tensor, *modulations: Modulation) -> Iterator[tuple[int, slice]]:
@@ -202,42 +300,55 @@ def _kinds_of_tokens(modulation: Modulation) -> Iterator[tuple[slice, torch.Tens
         yield slice(modulation.border), modulation.rows[:, :1]
         yield slice(modulation.border, None), modulation.rows[:, 1:]
     else:
-        yield slice(None), _of(modulation)
+        yield slice(None), as_rows(modulation)
 
 
 def _modulated_norm_kernel(x: torch.Tensor, norm: Norm, scale: Modulation, shift: Modulation) -> torch.Tensor:
     from wan_patches.ops.triton.modulation import modulate
 
-    return modulate(norm(x.float()), _of(scale), _of(shift), x.dtype, _border(scale))
+    return modulate(norm(x.float()), as_rows(scale), as_rows(shift), x.dtype, border_of(scale))
 
 
 def _gated_residual_kernel(x: torch.Tensor, y: torch.Tensor, gate: Modulation) -> torch.Tensor:
     from wan_patches.ops.triton.modulation import gated_residual
 
-    return gated_residual(x, y, _of(gate), _border(gate))
+    return gated_residual(x, y, as_rows(gate), border_of(gate))
 
 
-def _of(modulation: Modulation) -> torch.Tensor:
+def _residual_norm_kernel(
+    x: torch.Tensor, y: torch.Tensor, gate: None, norm: Norm, scale: Modulation | None, shift: Modulation | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from wan_patches.ops.triton.modulation import add_and_cast, modulate
+
+    h, wide = add_and_cast(x, y)
+    normed = norm(wide)
+    if scale is None or shift is None:
+        return h, normed.type_as(x)
+    return h, modulate(normed, as_rows(scale), as_rows(shift), x.dtype, border_of(scale))
+
+
+def as_rows(modulation: Modulation) -> torch.Tensor:
     """A modulation as kernels take it."""
     if isinstance(modulation, TwoRows):
         return modulation.rows
     return modulation.dense() if isinstance(modulation, RowPerToken) else modulation
 
 
-def _border(modulation: Modulation) -> int | None:
+def border_of(modulation: Modulation) -> int | None:
+    """How many tokens have the first of two rows; None where there are not two."""
     return modulation.border if isinstance(modulation, TwoRows) else None
 
 
 # When
 
 
-def _is_fast(x: torch.Tensor, *modulations: Modulation) -> bool:
+def is_fast(x: torch.Tensor, *modulations: Modulation) -> bool:
     """Whether `x` and what it is modulated with are such as the fast forms are for."""
     if is_observed(x, *itertools.chain(*map(_parts, modulations))) or x.dim() != 3 or x.is_meta:
         return False
     if x.dtype not in DTYPES or not x.is_contiguous() or x.numel() < (_SMALL if x.is_cpu else 1):
         return False
-    return all(_fits(modulation, x) for modulation in modulations) and len(set(map(_border, modulations))) <= 1
+    return all(_fits(modulation, x) for modulation in modulations) and len(set(map(border_of, modulations))) <= 1
 
 
 def _fits(modulation: Modulation, x: torch.Tensor) -> bool:
@@ -254,7 +365,8 @@ def _fits(modulation: Modulation, x: torch.Tensor) -> bool:
     )
 
 
-def _is_like(y: torch.Tensor, x: torch.Tensor) -> bool:
+def is_like(y: torch.Tensor, x: torch.Tensor) -> bool:
+    """Whether `y` is what the fast forms can add to `x`."""
     return (
         y.shape == x.shape and y.dtype in DTYPES and y.device == x.device and y.is_contiguous() and not is_observed(y)
     )
@@ -267,5 +379,6 @@ def _parts(modulation: Modulation) -> tuple[torch.Tensor, ...]:
     return tuple(modulation) if isinstance(modulation, RowPerToken) else (modulation,)
 
 
-def _kind(modulation: Modulation) -> tuple[object, ...]:
-    return (type(modulation), *signature(*_parts(modulation)), _border(modulation))
+def kind_of(modulation: Modulation) -> tuple[object, ...]:
+    """The part of a gate key that a modulation contributes."""
+    return (type(modulation), *signature(*_parts(modulation)), border_of(modulation))

@@ -2,30 +2,47 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from wan_patches.fidelity import Fidelity
 from wan_patches.registry import Patch, Target
-from wan_patches.rewrite import Edit, Replace
+from wan_patches.rewrite import Block, Edit, Replace
 
 if TYPE_CHECKING:
     from wan_patches.ops.modulation import Modulation
 
+_PREFIX, _CLOSE = "_wan_patches_", "_wan_patches_close_"
+_RESIDUAL_NORM = "_wan_patches_residual_norm"
 _NORM, _RESIDUAL, _CAST = "_wan_patches_modulated_norm", "_wan_patches_gated_residual", "_wan_patches_cast_norm"
 _OF_MODEL, _OF_OUTPUT = "_wan_patches_two_rows", "_wan_patches_current_row"
 _OF_BLOCK, _OF_TOKENS = "_wan_patches_modulations", "_wan_patches_modulations_of_tokens"
 
 
-def _modulated(times: int) -> Replace:
-    return Replace("(NORM(X.float()) * (1 + SCALE) + SHIFT).type_as(X)", f"{_NORM}(NORM, X, SCALE, SHIFT)", times)
+def _modulated(norm: str) -> Replace:
+    return Replace(f"({norm}(X.float()) * (1 + SCALE) + SHIFT).type_as(X)", f"{_NORM}({norm}, X, SCALE, SHIFT)")
 
 
-def _block(casts: int = 1) -> tuple[Edit, ...]:
-    """What every block has; `casts` of its norms are not modulated."""
+_FEED_FORWARD = Replace("(X.float() + ff_output.float() * GATE).type_as(X)", f"{_RESIDUAL}(X, ff_output, GATE, True)")
+
+
+def _block(x: str, *fingerprints: str) -> tuple[Edit, ...]:
+    """What blocks have whose residual sums are followed by norms at once; `x` is what they call the hidden states."""
     return (
-        _modulated(2),
-        Replace("(X.float() + attn_output * GATE).type_as(X)", f"{_RESIDUAL}(X, attn_output, GATE)"),
-        Replace("(X.float() + ff_output.float() * GATE).type_as(X)", f"{_RESIDUAL}(X, ff_output, GATE, True)"),
-        Replace("self.norm2(X.float()).type_as(X)", f"{_CAST}(self.norm2, X)", casts),
+        _modulated("self.norm1"),
+        Block(
+            first=f"{x} = ({x}.float() + attn_output * gate_msa).type_as({x})",
+            last=f"norm_hidden_states = self.norm2({x}.float()).type_as({x})",
+            replacement=f"{x}, norm_hidden_states = {_RESIDUAL_NORM}(self.norm2, {x}, attn_output, gate_msa)",
+            fingerprints=frozenset(fingerprints),
+        ),
+        Block(
+            first=f"{x} = {x} + attn_output",
+            last=f"norm_hidden_states = (self.norm3({x}.float()) * (1 + SCALE) + SHIFT).type_as({x})",
+            replacement=f"{x}, norm_hidden_states = {_RESIDUAL_NORM}(self.norm3, {x}, attn_output, None, SCALE, SHIFT)",
+            fingerprints=frozenset(fingerprints),
+        ),
+        _FEED_FORWARD,
     )
 
 
@@ -33,11 +50,18 @@ _ROW_PER_TOKEN = (  # of Wan 2.2 TI2V and Helios
     Replace("(TABLE.unsqueeze(0) + temb.float()).chunk(6, dim=2)", f"{_OF_TOKENS}(TABLE, temb)"),
     Replace("MODULATION.squeeze(2)", "MODULATION", 6),
 )
-_WAN_BLOCK = (*_block(), *_ROW_PER_TOKEN)
+_PLAIN_BLOCK = _block("hidden_states", "f057115c0857cb05", "0f474dcbbe6d0913")
+_VACE_BLOCK = _block("control_hidden_states", "11672d88f6fc84c0", "a9ba2b4daf22ed6f")
+_TWO_ROWS = Replace("(TABLE + temb.float()).chunk(6, dim=1)", f"{_OF_BLOCK}(TABLE, temb)")
+_WAN_BLOCK = (*_PLAIN_BLOCK, *_ROW_PER_TOKEN, _TWO_ROWS)
 _HELIOS_BLOCK = (
-    *_block(casts=2),
+    _modulated("self.norm1"),
+    _modulated("self.norm3"),
+    Replace("(X.float() + attn_output * GATE).type_as(X)", f"{_RESIDUAL}(X, attn_output, GATE)"),
+    Replace("self.norm2(X.float()).type_as(X)", f"{_CAST}(self.norm2, X)", 2),
+    _FEED_FORWARD,
     *_ROW_PER_TOKEN,
-    Replace("(TABLE + temb.float()).chunk(6, dim=1)", f"{_OF_BLOCK}(TABLE, temb)"),
+    _TWO_ROWS,
 )
 _HELIOS_MODEL = (
     Replace(
@@ -52,19 +76,37 @@ def _patch(module: str, *targets: Target) -> Patch:
         name="modulation",
         module=f"diffusers.models.transformers.{module}",
         targets=targets,
-        calls={name: f"{__name__}:{name.removeprefix('_wan_patches_')}" for name in _CALLS},
+        calls={name: f"{__name__}:{name.removeprefix(_PREFIX)}" for name in _CALLS},
         implementations={
             "CPUs": "a few tokens at a time",
-            "GPUs": "one kernel after the norm, and for a gated residual",
+            "CUDA with Triton": "a kernel after the norm, and one for a gated residual",
             "compilers, autograd": "stock's operations",
         },
     )
 
 
-_CALLS = (_NORM, _RESIDUAL, _CAST, _OF_MODEL, _OF_OUTPUT, _OF_BLOCK, _OF_TOKENS)
-_OUTPUT = (_modulated(1),)
+def _close(patch: Patch) -> Patch:
+    """The same with norms in one pass: other calls in the same places."""
+    targets = tuple(replace(target, edits=tuple(map(_renamed, target.edits))) for target in patch.targets)
+    calls = {name.replace(_PREFIX, _CLOSE): path for name, path in patch.calls.items()}
+    for name in (_NORM, _CAST, _RESIDUAL_NORM):
+        calls[name.replace(_PREFIX, _CLOSE)] = f"{__name__}:close_{name.removeprefix(_PREFIX)}"
+    implementations = {
+        **patch.implementations,
+        "CUDA with Triton": "one kernel for a residual sum, its norm and the modulation",
+        "NPUs": "npu_layer_norm_eval for norms without modulation",
+    }
+    return replace(patch, fidelity=Fidelity.CLOSE, targets=targets, calls=calls, implementations=implementations)
 
-PATCHES = (
+
+def _renamed(edit: Any) -> Any:
+    return replace(edit, replacement=edit.replacement.replace(_PREFIX, _CLOSE))
+
+
+_CALLS = (_NORM, _RESIDUAL, _CAST, _RESIDUAL_NORM, _OF_MODEL, _OF_OUTPUT, _OF_BLOCK, _OF_TOKENS)
+_OUTPUT = (_modulated("self.norm_out"),)
+
+_EXACT = (
     _patch(
         "transformer_wan",
         Target("WanTransformerBlock.forward", _WAN_BLOCK),
@@ -72,7 +114,7 @@ PATCHES = (
     ),
     _patch(
         "transformer_wan_vace",
-        Target("WanVACETransformerBlock.forward", _block()),
+        Target("WanVACETransformerBlock.forward", _VACE_BLOCK),
         Target("WanVACETransformer3DModel.forward", _OUTPUT),
     ),
     _patch("transformer_wan_animate", Target("WanTransformerBlock.forward", _WAN_BLOCK)),
@@ -83,16 +125,17 @@ PATCHES = (
     ),
     _patch(
         "transformer_skyreels_v2",
-        Target("SkyReelsV2TransformerBlock.forward", _block()),
+        Target("SkyReelsV2TransformerBlock.forward", _PLAIN_BLOCK),
         Target("SkyReelsV2Transformer3DModel.forward", _OUTPUT),
     ),
     _patch(
         "transformer_helios",
         Target("HeliosTransformerBlock.forward", _HELIOS_BLOCK),
-        Target("HeliosOutputNorm.forward", _OUTPUT),
+        Target("HeliosOutputNorm.forward", (_modulated("self.norm"),)),
         Target("HeliosTransformer3DModel.forward", _HELIOS_MODEL),
     ),
 )
+PATCHES = (*_EXACT, *map(_close, _EXACT))
 
 
 def modulated_norm(norm: Any, x: Any, scale: Modulation, shift: Modulation) -> Any:
@@ -109,6 +152,15 @@ def gated_residual(x: Any, y: Any, gate: Modulation, cast: bool = False) -> Any:
     return ops.gated_residual(x, y, gate, cast)
 
 
+def residual_norm(
+    norm: Any, x: Any, y: Any, gate: Modulation | None = None, scale: Any = None, shift: Any = None
+) -> tuple[Any, Any]:
+    """A residual sum and its norm; see `wan_patches.ops.modulation`."""
+    from wan_patches.ops import modulation as ops
+
+    return (ops.residual_norm if _is_plain(norm) else ops.plain_residual_norm)(x, y, gate, norm, scale, shift)
+
+
 def cast_norm(norm: Any, x: Any) -> Any:
     """`norm(x.float()).type_as(x)`; see `wan_patches.ops.modulation`."""
     from wan_patches.ops import modulation as ops
@@ -116,11 +168,37 @@ def cast_norm(norm: Any, x: Any) -> Any:
     return (ops.cast_norm if _is_plain(norm) else ops.plain_cast_norm)(x, norm)
 
 
+def close_modulated_norm(norm: Any, x: Any, scale: Modulation, shift: Modulation) -> Any:
+    """`modulated_norm`, with rounding that moves; see `wan_patches.ops.fused_norm`."""
+    from wan_patches.ops import fused_norm, modulation
+
+    return (fused_norm.modulated_norm if _is_plain(norm) else modulation.plain_modulated_norm)(x, norm, scale, shift)
+
+
+def close_residual_norm(
+    norm: Any, x: Any, y: Any, gate: Modulation | None = None, scale: Any = None, shift: Any = None
+) -> tuple[Any, Any]:
+    """`residual_norm`, with rounding that moves; see `wan_patches.ops.fused_norm`."""
+    from wan_patches.ops import fused_norm, modulation
+
+    function = fused_norm.residual_norm if _is_plain(norm) else modulation.plain_residual_norm
+    return function(x, y, gate, norm, scale, shift)
+
+
+def close_cast_norm(norm: Any, x: Any) -> Any:
+    """`cast_norm`, with rounding that moves; see `wan_patches.ops.fused_norm`."""
+    from wan_patches.ops import fused_norm, modulation
+
+    return (fused_norm.cast_norm if _is_plain(norm) else modulation.plain_cast_norm)(x, norm)
+
+
 def modulations(table: Any, temb: Any) -> Any:
     """What a block's table and the model's `temb`, `(batch, 6, dim)` or `TwoRows` of it, make: six modulations."""
     from wan_patches.ops.modulation import TwoRows
 
-    return temb.added_to(table) if isinstance(temb, TwoRows) else (table + temb.float()).chunk(6, dim=1)
+    if isinstance(temb, TwoRows):
+        return TwoRows(temb.rows.float(), temb.border).added_to(table)
+    return (table + temb.float()).chunk(6, dim=1)
 
 
 def modulations_of_tokens(table: Any, temb: Any) -> Any:
@@ -175,18 +253,30 @@ def _is_repeated(tensor: Any, dim: int) -> bool:
 
 def _reason_against_rows(model: Any) -> str | None:
     """Why a Helios model hands its blocks and its output norm what stock does; None where it need not."""
+    if type(model.norm_out).__name__ != "HeliosOutputNorm" or is_hooked(model.norm_out):
+        return "its output norm is another, or has hooks"
+    return reason_against_two_kinds(model, "HeliosTransformerBlock")
+
+
+def reason_against_two_kinds(model: Any, block: str) -> str | None:
+    """Why the blocks of `model` cannot be handed `TwoRows`; None where they can. block: the class they are to be of."""
     import torch
 
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return "it is being compiled"
     if torch.is_grad_enabled():
         return "gradients are enabled"
-    for module in (*model.blocks, model.norm_out):
-        if type(module).__name__ not in ("HeliosTransformerBlock", "HeliosOutputNorm"):
-            return f"it has a {type(module).__name__} in it"
-        if module._forward_hooks or module._forward_pre_hooks:
-            return "a block or the output norm has hooks"
+    for module in model.blocks:
+        if type(module).__name__ != block or is_hooked(module):
+            return "a block is another, or has hooks"
+        if not any(name.endswith(_OF_BLOCK.removeprefix(_PREFIX)) for name in type(module).forward.__code__.co_names):
+            return "a block does not run what is patched here"
     return None
+
+
+def is_hooked(module: Any) -> bool:
+    """Whether torch calls something before or after the forward of `module`."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _is_plain(norm: Any) -> bool:

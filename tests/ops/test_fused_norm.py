@@ -1,0 +1,136 @@
+"""Norms in one pass: what kernels are given, and that a kernel has to be as accurate as stock."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from wan_patches.fidelity import Fidelity, gate
+from wan_patches.ops import fused_norm as op
+from wan_patches.ops import modulation as exact
+from wan_patches.ops.modulation import TwoRows
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Norm(torch.nn.LayerNorm):
+    """As diffusers' `FP32LayerNorm`."""
+
+    def forward(self, x):
+        parameters = (None if p is None else p.float() for p in (self.weight, self.bias))
+        return F.layer_norm(x.float(), self.normalized_shape, *parameters, self.eps).to(x.dtype)
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """The way of GPUs on the CPU, with arithmetic in float64 in the kernels' place, and an error that can be set."""
+    state = SimpleNamespace(calls=0, error=0.0)
+
+    def normed(x, weight, bias, scale, shift, eps, border):
+        state.calls += 1
+        weight, bias = (None if p is None else p.double() for p in (weight, bias))
+        value = F.layer_norm(x.double(), x.shape[-1:], weight, bias, eps)
+        if scale is not None:
+            rows = [r if border is None else TwoRows(r, border).dense(x.shape[1]) for r in (scale, shift)]
+            value = value * (1 + rows[0].double()) + rows[1].double()
+        return (value + state.error).to(x.dtype)
+
+    def residual(x, y, by, weight, bias, scale, shift, eps, border):
+        if by is None:
+            h = x + y
+        else:
+            rows = by if border is None else TwoRows(by, border).dense(x.shape[1])
+            h = (x.float() + y.float() * rows).to(x.dtype)
+        return h, normed(h, weight, bias, scale, shift, eps, border)
+
+    stand_in = SimpleNamespace(layer_norm_modulate=normed, residual_layer_norm_modulate=residual, MAX_DIM=64)
+    monkeypatch.setitem(sys.modules, "wan_patches.ops.triton.close", stand_in)
+    monkeypatch.setattr(op.kernels, "is_usable", lambda device: True)
+    monkeypatch.setattr(exact, "_SMALL", 1)
+    gate.reset()
+    yield state
+    gate.reset()
+
+
+def _inputs(dtype, kind, dim=48, affine=False):
+    torch.manual_seed(0)
+    norm = Norm(dim, eps=1e-6, elementwise_affine=affine).to(dtype)
+    for parameter in norm.parameters():
+        torch.nn.init.normal_(parameter)
+    x, y = torch.randn(2, 2, 9, dim).to(dtype)
+    tensors = torch.randn(3, 2, {"row": 1, "token": 9, "two rows": 2}[kind], dim)
+    return norm, x, y, [TwoRows(tensor, 4) if kind == "two rows" else tensor for tensor in tensors]
+
+
+def _all(norm, x, y, modulations):
+    by, scale, shift = modulations
+    return (
+        op.modulated_norm(x, norm, scale, shift),
+        op.cast_norm(x, norm),
+        *op.residual_norm(x, y, by, norm, None, None),
+        *op.residual_norm(x, y, None, norm, scale, shift),
+    )
+
+
+def _stock(norm, x, y, modulations):
+    by, scale, shift = modulations
+    return (
+        exact.plain_modulated_norm(x, norm, scale, shift),
+        exact.plain_cast_norm(x, norm),
+        *exact.plain_residual_norm(x, y, by, norm, None, None),
+        *exact.plain_residual_norm(x, y, None, norm, scale, shift),
+    )
+
+
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("kind", ["row", "token", "two rows"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@torch.no_grad()
+def test_kernels_get_what_makes_the_result(dtype, kind, affine, kernel):
+    inputs = _inputs(dtype, kind, affine=affine)
+    stock = _stock(*inputs)
+    for _ in range(2):  # at first sight, and after it
+        for ours, expected in zip(_all(*inputs), stock, strict=True):
+            assert ours.dtype == expected.dtype
+            torch.testing.assert_close(ours, expected)
+    assert kernel.calls == 8
+    verdicts = gate.verdicts()
+    assert len(verdicts) == 4
+    assert all(verdict.exact and verdict.fidelity is Fidelity.CLOSE for verdict in verdicts)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@torch.no_grad()
+def test_residual_sums_keep_their_bits(dtype, kernel):
+    norm, x, y, (by, scale, shift) = _inputs(dtype, "row")
+    for _ in range(2):
+        assert torch.equal(op.residual_norm(x, y, by, norm, None, None)[0], exact.plain_gated_residual(x, y, by))
+        assert torch.equal(op.residual_norm(x, y, None, norm, scale, shift)[0], x + y)
+
+
+@torch.no_grad()
+def test_a_kernel_that_is_less_accurate_is_not_used(kernel):
+    inputs = _inputs(torch.bfloat16, "row")
+    kernel.error = 0.02
+    for _ in range(2):
+        for ours, expected in zip(_all(*inputs), _stock(*inputs), strict=True):
+            assert torch.equal(ours, expected)
+    assert not any(verdict.exact for verdict in gate.verdicts())
+    assert {verdict.reason for verdict in gate.verdicts()} == {"is less accurate than the stock formulation"}
+
+
+@pytest.mark.parametrize("why", ["too wide", "weight dtype", "no kernel"])
+@torch.no_grad()
+def test_other_input_takes_the_exact_forms(why, kernel, monkeypatch):
+    norm, *rest = _inputs(torch.bfloat16, "row", dim=80 if why == "too wide" else 48, affine=True)
+    if why == "weight dtype":
+        norm.double()
+    elif why == "no kernel":
+        monkeypatch.setattr(op.kernels, "is_usable", lambda device: False)
+    for ours, expected in zip(_all(norm, *rest), _stock(norm, *rest), strict=True):
+        assert torch.equal(ours, expected)
+    assert kernel.calls == 0

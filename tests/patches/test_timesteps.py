@@ -1,0 +1,163 @@
+"""Wan 2.2 TI2V: two timesteps instead of one for each token."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import wan_patches
+from wan_patches.bench.models import FAMILIES, available
+from wan_patches.fidelity import Fidelity
+from wan_patches.ops import modulation as ops
+from wan_patches.ops.modulation import TwoRows, TwoTimesteps
+from wan_patches.patches import timesteps as patch
+
+pytestmark = [pytest.mark.upstream, pytest.mark.usefixtures("one_thread")]
+
+
+@pytest.fixture
+def handed(monkeypatch):
+    """The timesteps that models are given."""
+    found = []
+
+    def embed(embedder, timestep, *more):
+        found.append(timestep)
+        return original(embedder, timestep, *more)
+
+    original = patch.embed_timesteps
+    monkeypatch.setattr(patch, "embed_timesteps", embed)
+    module = pytest.importorskip("diffusers.models.transformers.transformer_wan")
+    vars(module).pop(patch._EMBED, None)
+    yield found
+    wan_patches.disable()
+    vars(module).pop(patch._EMBED, None)
+
+
+def _pipeline(kind, dtype=torch.float32):
+    if "wan22_ti2v" not in available():
+        pytest.skip("this diffusers has none")
+    pipe = FAMILIES["wan22_ti2v"].build(dtype=dtype)
+    pipe.set_progress_bar_config(disable=True)
+    if kind == "text":
+        from diffusers import WanPipeline
+
+        parts = {name: getattr(pipe, name) for name in ("tokenizer", "text_encoder", "transformer", "vae", "scheduler")}
+        pipe = WanPipeline(**parts, expand_timesteps=True)
+        pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _latents(pipe, seed=0, **more):
+    inputs = FAMILIES["wan22_ti2v"].inputs(seed=seed, output_type="latent", **more)
+    if type(pipe).__name__ == "WanPipeline":
+        del inputs["image"]
+    return pipe(**inputs).frames
+
+
+@pytest.mark.parametrize("kind", ["image", "text"])
+def test_models_are_handed_what_the_pipeline_knows(kind, handed):
+    pipe = _pipeline(kind)
+    stock = _latents(pipe)
+    with wan_patches.enabled(["modulation", "timesteps"], fidelity="close", strict=True):
+        ours = _latents(pipe)
+    torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-4)
+    assert len(handed) == 4  # two steps, with and without the prompt
+    for timestep in handed:
+        if kind == "image":
+            assert isinstance(timestep, TwoTimesteps)
+            assert timestep.values[0] == 0 < timestep.values[1]
+            frames, height, width = stock.shape[2:]
+            assert timestep.border == height * width // 4
+            assert frames > 1
+        else:
+            assert timestep.shape == (1,)
+            assert timestep[0] > 0
+
+
+@pytest.mark.parametrize("kind", ["image", "text"])
+@torch.no_grad()
+def test_what_two_rows_stand_for_has_the_bits_of_a_row_per_token(kind, handed, monkeypatch):
+    """Where the embedding of a timestep does not depend on how many there are, so does nothing else."""
+    pipe = _pipeline(kind)
+    embed = type(pipe.transformer.condition_embedder.time_embedder).forward
+
+    def one_by_one(self, sample, *more):
+        rows = sample.reshape(-1, sample.shape[-1])
+        return torch.cat([embed(self, row[None], *more) for row in rows]).reshape(*sample.shape[:-1], -1)
+
+    monkeypatch.setattr(type(pipe.transformer.condition_embedder.time_embedder), "forward", one_by_one)
+    project = pipe.transformer.condition_embedder.time_proj
+    linear = project.forward
+
+    def each(rows):
+        flat = rows.reshape(-1, rows.shape[-1])
+        return torch.cat([linear(row[None]) for row in flat]).reshape(*rows.shape[:-1], -1)
+
+    monkeypatch.setattr(project, "forward", each)
+    monkeypatch.setattr(ops, "_SMALL", 1)
+    stock = _latents(pipe, steps=1)
+    with wan_patches.enabled(["modulation", "timesteps"], fidelity="close"):
+        assert torch.equal(_latents(pipe, steps=1), stock)
+    assert handed
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_errors_over_a_whole_loop_are_those_of_stock(dtype, handed):
+    errors = {"stock": 0.0, "ours": 0.0}
+    pipe = _pipeline("image", dtype)
+    truth = _pipeline("image", dtype)
+    truth.transformer.to(torch.float64)
+    for seed in range(6):
+        exact = _latents(truth, seed, steps=4).double()
+        errors["stock"] += (_latents(pipe, seed, steps=4).double() - exact).abs().mean().item()
+        with wan_patches.enabled(["modulation", "timesteps"], fidelity="close"):
+            errors["ours"] += (_latents(pipe, seed, steps=4).double() - exact).abs().mean().item()
+    assert any(isinstance(timestep, TwoTimesteps) for timestep in handed)
+    assert errors["stock"] > 0
+    assert errors["ours"] <= 1.01 * errors["stock"], errors
+
+
+@pytest.mark.parametrize("why", ["exact", "alone", "hooks", "block hooks", "own latents", "subclass"])
+def test_stock_is_left_alone(why, handed):
+    pipe = _pipeline("image")
+    if why == "hooks":
+        pipe.transformer.register_forward_pre_hook(lambda *args: None)
+    elif why == "block hooks":
+        pipe.transformer.blocks[0].register_forward_pre_hook(lambda *args: None)
+    elif why == "own latents":
+        pipe.prepare_latents = pipe.prepare_latents
+    elif why == "subclass":
+        pipe.__class__ = type("Own", (type(pipe),), {})
+    stock = _latents(pipe)
+    names = ["timesteps"] if why == "alone" else ["modulation", "timesteps"]
+    with wan_patches.enabled(names, fidelity="exact" if why == "exact" else "close") as status:
+        assert torch.equal(_latents(pipe), stock)
+        assert all(report.fidelity is Fidelity.CLOSE for report in status.of("timesteps"))
+    assert not any(isinstance(timestep, TwoTimesteps) for timestep in handed)
+    assert len(handed) == (0 if why == "exact" else 4)
+
+
+@pytest.mark.parametrize("offload", ["model", "sequential"])
+def test_hooks_of_offloading_hand_it_on(offload, handed):
+    accelerate = pytest.importorskip("accelerate")
+    pipe = _pipeline("image")
+    stock = _latents(pipe)
+    if offload == "model":
+        accelerate.hooks.add_hook_to_module(
+            pipe.transformer, accelerate.hooks.AlignDevicesHook("cpu", io_same_device=True)
+        )
+    else:
+        accelerate.cpu_offload(pipe.transformer, torch.device("cpu"))
+    with wan_patches.enabled(["modulation", "timesteps"], fidelity="close"):
+        ours = _latents(pipe)
+    torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-4)
+    assert all(isinstance(timestep, TwoTimesteps) for timestep in handed)
+
+
+def test_two_rows_and_timesteps_move_as_tensors_do():
+    rows = TwoRows(torch.randn(1, 2, 12), 3)
+    assert rows.ndim == 2
+    assert rows.unflatten(1, (6, -1)).rows.shape == (1, 2, 6, 2)
+    assert rows.unflatten(1, (6, -1)).ndim == 3
+    assert rows.to("meta", non_blocking=True).rows.is_meta
+    assert TwoTimesteps(torch.zeros(2), 3).to("meta").values.is_meta

@@ -1,0 +1,134 @@
+"""Wan 2.2 TI2V gives each token a timestep, of which there are two in image-to-video and one in text-to-video.
+
+Stock embeds them all, and each block adds its table to a row for every token. Here the pipeline, which knows where the
+first frame ends, hands the model what it knows. CLOSE: what is elementwise keeps its bits, but a matmul of two rows may
+round otherwise than one of all.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from wan_patches.fidelity import Fidelity
+from wan_patches.patches.modulation import is_hooked, reason_against_two_kinds
+from wan_patches.registry import Known, Patch, Target
+from wan_patches.rewrite import Replace
+
+_EMBED, _OF_OUTPUT = "_wan_patches_embed_timesteps", "_wan_patches_output_modulations"
+_OF_IMAGE, _OF_TEXT = "_wan_patches_image_timesteps", "_wan_patches_text_timesteps"
+_STOCK = "temp_ts.unsqueeze(0).expand(latents.shape[0], -1)"
+_ONES = "torch.ones(latents.shape, dtype=torch.float32, device=device)"
+
+
+def _patch(module: str, target: Target, requires: tuple[Known, ...] = ()) -> Patch:
+    names = (_EMBED, _OF_OUTPUT, _OF_IMAGE, _OF_TEXT)
+    return Patch(
+        name="timesteps",
+        module=f"diffusers.{module}",
+        targets=(target,),
+        calls={name: f"{__name__}:{name.removeprefix('_wan_patches_')}" for name in names},
+        fidelity=Fidelity.CLOSE,
+        implementations={"all devices": "two timesteps embedded instead of one for each token"},
+        requires=requires,
+    )
+
+
+# how `prepare_latents` makes the mask of the first frame, from diffusers 0.35 to 0.42
+_MASK = Known(
+    "diffusers.pipelines.wan.pipeline_wan_i2v",
+    "WanImageToVideoPipeline.prepare_latents",
+    frozenset(("06e2330f8dfb9215", "fca136457d9b149a")),
+)
+
+PATCHES = (
+    _patch(
+        "models.transformers.transformer_wan",
+        Target(
+            "WanTransformer3DModel.forward",
+            (
+                Replace(
+                    "self.condition_embedder(timestep, TEXT, IMAGE, timestep_seq_len=ts_seq_len)",
+                    f"{_EMBED}(self.condition_embedder, timestep, TEXT, IMAGE, ts_seq_len)",
+                ),
+                Replace(
+                    "(self.scale_shift_table.to(temb.device) + temb.unsqueeze(1)).chunk(2, dim=1)",
+                    f"{_OF_OUTPUT}(self.scale_shift_table, temb)",
+                ),
+            ),
+        ),
+    ),
+    _patch(
+        "pipelines.wan.pipeline_wan_i2v",
+        Target(
+            "WanImageToVideoPipeline.__call__",
+            (Replace(_STOCK, f"{_OF_IMAGE}(self, current_model, temp_ts, latents)"),),
+        ),
+        requires=(_MASK,),
+    ),
+    _patch(
+        "pipelines.wan.pipeline_wan",
+        Target(
+            "WanPipeline.__call__",
+            (
+                Replace(_ONES, _ONES),  # the mask that is multiplied with the timestep
+                Replace(_STOCK, f"{_OF_TEXT}(self, current_model, temp_ts, latents)"),
+            ),
+        ),
+    ),
+)
+
+
+def image_timesteps(pipe: Any, model: Any, of_tokens: Any, latents: Any) -> Any:
+    """What the model gets where the tokens of the first latent frame have timestep 0, and the others another.
+
+    of_tokens: `(seq,)`; latents: `(batch, channels, latent frames, height, width)`.
+    """
+    import torch
+
+    from wan_patches.ops.modulation import TwoTimesteps
+
+    if _reason_against(pipe, model) is not None:
+        return of_tokens.unsqueeze(0).expand(latents.shape[0], -1)
+    return TwoTimesteps(torch.stack((of_tokens[0], of_tokens[-1])), of_tokens.shape[0] // latents.shape[2])
+
+
+def text_timesteps(pipe: Any, model: Any, of_tokens: Any, latents: Any) -> Any:
+    """What the model gets where all tokens have one timestep: one for each sample."""
+    if _reason_against(pipe, model) is not None:
+        return of_tokens.unsqueeze(0).expand(latents.shape[0], -1)
+    return of_tokens[-1:].expand(latents.shape[0])
+
+
+def embed_timesteps(embedder: Any, timestep: Any, text: Any, image: Any, seq: int | None) -> Any:
+    """The embeddings of timesteps, text and image; of `TwoTimesteps` those of the timesteps are `TwoRows`."""
+    from wan_patches.ops.modulation import TwoRows, TwoTimesteps
+
+    if not isinstance(timestep, TwoTimesteps):
+        return embedder(timestep, text, image, timestep_seq_len=seq)
+    temb, projected, *others = embedder(timestep.values, text, image)
+    return *(TwoRows(rows.unsqueeze(0), timestep.border) for rows in (temb, projected)), *others
+
+
+def output_modulations(table: Any, temb: Any) -> Any:
+    """Shift and scale of the output norm; `temb` is `(batch, dim)`, or `TwoRows` of it."""
+    from wan_patches.ops.modulation import TwoRows
+
+    table = table.to(temb.rows.device if isinstance(temb, TwoRows) else temb.device)
+    if isinstance(temb, TwoRows):
+        return TwoRows(temb.rows.unsqueeze(2), temb.border).added_to(table)
+    return (table + temb.unsqueeze(1)).chunk(2, dim=1)
+
+
+def _reason_against(pipe: Any, model: Any) -> str | None:
+    """Why a pipeline gives each token its timestep, as stock does; None where it need not."""
+    known = type(pipe).__name__ in ("WanImageToVideoPipeline", "WanPipeline")
+    if not known or not type(pipe).__module__.startswith("diffusers.") or "prepare_latents" in vars(pipe):
+        return "the pipeline is another, or makes latents in its own way"
+    if type(model).__name__ != "WanTransformer3DModel" or is_hooked(model) or model._compiled_call_impl is not None:
+        return "the model is another, has hooks, or is compiled"
+    if getattr(model, "_parallel_config", None) is not None:
+        return "devices share the sequence"
+    if _EMBED not in inspect.unwrap(type(model).forward).__code__.co_names:
+        return "the model does not run what is patched here"
+    return reason_against_two_kinds(model, "WanTransformerBlock")
