@@ -84,6 +84,36 @@ def test_the_newest_choice_holds(modules):
     registry.disable()
 
 
+def test_a_close_patch_stands_for_the_exact_one_of_its_name(modules):
+    a = importlib.import_module("made_a")
+    original = a.f.__code__
+    edits = (Replace("x + N", "-made_close(x + N)"),)
+    close = Patch("one", "made_a", (Target("f", edits),), {"made_close": lambda n: n}, Fidelity.CLOSE)
+    registry = Registry([patch("one"), close, patch("two", functions=("g",))])
+    for _ in range(2):
+        registry.enable()
+        assert (a.f(1), a.g(1)) == (4, 6)
+        registry.enable(fidelity="close")
+        assert (a.f(1), a.g(1)) == (-2, 6)
+        assert [r.state for r in registry.status().reports] == ["off", "active", "active"]
+        registry.enable(fidelity="close")
+        assert a.f(1) == -2
+    with registry.enabled():
+        assert a.f(1) == 4
+    assert a.f(1) == -2
+    registry.disable()
+    assert a.f.__code__ is original
+
+
+def test_a_close_patch_that_does_not_know_the_code_leaves_the_exact_one_there(modules):
+    a = importlib.import_module("made_a")
+    close = patch("one", pattern="x * N", fidelity=Fidelity.CLOSE)
+    registry = Registry([patch("one"), close])
+    registry.enable(fidelity="close")
+    assert a.f(1) == 4
+    assert [r.state for r in registry.status().reports] == ["active", "skipped"]
+
+
 def test_enabled_nests_and_gives_back(modules):
     a = importlib.import_module("made_a")
     registry = Registry([patch("one"), patch("two", functions=("g",))])
@@ -159,7 +189,8 @@ def test_strict_passes_over_modules_that_this_version_does_not_have():
 
 
 def test_unknown_names_are_value_errors_that_list_the_known():
-    with pytest.raises(ValueError, match=r"unknown patch nope; known: conditioning, frames, preprocess, rope"):
+    known = ", ".join(sorted({report.name for report in wan_patches.status().reports}))
+    with pytest.raises(ValueError, match=f"unknown patch nope; known: {known}$"):
         wan_patches.enable(["rope", "nope"])
     with pytest.raises(ValueError, match=r"unknown fidelity 'best'; known: 'exact', 'close'"):
         wan_patches.enable(fidelity="best")
@@ -249,3 +280,75 @@ def test_places_are_where_patches_are(modules):
         assert (place.function(1), place.stock(1)) == (6, 3)
         assert place.stock.__code__ is not a.g.__code__
     assert registry.places() == []
+
+
+class Addition:
+    """What a patch can put into a module besides edits, and whether that fails."""
+
+    def __init__(self):
+        self.module, self.error = None, None
+
+    def put(self, module):
+        if self.error is not None:
+            raise self.error
+        self.module = module
+
+    def take(self):
+        self.module = None
+
+
+addition = Addition()
+
+
+@pytest.fixture
+def added():
+    addition.__init__()
+    return patch(addition=f"{__name__}:addition")
+
+
+def test_an_addition_is_there_as_long_as_the_patch(added, modules):
+    registry = Registry([added])
+    registry.enable()
+    assert addition.module is None  # as the module is not there yet
+    a = importlib.import_module("made_a")
+    assert addition.module is a
+    with registry.enabled([]):
+        assert addition.module is None
+    assert addition.module is a
+    registry.disable()
+    assert addition.module is None
+
+
+def test_an_addition_that_fails_takes_the_edits_with_it(added, modules):
+    a = importlib.import_module("made_a")
+    addition.error = RuntimeError("no room")
+    (report,) = Registry([added]).enable().reports
+    assert (report.state, report.reason) == ("skipped", "raised RuntimeError: no room")
+    assert a.f(1) == 2
+
+
+def test_no_addition_without_the_edits(modules):
+    importlib.import_module("made_a")
+    addition.__init__()
+    (report,) = Registry([patch(pattern="x + 7", addition=f"{__name__}:addition")]).enable().reports
+    assert report.state == "skipped"
+    assert addition.module is None
+
+
+def advise():
+    return ["buy", "sell"]
+
+
+def fail():
+    raise RuntimeError("planted")
+
+
+def test_advice_is_asked_when_the_module_is_there_and_cannot_do_harm(modules):
+    registry = Registry([patch(advice=f"{__name__}:advise"), patch("other", "made_b", advice=f"{__name__}:fail")])
+    assert registry.enable().advice == ()
+    importlib.import_module("made_a")
+    assert registry.status().advice == ("buy", "sell")
+    importlib.import_module("made_b")
+    status = registry.status()
+    assert status.advice[2:] == (f"{__name__}:fail raised RuntimeError: planted",)
+    assert "  sell" in str(status).splitlines()

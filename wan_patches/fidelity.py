@@ -7,12 +7,14 @@ import logging
 import threading
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     import torch
 
 logger = logging.getLogger("wan_patches")
+
+Result = TypeVar("Result")
 
 
 class Fidelity(str, enum.Enum):
@@ -33,12 +35,16 @@ class Fidelity(str, enum.Enum):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the first-sight gate found for one operation on one kind of input."""
+    """What the first-sight gate found for one operation on one kind of input.
+
+    exact: it keeps its promise, which is `fidelity`.
+    """
 
     op: str
     key: Hashable
     exact: bool
     reason: str = ""
+    fidelity: Fidelity = Fidelity.EXACT
 
 
 class Gate:
@@ -62,14 +68,19 @@ class Gate:
         self,
         op: str,
         key: Hashable,
-        implementation: Callable[..., torch.Tensor],
-        reference: Callable[..., torch.Tensor],
+        implementation: Callable[..., Result],
+        reference: Callable[..., Result],
         *args: Any,
-    ) -> torch.Tensor:
+        agree: Callable[[Result, Result], bool] | None = None,
+        fidelity: Fidelity = Fidelity.EXACT,
+    ) -> Result:
         """Returns `implementation(*args)` where it has proved equal to `reference(*args)`, else the latter.
 
+        The result is a tensor or a tuple of tensors.
+
         `key` must hold all that the arithmetic can depend on (see `signature`); it always includes `op`.
-        The first sight of a key costs one extra call and one wait for the device.
+        The first sight of a key costs one extra call and one wait for the device. A CLOSE implementation
+        says by `agree(ours, stock)` whether its result will do.
         """
         if not self.enabled:
             return implementation(*args)
@@ -78,7 +89,7 @@ class Gate:
             return implementation(*args) if verdict.exact else reference(*args)
         if _is_capturing():  # a comparison waits for the device, which a graph capture forbids
             return reference(*args)
-        return self._first_sight(op, key, implementation, reference, args)
+        return self._first_sight(op, key, implementation, reference, args, agree or _identical, fidelity)
 
     def verdicts(self) -> list[Verdict]:
         """What has been found so far, oldest first."""
@@ -91,7 +102,7 @@ class Gate:
             self._verdicts.clear()
             self._warned.clear()
 
-    def _first_sight(self, op: str, key: Hashable, implementation, reference, args) -> torch.Tensor:
+    def _first_sight(self, op: str, key: Hashable, implementation, reference, args, agree, fidelity: Fidelity) -> Any:
         import torch
 
         reason = ""
@@ -103,17 +114,17 @@ class Gate:
             ours, reason = None, f"raised {type(error).__name__}: {error}"
         try:
             stock = reference(*args)
-            exact = ours is not None and _identical(ours, stock)
+            exact = ours is not None and _alike(ours, stock) and agree(ours, stock)
         except torch.OutOfMemoryError:
             del ours  # no room for both: stock alone, and no verdict
             return reference(*args)
         if not exact:
-            reason = reason or "differs from the stock formulation"
+            reason = reason or _DIFFERS[fidelity]
             self._warn(op, reason)
         with self._lock:
             while len(self._verdicts) >= self.CAPACITY:
                 del self._verdicts[next(iter(self._verdicts))]
-            self._verdicts[(op, key)] = Verdict(op, key, exact, reason)
+            self._verdicts[(op, key)] = Verdict(op, key, exact, reason, fidelity)
         return stock
 
     def _warn(self, op: str, reason: str) -> None:
@@ -138,11 +149,23 @@ def signature(*tensors: torch.Tensor) -> tuple[Hashable, ...]:
     return tuple(key)
 
 
-def _identical(a: torch.Tensor, b: torch.Tensor) -> bool:
+_DIFFERS = {
+    Fidelity.EXACT: "differs from the stock formulation",
+    Fidelity.CLOSE: "is less accurate than the stock formulation",
+}
+
+
+def _alike(a: Any, b: Any) -> bool:
+    if isinstance(a, tuple) and isinstance(b, tuple):  # of an operation with several results
+        return len(a) == len(b) and all(map(_alike, a, b))
+    return a.dtype == b.dtype and a.shape == b.shape
+
+
+def _identical(a: Any, b: Any) -> bool:
     import torch
 
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
+    if isinstance(a, tuple):
+        return all(map(_identical, a, b))
     # nan is not equal to itself, and says nothing against an implementation that gives it where stock does
     return torch.equal(a, b) or torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
 

@@ -17,6 +17,7 @@ import threading
 import types
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import wrapt
 
@@ -62,10 +63,13 @@ class Patch:
     targets: the functions it changes there.
     calls: what the edits call: name in the module's globals -> `"module:function"`, or `STOCK` for the
         target as it was.
-    fidelity: what it promises about the numbers.
+    fidelity: what it promises about the numbers. A close patch, where wanted, takes the place of the exact ones of its
+        name in its module.
     implementations: what runs, by kind of device, for `status()`.
     requires: functions it relies on being as they are known.
     optional: the targets live elsewhere in some versions; their absence is no news.
+    addition: `"module:object"`: what the patch puts into the module besides edits, by its `put(module)` and `take()`.
+    advice: `"module:function"` that gives sentences for `status()`, asked when the module is loaded.
     """
 
     name: str
@@ -76,6 +80,8 @@ class Patch:
     implementations: Mapping[str, str] = field(default_factory=dict)
     requires: tuple[Known, ...] = ()
     optional: bool = False
+    addition: str | None = None
+    advice: str | None = None
 
 
 @dataclass(frozen=True)
@@ -103,10 +109,11 @@ class Report:
 
 @dataclass(frozen=True)
 class Status:
-    """What is patched and what is not; prints as a table."""
+    """What is patched and what is not; prints as a table. `advice`: sentences about this machine."""
 
     reports: tuple[Report, ...]
     verdicts: tuple[Verdict, ...] = ()
+    advice: tuple[str, ...] = ()
 
     def of(self, name: str) -> tuple[Report, ...]:
         """The reports of the patches called `name`."""
@@ -220,7 +227,8 @@ class Registry:
         """The state of every patch and the verdicts of the first-sight gate."""
         with self._lock:
             reports = [entry.report() for entry in self._load()]
-            return Status(tuple(reports + self._broken_plugins), tuple(gate.verdicts()))
+            advice = tuple(line for entry in self._load() for line in _advice(entry.patch))
+            return Status(tuple(reports + self._broken_plugins), tuple(gate.verdicts()), advice)
 
     def patches(self) -> list[Patch]:
         """Every patch that there is, wanted or not."""
@@ -323,15 +331,29 @@ class Registry:
     def _apply(self, just_imported: types.ModuleType | None = None) -> None:
         choice = self._frames[-1].choice
         gate.enabled = choice is None or choice.gate
-        for entry in self._load():
-            if just_imported is not None and entry.patch.module != just_imported.__name__:
-                continue
-            if choice is not None and choice.wants(entry.patch):
-                module = just_imported or _loaded(entry.patch.module)
-                entry.state, entry.reason = self._install(entry, module) if module else (WAITING, "")
-            else:
+        entries = [e for e in self._load() if just_imported is None or e.patch.module == just_imported.__name__]
+        taken: set[tuple[str, str]] = set()
+        for entry in sorted(entries, key=lambda entry: entry.patch.fidelity is Fidelity.EXACT):
+            place = entry.patch.name, entry.patch.module
+            if choice is None or not choice.wants(entry.patch):
                 self._remove(entry)
                 entry.state, entry.reason = OFF, ""
+            elif place in taken:
+                entry.state, entry.reason = OFF, "a close form is in its place"
+            else:
+                module = just_imported or _loaded(entry.patch.module)
+                if entry.patch.fidelity is Fidelity.CLOSE:
+                    self._make_room(entry, entries)
+                entry.state, entry.reason = self._install(entry, module) if module else (WAITING, "")
+                if entry.patch.fidelity is Fidelity.CLOSE and entry.state != SKIPPED:
+                    taken.add(place)
+
+    def _make_room(self, entry: _Entry, entries: Iterable[_Entry]) -> None:
+        """Takes out the exact patches that a close one stands for."""
+        for other in entries:
+            same = (other.patch.name, other.patch.module) == (entry.patch.name, entry.patch.module)
+            if same and other.patch.fidelity is Fidelity.EXACT:
+                self._remove(other)
 
     def _install(self, entry: _Entry, module: types.ModuleType) -> tuple[str, str]:
         if entry.functions and all(_holds(module, *item) for item in entry.functions):
@@ -345,6 +367,8 @@ class Registry:
             calls = {name: _resolve(path) for name, path in entry.patch.calls.items()}
             for target in entry.patch.targets:
                 entry.functions.append((_put(module, target, calls), target))
+            if entry.patch.addition is not None:
+                _addition(entry.patch).put(module)
         except Exception as error:  # all or nothing
             self._remove(entry)
             return SKIPPED, str(error) if isinstance(error, Unknown) else f"raised {_describe(error)}"
@@ -353,6 +377,8 @@ class Registry:
     def _remove(self, entry: _Entry) -> None:
         for function, target in entry.functions:
             site(function).remove(target.edits)
+        if entry.functions and entry.patch.addition is not None:
+            _addition(entry.patch).take()
         entry.functions = []
 
     def _skipped(self) -> list[Report]:
@@ -400,6 +426,19 @@ def _exists(module: types.ModuleType, target: Target, older: bool = True) -> boo
         with contextlib.suppress(Unknown):
             return name is not None and _attribute(module, name) is not None
     return False
+
+
+def _addition(patch: Patch) -> Any:
+    return _resolve(patch.addition)
+
+
+def _advice(patch: Patch) -> list[str]:
+    if patch.advice is None or _loaded(patch.module) is None:
+        return []
+    try:
+        return list(_resolve(patch.advice)())  # type: ignore[operator]
+    except Exception as error:  # advice is not worth an exception
+        return [f"{patch.advice} raised {_describe(error)}"]
 
 
 def _check(known: Known) -> None:

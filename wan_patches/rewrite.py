@@ -65,13 +65,14 @@ class Replace:
 class Block:
     """Replaces the run of statements from the one that matches `first` to the one that matches `last`.
 
-    The run must have a known fingerprint. Capitals in `last` can be used in `replacement`.
+    The run must have a known fingerprint. Capitals in `last` can be used in `replacement`. `declined` as in `Body`.
     """
 
     first: str
     last: str
     replacement: str
     fingerprints: frozenset[str]
+    declined: tuple[tuple[str, str], ...] = ()
 
     def apply(self, function: ast.FunctionDef) -> None:
         first, last, replacement = (ast.parse(text).body[0] for text in (self.first, self.last, self.replacement))
@@ -82,7 +83,10 @@ class Block:
             for end in range(start + 1, len(body)):
                 bindings: dict[str, Any] = {}
                 if _matches(last, body[end], bindings):
-                    _require(fingerprint(body[start : end + 1]), self.fingerprints, f"the block `{self.first}` ...")
+                    found = fingerprint(body[start : end + 1])
+                    if found in dict(self.declined):
+                        raise Unknown(dict(self.declined)[found])
+                    _require(found, self.fingerprints, f"the block `{self.first}` ...")
                     body[start : end + 1] = [_fill(replacement, bindings, body[start])]
                     return
         raise Unknown(f"no block from `{self.first}` to `{self.last}`")

@@ -70,7 +70,8 @@ def status_table(status: Status) -> list[object]:
     for name, report in {report.name: report for report in status.reports}.items():
         runs = "; ".join(f"{what} on {device}" for device, what in report.implementations.items())
         lines.append(f"  {name} ({report.fidelity.value}): {runs}")
-    judged = Counter((verdict.op, verdict.exact, verdict.reason) for verdict in status.verdicts)
-    for (op, exact, reason), n in judged.items():
-        lines.append(f"  gate: {op}: {'exact' if exact else 'stock used, ' + reason} ({n} kinds of input)")
+    judged = Counter((v.op, v.fidelity.value if v.exact else f"stock used, {v.reason}") for v in status.verdicts)
+    for (op, verdict), n in judged.items():
+        lines.append(f"  gate: {op}: {verdict} ({n} kinds of input)")
+    lines += [f"  {advice}" for advice in status.advice]
     return lines
