@@ -109,6 +109,9 @@ def test_body_and_block_go_by_fingerprint(module):
     assert run_with(module.Model.scale, block)(model, 2.0) == model.scale(2.0)
     with pytest.raises(Unknown, match="is not known"):
         rewritten(module.Model.scale, [Block("z = y", "z = z.real", "z = y", frozenset({"0" * 16}))])
+    declined = ((fingerprint(statements), "for a reason"),)
+    with pytest.raises(Unknown, match="for a reason"):
+        rewritten(module.Model.scale, [Block("z = y", "z = z.real", "z = y", frozenset(), declined)])
 
 
 def test_fingerprints_ignore_what_says_nothing(tmp_path):
