@@ -1,13 +1,20 @@
-"""Whole pipelines on an NVIDIA GPU, stock against patched: `pytest -m gpu`."""
+"""On an NVIDIA GPU, stock against patched, whole pipelines and single operations: `pytest -m gpu`."""
 
 from __future__ import annotations
+
+import importlib
+import types
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import wan_patches
 from wan_patches.bench.models import FAMILIES, available
+from wan_patches.codeswap import stock as stock_of
+from wan_patches.fidelity import gate
+from wan_patches.ops import rope
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -40,3 +47,165 @@ def _same(a, b):
     if isinstance(a, list):
         return all(x.tobytes() == y.tobytes() for u, v in zip(a, b, strict=True) for x, y in zip(u, v, strict=True))
     return np.array_equal(a, b)
+
+
+# Operations at the shapes of the published models, 480x832x81 and 720x1280x81
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+SHAPES = [(1, 32760, 12, 128), (1, 32760, 40, 128), (2, 8190, 24, 128), (1, 75600, 40, 128), (1, 517, 5, 44)]
+KINDS = ["one", "each", "two"]
+
+
+@pytest.fixture
+def fresh_gate():
+    pytest.importorskip("triton")
+    torch.manual_seed(0)
+    gate.reset()
+    yield
+    gate.reset()
+
+
+def _identical(ours, stock):
+    assert (ours.dtype, ours.shape, ours.stride()) == (stock.dtype, stock.shape, stock.stride())
+    assert torch.equal(ours, stock)
+
+
+def _stock_rotation(x, cos, sin):
+    wan = importlib.import_module("diffusers.models.transformers.transformer_wan")
+    code = stock_of(wan.WanAttnProcessor.__call__).__code__
+    nested = next(c for c in code.co_consts if getattr(c, "co_name", "") == "apply_rotary_emb")
+    return types.FunctionType(nested, vars(wan))(x, cos, sin)
+
+
+def _tables(seq, dim, batch=1):
+    angles = torch.rand(batch, seq, 1, dim // 2, device="cuda") * 100
+    full = angles.repeat_interleave(2, dim=-1)
+    return full.cos(), full.sin()
+
+
+def _verdicts_are_exact(*ops):
+    assert {verdict.op for verdict in gate.verdicts()} == set(ops)
+    assert all(verdict.exact for verdict in gate.verdicts()), gate.verdicts()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("layout", ["contiguous", "fused", "permuted"])
+@torch.no_grad()
+def test_rotary_embedding_has_the_bits_of_stock(shape, dtype, layout, fresh_gate):
+    batch, seq, heads, dim = shape
+    if layout == "fused":
+        query, key, _ = torch.randn(batch, seq, 3 * heads * dim, device="cuda", dtype=dtype).chunk(3, dim=-1)
+        query, key = query.unflatten(2, (heads, -1)), key.unflatten(2, (heads, -1))
+    elif layout == "permuted":
+        query, key = torch.randn(2, batch, heads, seq, dim, device="cuda", dtype=dtype).transpose(2, 3)
+    else:
+        query, key = torch.randn(2, *shape, device="cuda", dtype=dtype)
+    cos, sin = _tables(seq, dim, batch)
+    halves = cos[..., 0::2], sin[..., 1::2]
+    stock = _stock_rotation(query, cos, sin), _stock_rotation(key, cos, sin)
+    for _ in range(2):  # at first sight, and after it
+        for ours, theirs in zip(rope.apply_rotary_emb_qk(query, key, *halves), stock):
+            _identical(ours, theirs)
+        _identical(rope.apply_rotary_emb(query, *halves), stock[0])
+    _verdicts_are_exact("rope", "rope of queries and keys")
+
+
+@torch.no_grad()
+def test_rotary_embedding_of_helios_has_the_bits_of_stock(fresh_gate):
+    helios = pytest.importorskip("diffusers.models.transformers.transformer_helios")
+    x = torch.randn(2, 12285, 40, 128, device="cuda", dtype=torch.bfloat16)
+    for batch in (1, 2):
+        table = torch.cat(_tables(12285, 128, batch), dim=-1).squeeze(2)
+        stock = helios.apply_rotary_emb_transposed(x, table)
+        with wan_patches.enabled(["rope"]):
+            for _ in range(2):
+                _identical(helios.apply_rotary_emb_transposed(x, table), stock)
+    _verdicts_are_exact("rope")
+
+
+@torch.no_grad()
+def test_rotary_embedding_is_captured_in_a_graph(fresh_gate):
+    query, key = torch.randn(2, 1, 4095, 12, 128, device="cuda", dtype=torch.bfloat16)
+    cos, sin = _tables(4095, 128)
+    stock = _stock_rotation(query, cos, sin), _stock_rotation(key, cos, sin)
+    rope.apply_rotary_emb_qk(query, key, cos[..., 0::2], sin[..., 1::2])  # first sight, where nothing is captured
+    rope.apply_rotary_emb_qk(query, key, cos[..., 0::2], sin[..., 1::2])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = rope.apply_rotary_emb_qk(query, key, cos[..., 0::2], sin[..., 1::2])
+    graph.replay()
+    for ours, theirs in zip(captured, stock):
+        _identical(ours, theirs)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
+@torch.no_grad()
+def test_kernels_run_on_the_device_of_their_input(fresh_gate):
+    query, key = torch.randn(2, 1, 4095, 12, 128, device="cuda:1", dtype=torch.bfloat16)
+    cos, sin = (table.to("cuda:1") for table in _tables(4095, 128))
+    assert torch.cuda.current_device() == 0
+    stock = _stock_rotation(query, cos, sin)
+    for _ in range(2):
+        _identical(rope.apply_rotary_emb_qk(query, key, cos[..., 0::2], sin[..., 1::2])[0], stock)
+    _verdicts_are_exact("rope of queries and keys")
+
+
+def _rows(kind, seq, dim):
+    """Rows of one kind, the border, and the same for every token."""
+    rows = torch.randn(1, {"one": 1, "each": seq, "two": 2}[kind], 6, dim, device="cuda")[:, :, 2]
+    border = seq // 3 if kind == "two" else None
+    counts = torch.tensor([border, seq - border], device="cuda") if border else None
+    return rows, border, rows if counts is None else rows.repeat_interleave(counts, dim=1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("batch", "seq", "dim"), [(1, 32760, 5120), (2, 8190, 1536), (1, 27280, 3072), (1, 33, 1100)])
+@torch.no_grad()
+def test_modulation_and_residuals_have_the_bits_of_stock(batch, seq, dim, kind, dtype, fresh_gate):
+    from wan_patches.ops.triton.modulation import add_and_cast, gated_residual, modulate
+
+    x, y = torch.randn(2, batch, seq, dim, device="cuda", dtype=dtype)
+    normed = F.layer_norm(x.float(), (dim,))
+    scale, border, dense_scale = _rows(kind, seq, dim)
+    shift, _, dense_shift = _rows(kind, seq, dim)
+    _identical(modulate(normed, scale, shift, dtype, border), (normed * (1 + dense_scale) + dense_shift).to(dtype))
+    _identical(gated_residual(x, y, scale, border), (x.float() + y.float() * dense_scale).to(dtype))
+    if dtype != torch.float32:
+        total, wide = add_and_cast(x, y)
+        _identical(total, x + y)
+        _identical(wide, (x + y).float())
+
+
+def _error(found, exact):
+    return (found.double() - exact).abs().mean().item()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [1536, 3072, 5120])
+@torch.no_grad()
+def test_close_kernels_are_no_further_from_fp64_than_stock(dim, dtype, fresh_gate):
+    from wan_patches.ops.triton.close import residual_layer_norm_modulate, rms_norm_rope
+
+    seq, heads, errors = 2048, dim // 128, []
+    for seed in range(4):
+        torch.manual_seed(seed)
+        x, y = torch.randn(2, 1, seq, dim, device="cuda", dtype=dtype)
+        gate_, scale, shift = torch.randn(3, 1, 1, dim, device="cuda") * 0.5
+        weight = (1 + 0.3 * torch.randn(dim, device="cuda")).to(dtype)
+        cos, sin = (half.contiguous() for half in (table[..., 0::2] for table in _tables(seq, 128)))
+
+        h, normed = residual_layer_norm_modulate(x, y, gate_, None, None, scale, shift, 1e-6)
+        assert torch.equal(h, (x.float() + y.float() * gate_).to(dtype))
+        exact = F.layer_norm(h.double(), (dim,), eps=1e-6) * (1 + scale.double()) + shift.double()
+        stock = (F.layer_norm(h.float(), (dim,), eps=1e-6) * (1 + scale) + shift).to(dtype)
+        errors.append((_error(normed, exact), _error(stock, exact)))
+
+        exact = F.rms_norm(x.double(), (dim,), weight.double(), 1e-6).unflatten(2, (heads, -1))
+        exact = rope.reference(exact, cos.double(), sin.double())
+        stock = rope.reference(F.rms_norm(x, (dim,), weight, 1e-6).unflatten(2, (heads, -1)), cos, sin)
+        errors.append((_error(rms_norm_rope(x, weight, 1e-6, cos, sin, heads), exact), _error(stock, exact)))
+    for kernel in (errors[0::2], errors[1::2]):
+        ours, theirs = map(sum, zip(*kernel))
+        assert ours <= 1.01 * theirs, ours / theirs

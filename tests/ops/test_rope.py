@@ -184,3 +184,41 @@ def test_default_dtype_and_device_do_not_matter(dtype):
         torch.set_default_dtype(before)
     assert calls
     assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("heads", [4, 2])
+def test_queries_and_keys_together_are_bit_identical_to_stock(dtype, heads):
+    torch.manual_seed(0)
+    query, key = torch.randn(1, 600, 4, 64).to(dtype), torch.randn(1, 600, heads, 64).to(dtype)
+    cos, sin = _tables(600, 64)
+    rotated = rope.apply_rotary_emb_qk(query, key, cos[..., 0::2], sin[..., 1::2])
+    for actual, x in zip(rotated, (query, key), strict=True):
+        expected = _stock_wan()(x, cos, sin)
+        assert torch.equal(actual, expected)
+        assert actual.stride() == expected.stride()
+
+
+@pytest.mark.parametrize(
+    ("shape", "tables", "dtype"),
+    [
+        ((2, 6, 4, 64), (1, 6, 1, 32), torch.float64),
+        ((2, 6, 4, 64), (1, 6, 4, 32), torch.bfloat16),  # an angle for each head
+        ((6, 4, 64), (6, 1, 32), torch.bfloat16),
+        ((2, 0, 4, 64), (1, 0, 1, 32), torch.bfloat16),
+        ((1, 2, 1024, 64), (1, 2, 1, 32), torch.bfloat16),  # more channels than one block goes through
+    ],
+)
+def test_input_that_the_kernel_is_not_for_takes_the_plain_formulation(shape, tables, dtype, monkeypatch):
+    def never(*args):
+        raise AssertionError("the kernel was called")
+
+    for name in ("_rotated", "_both"):
+        monkeypatch.setattr(rope, name, never)
+    monkeypatch.setattr(rope.kernels, "is_usable", lambda device: True)
+    x, (cos, sin) = torch.randn(shape).to(dtype), torch.randn(2, *tables)
+    assert torch.equal(rope.apply_rotary_emb_qk(x, x, cos, sin)[1], rope.reference(x, cos, sin))
+    assert not rope._has_kernel(x, cos, sin)
+    small, table = torch.randn(1, 2, 4, 64, dtype=torch.bfloat16), torch.randn(1, 2, 1, 32)
+    assert rope._has_kernel(small, table, table)  # or the above would say nothing
+    assert not rope._has_kernel(small, table.bfloat16(), table)

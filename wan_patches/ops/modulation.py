@@ -26,7 +26,7 @@ from wan_patches.ops.tracing import is_observed
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-_SMALL = 1 << 16  # elements below which the plain formulation's few calls are the fastest
+_SMALL = 1 << 17  # elements below which the plain formulation's few calls are the fastest
 _CHUNK = 1 << 19  # elements worked on at a time on CPUs: they stay in the cache from the first operation to the last
 
 Norm = Callable[[torch.Tensor], torch.Tensor]

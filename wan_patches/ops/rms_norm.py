@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from wan_patches.ops.tracing import is_observed
 
-_SMALL = 1 << 16  # elements below which the plain formulation's few calls are the fastest
+_SMALL = 1 << 17  # elements below which the plain formulation's few calls are the fastest
 _CHUNK = 1 << 19  # elements worked on at a time: they stay in the cache from the first operation to the last
 
 

@@ -16,10 +16,16 @@ import functools
 import torch
 
 from wan_patches.fidelity import gate, signature
+from wan_patches.ops import triton as kernels
+from wan_patches.ops.npu import rope as npu
+from wan_patches.ops.tracing import is_observed
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _GRAIN = 32768  # at::internal::GRAIN_SIZE: elements below which ATen does not split an elementwise operation
 _SMALL = 1 << 14  # elements below which the plain formulation's few calls are the fastest
 _CHUNK = 1 << 18  # complex numbers per thread and chunk: little scratch, and few parallel regions to wait for
+_GRID = 65535  # blocks along the second axis of a launch
+_CHANNELS = 1 << 15  # of a token, which one block of a launch goes through
 
 
 def apply_rotary_emb(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -43,7 +49,27 @@ def apply_rotary_emb(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> t
         return complex_rows(x, cos, sin)
     if x.is_meta:
         return stacked(x, cos, sin)
-    return gate("rope", signature(x, cos, sin), stacked, reference, x, cos, sin)
+    if x.device.type == "npu" and npu.is_usable(x, cos, sin):
+        return gate("rope by npu_rotary_mul", signature(x, cos, sin), npu.rotary_mul, _gated, x, cos, sin)
+    return _gated(x, cos, sin)
+
+
+def apply_rotary_emb_qk(
+    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`apply_rotary_emb` of queries and of keys; in one launch where a kernel takes both, which reads the tables once.
+
+    Args:
+        query, key: as `x` of `apply_rotary_emb`.
+        cos, sin: as there.
+
+    Returns:
+        New tensors like `query` and `key`. EXACT, as there.
+    """
+    alike = (key.shape, key.dtype, key.device) == (query.shape, query.dtype, query.device)
+    if is_observed(query, key) or not alike or not _has_kernel(query, cos, sin):
+        return apply_rotary_emb(query, cos, sin), apply_rotary_emb(key, cos, sin)
+    return gate("rope of queries and keys", signature(query, key, cos, sin), _both, _each, query, key, cos, sin)
 
 
 def why_stock(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> str | None:
@@ -70,6 +96,48 @@ def stacked(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
     pairs = torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-1)
     out = pairs.flatten(-2).type_as(x)
     return out if out.shape == x.shape else reference(x, cos, sin)  # which raises, as tables must not enlarge `x`
+
+
+def _gated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    fast = _rotated if _has_kernel(x, cos, sin) else stacked
+    return gate("rope", signature(x, cos, sin), fast, reference, x, cos, sin)
+
+
+def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    from wan_patches.ops.triton.rope import rotate
+
+    return rotate(x, None, cos, sin)[0]
+
+
+def _both(
+    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from wan_patches.ops.triton.rope import rotate
+
+    rotated, of_key = rotate(query, key, cos, sin)
+    assert of_key is not None
+    return rotated, of_key
+
+
+def _each(
+    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return reference(query, cos, sin), reference(key, cos, sin)
+
+
+def _has_kernel(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> bool:
+    """Whether the kernel is for such input."""
+    if not kernels.is_usable(x.device) or x.dim() != 4 or x.dtype not in _DTYPES or is_observed(cos, sin):
+        return False
+    batch, seq, heads, dim = x.shape
+    return (
+        x.numel() > 0
+        and dim % 2 == 0
+        and batch <= _GRID
+        and heads * dim <= _CHANNELS
+        and all(table.dtype == torch.float32 and table.device == x.device for table in (cos, sin))
+        and all(table.shape in ((1, seq, 1, dim // 2), (batch, seq, 1, dim // 2)) for table in (cos, sin))
+    )
 
 
 def complex_rows(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -118,7 +186,7 @@ def _is_fast(
     threads: int,
 ) -> bool:
     """Whether `complex_rows` applies to such input, and is exact on this machine."""
-    if len(shape) != 4 or dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if len(shape) != 4 or dtype not in _DTYPES:
         return False
     batch, seq, heads, dim = shape
     if dim % 32 or cos_dtype != torch.float32 or sin_dtype != torch.float32:

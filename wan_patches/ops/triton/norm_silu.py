@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from wan_patches.ops.triton import launching_on
+
 if os.environ.get("TRITON_INTERPRET") == "1":  # which has no libraries of a device
 
     @triton.jit
@@ -81,10 +83,11 @@ def norm_silu(
     size = height * width
     grid = (triton.cdiv(size, _BLOCK), batch * channels, frames)
     launch: Any = _kernel[grid]
-    launch(
-        x, denominator, gamma, gamma if bias is None else bias, out, scale, size, channels, frames,
-        *x.stride()[:3], denominator.stride(0), denominator.stride(2), *out.stride()[:3],
-        HAS_BIAS=bias is not None, SILU=silu, BLOCK=_BLOCK,
-        num_warps=4, enable_fp_fusion=False,  # product and sum are rounded each
-    )  # fmt: skip
+    with launching_on(x.device):
+        launch(
+            x, denominator, gamma, gamma if bias is None else bias, out, scale, size, channels, frames,
+            *x.stride()[:3], denominator.stride(0), denominator.stride(2), *out.stride()[:3],
+            HAS_BIAS=bias is not None, SILU=silu, BLOCK=_BLOCK,
+            num_warps=4, enable_fp_fusion=False,  # product and sum are rounded each
+        )  # fmt: skip
     return out

@@ -1,0 +1,89 @@
+"""Where queries and keys are rotated together, every family, against stock."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import wan_patches
+from wan_patches.bench.models import FAMILIES, available
+from wan_patches.ops import rope, triton
+
+pytestmark = [pytest.mark.upstream, pytest.mark.usefixtures("one_thread")]
+
+PAIRS = ["rope", "rope_qk"]
+
+
+def latents(pipe, name):
+    torch.manual_seed(0)
+    return np.asarray(pipe(**FAMILIES[name].inputs(output_type="latent")).frames)
+
+
+@pytest.fixture
+def pairs(monkeypatch):
+    """Fills with the queries that were rotated together with keys, by what stands for the kernel here."""
+    seen = []
+
+    def both(query, key, cos, sin):
+        seen.append(query)
+        return rope.reference(query, cos, sin), rope.reference(key, cos, sin)
+
+    monkeypatch.setattr(triton, "is_usable", lambda device: True)
+    monkeypatch.setattr(rope, "_both", both)
+    monkeypatch.setattr(rope, "gate", lambda op, key, ours, stock, *args: ours(*args))
+    return seen
+
+
+@pytest.mark.parametrize("name", available())
+def test_processors_hand_queries_and_keys_over_together(name, pairs):
+    pipe = FAMILIES[name].build()
+    pipe.set_progress_bar_config(disable=True)
+    stock = latents(pipe, name)
+    assert not pairs
+    with wan_patches.enabled(PAIRS) as status:
+        patched = latents(pipe, name)
+    assert np.array_equal(stock, patched)
+    complex_tables = {r.module for r in status.of("rope_qk") if "as complex numbers" in r.reason}
+    assert bool(pairs) is (type(pipe.transformer).__module__ not in complex_tables)
+
+
+def test_what_another_library_computes_is_not_taken_over(pairs):
+    """Its function has the name and the calls, and another text."""
+    from wan_patches.patches.rope import rotate_both
+
+    def apply_rotary_emb(x, cos, sin):
+        return x + 1
+
+    query, key = torch.randn(2, 1, 8, 2, 32)
+    cos, sin = torch.randn(2, 1, 8, 1, 32)
+    with wan_patches.enabled(PAIRS):
+        rotated = rotate_both(apply_rotary_emb, query, key, cos, sin)
+    assert torch.equal(rotated[0], query + 1)
+    assert torch.equal(rotated[1], key + 1)
+    assert not pairs
+
+
+@pytest.mark.parametrize("names", [["rope_qk"], ["rope"]])
+def test_either_patch_alone_leaves_the_calls_as_they_are(names, pairs):
+    pipe = FAMILIES["wan_t2v"].build()
+    pipe.set_progress_bar_config(disable=True)
+    stock = latents(pipe, "wan_t2v")
+    with wan_patches.enabled(names):
+        assert np.array_equal(stock, latents(pipe, "wan_t2v"))
+    assert not pairs
+
+
+def test_autograd_sees_plain_torch(pairs):
+    model = FAMILIES["wan_t2v"].build().transformer
+    attention = model.blocks[0].attn1
+    x = torch.randn(1, 8, attention.to_q.in_features)
+    cos, sin = torch.randn(2, 1, 8, 1, attention.inner_dim // attention.heads)
+    gradients = []
+    for names in ([], PAIRS):
+        with wan_patches.enabled(names):
+            model.zero_grad()
+            attention(x, rotary_emb=(cos, sin)).square().sum().backward()
+        gradients.append(attention.to_q.weight.grad.clone())
+    assert torch.equal(*gradients)
+    assert not pairs

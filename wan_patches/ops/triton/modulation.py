@@ -1,0 +1,178 @@
+"""What stands between attention, feed-forward and norms of a transformer block: elementwise, one pass over memory each.
+
+Scales, shifts and gates ("rows" below) are fp32, `(1 or batch, rows, dim)`, any strides with the last one 1: one row
+for all tokens, one for each token, or two with a `border`: the first for the tokens before it, the second for the
+rest. Every operation is rounded in fp32, as ATen rounds, and the result once more to its own dtype.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from wan_patches.ops.triton import launching_on
+
+_BLOCK = 1024  # channels at a time: eight bf16 values, 16 bytes, for each of 128 threads
+_TOKENS = 4  # for which rows are read once
+
+
+@triton.jit
+def load_shared(rows, row_stride, place, inside, KIND: tl.constexpr):
+    """The row for all tokens twice, or the two rows."""
+    first = tl.load(rows + place, mask=inside, other=0.0)
+    rest = first
+    if KIND == "two":
+        rest = tl.load(rows + row_stride + place, mask=inside, other=0.0)
+    return first, rest
+
+
+@triton.jit
+def load_own(shared, rows, row_stride, token, border, place, inside, KIND: tl.constexpr):
+    """The row of one token; `shared` are those that many tokens have."""
+    if KIND == "each":
+        return tl.load(rows + token * row_stride + place, mask=inside, other=0.0)
+    if KIND == "two":
+        return tl.where(token < border, shared[0], shared[1])
+    return shared[0]
+
+
+@triton.jit(do_not_specialize=["seq", "border"])  # which change from chunk to chunk
+def _modulate(
+    normed, scale, shift, out, seq, dim, border, scale_batch, scale_row, shift_batch, shift_row,
+    SCALE: tl.constexpr, SHIFT: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    batch = tl.program_id(2).to(tl.int64)
+    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    in_dim = place < dim
+    scale += batch * scale_batch
+    shift += batch * shift_batch
+    scales = load_shared(scale, scale_row, place, in_dim, SCALE)
+    shifts = load_shared(shift, shift_row, place, in_dim, SHIFT)
+    for i in tl.static_range(TOKENS):
+        token = tl.program_id(0).to(tl.int64) * TOKENS + i
+        inside = place < tl.where(token < seq, dim, 0)
+        at = (batch * seq + token) * dim + place
+        factor = 1.0 + load_own(scales, scale, scale_row, token, border, place, inside, SCALE)
+        term = load_own(shifts, shift, shift_row, token, border, place, inside, SHIFT)
+        value = tl.load(normed + at, mask=inside, other=0.0) * factor + term
+        tl.store(out + at, value.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["seq", "border"])  # which change from chunk to chunk
+def _gated_residual(
+    x, y, gate, out, seq, dim, border, y_batch, y_token, gate_batch, gate_row,
+    GATE: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    batch = tl.program_id(2).to(tl.int64)
+    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    in_dim = place < dim
+    gate += batch * gate_batch
+    gates = load_shared(gate, gate_row, place, in_dim, GATE)
+    for i in tl.static_range(TOKENS):
+        token = tl.program_id(0).to(tl.int64) * TOKENS + i
+        inside = place < tl.where(token < seq, dim, 0)
+        at = (batch * seq + token) * dim + place
+        value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        added = tl.load(y + batch * y_batch + token * y_token + place, mask=inside, other=0.0).to(tl.float32)
+        value += added * load_own(gates, gate, gate_row, token, border, place, inside, GATE)
+        tl.store(out + at, value.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _add_and_cast(x, y, out, wide, size, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    value += tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
+    value = value.to(out.dtype.element_ty)
+    tl.store(out + at, value, mask=inside)
+    tl.store(wide + at, value.to(tl.float32), mask=inside)
+
+
+def modulate(
+    normed: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, dtype: torch.dtype, border: int | None = None
+) -> torch.Tensor:
+    """`(normed * (1 + scale) + shift).to(dtype)`.
+
+    Args:
+        normed: `(batch, seq, dim)`, fp32, contiguous.
+        scale, shift: rows (see above), each of its own kind.
+        dtype: fp32, bf16 or fp16.
+        border: how many tokens have the first of two rows; None where there are not two.
+
+    Returns:
+        A new tensor of `dtype`, contiguous.
+    """
+    batch, seq, dim = normed.shape
+    out = torch.empty((batch, seq, dim), dtype=dtype, device=normed.device)
+    launch: Any = _modulate[_grid(batch, seq, dim)]
+    with launching_on(normed.device):
+        launch(
+            normed, scale, shift, out, seq, dim, border or 0, *row_strides(scale), *row_strides(shift),
+            SCALE=kind_of(scale, seq, border), SHIFT=kind_of(shift, seq, border), TOKENS=_TOKENS, BLOCK=_BLOCK,
+            num_warps=4, enable_fp_fusion=False,  # product and sum are rounded each
+        )  # fmt: skip
+    return out
+
+
+def gated_residual(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor, border: int | None = None) -> torch.Tensor:
+    """`(x.float() + y.float() * gate).to(x.dtype)`.
+
+    Args:
+        x: `(batch, seq, dim)`, contiguous; fp32, bf16 or fp16.
+        y: as `x`, with a dtype of its own and any strides with the last one 1.
+        gate: rows (see above).
+        border: how many tokens have the first of two rows; None where there are not two.
+
+    Returns:
+        A new tensor like `x`.
+    """
+    batch, seq, dim = x.shape
+    out = torch.empty_like(x)
+    launch: Any = _gated_residual[_grid(batch, seq, dim)]
+    with launching_on(x.device):
+        launch(
+            x, y, gate, out, seq, dim, border or 0, y.stride(0), y.stride(1), *row_strides(gate),
+            GATE=kind_of(gate, seq, border), TOKENS=_TOKENS, BLOCK=_BLOCK,
+            num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
+    return out
+
+
+def add_and_cast(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`x + y` and the same in fp32.
+
+    Args:
+        x, y: of one shape and one half dtype, contiguous.
+
+    Returns:
+        The sum, rounded to the dtype of `x`, and that rounded sum as fp32; both contiguous.
+    """
+    out = torch.empty_like(x)
+    wide = torch.empty_like(x, dtype=torch.float32)
+    launch: Any = _add_and_cast[(triton.cdiv(x.numel(), _BLOCK),)]
+    with launching_on(x.device):
+        launch(x, y, out, wide, x.numel(), BLOCK=_BLOCK, num_warps=4, enable_fp_fusion=False)
+    return out, wide
+
+
+def kind_of(rows: torch.Tensor, seq: int, border: int | None) -> str:
+    """`"one"` row for all tokens, `"each"` its own, or `"two"`. Raises ValueError for any other number of rows."""
+    found = rows.shape[1]
+    if found == 1:
+        return "one"
+    if found == (seq if border is None else 2):
+        return "each" if border is None else "two"
+    raise ValueError(f"{found} rows for {seq} tokens, and a border of {border}")
+
+
+def row_strides(rows: torch.Tensor) -> tuple[int, int]:
+    """Of the batch and of the rows; rows for all of a batch are not moved along it."""
+    return (rows.stride(0) if rows.shape[0] > 1 else 0), rows.stride(1)
+
+
+def _grid(batch: int, seq: int, dim: int) -> tuple[int, int, int]:
+    return triton.cdiv(seq, _TOKENS), triton.cdiv(dim, _BLOCK), batch
