@@ -167,7 +167,7 @@ def test_compiled_blocks_are_one_graph_with_the_result_of_stock(module, fast_for
     torch.compiler.reset()
     expected = torch.compile(block, fullgraph=True)(*inputs)
     torch.compiler.reset()
-    with wan_patches.enabled(["modulation", "qk_norm"]):
+    with wan_patches.enabled(["modulation", "qk"]):
         actual = torch.compile(block, fullgraph=True)(*inputs)
     assert torch.equal(actual, expected)
     assert fast_forms == {}

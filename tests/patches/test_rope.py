@@ -12,7 +12,7 @@ from wan_patches.ops import rope, triton
 
 pytestmark = [pytest.mark.upstream, pytest.mark.usefixtures("one_thread")]
 
-PAIRS = ["rope", "rope_qk"]
+PAIRS = ["rope", "qk"]
 
 
 def latents(pipe, name):
@@ -44,13 +44,13 @@ def test_processors_hand_queries_and_keys_over_together(name, pairs):
     with wan_patches.enabled(PAIRS) as status:
         patched = latents(pipe, name)
     assert np.array_equal(stock, patched)
-    complex_tables = {r.module for r in status.of("rope_qk") if "as complex numbers" in r.reason}
+    complex_tables = {r.module for r in status.of("qk") if "as complex numbers" in r.reason}
     assert bool(pairs) is (type(pipe.transformer).__module__ not in complex_tables)
 
 
 def test_what_another_library_computes_is_not_taken_over(pairs):
     """Its function has the name and the calls, and another text."""
-    from wan_patches.patches.rope import rotate_both
+    from wan_patches.patches.qk import rotate_both
 
     def apply_rotary_emb(x, cos, sin):
         return x + 1
@@ -64,7 +64,7 @@ def test_what_another_library_computes_is_not_taken_over(pairs):
     assert not pairs
 
 
-@pytest.mark.parametrize("names", [["rope_qk"], ["rope"]])
+@pytest.mark.parametrize("names", [["qk"], ["rope"]])
 def test_either_patch_alone_leaves_the_calls_as_they_are(names, pairs):
     pipe = FAMILIES["wan_t2v"].build()
     pipe.set_progress_bar_config(disable=True)

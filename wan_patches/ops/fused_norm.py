@@ -1,9 +1,9 @@
-"""Layer norms with what stands before and after them in one pass over memory. CLOSE: only rounding moves.
+"""Norms with what stands before and after them in one pass over memory. CLOSE: only rounding moves.
 
-The functions of `wan_patches.ops.modulation` by the same names, for norms that tell their parameters: a row stays in
-fp32 from where it is read to where its norm is stored. How far that is from the truth proves itself at first sight: on
-a sample of the tokens, its mean error against float64 must be at most 1.01 times that of stock's operations. Residual
-sums keep their bits. Where there is no kernel, the exact forms run.
+The functions of `wan_patches.ops.modulation` by the same names, for norms that tell their parameters, and RMS norms
+with the rotary embedding: a row stays in fp32 from where it is read to where the result is stored. How far that is from
+the truth proves itself at first sight: on a sample of the tokens, its mean error against float64 must be at most 1.01
+times that of stock's operations. Residual sums keep their bits. Where there is no kernel, the exact forms run.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ import torch.nn.functional as F
 
 from wan_patches.fidelity import Fidelity, gate, signature
 from wan_patches.ops import modulation as exact
+from wan_patches.ops import rope
 from wan_patches.ops import triton as kernels
 from wan_patches.ops.modulation import Modulation
 from wan_patches.ops.tracing import is_observed
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SAMPLE = 64  # tokens
 _MARGIN = 1.01
 
@@ -67,6 +69,42 @@ def residual_norm(
     if not _has_kernel(x, norm, *modulations) or not exact.is_like(y, x) or (by is None and y.dtype != x.dtype):
         return exact.residual_norm(x, y, by, norm, scale, shift)
     return _gated(x, y, by, norm, scale, shift)
+
+
+def rms_norm_rope(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    plain: Callable[[], torch.Tensor],
+) -> torch.Tensor:
+    """The RMS norm of `x` over all its heads and the rotary embedding of that, in one kernel on GPUs.
+
+    Args:
+        x: queries or keys, `(batch, seq, heads, head_dim)`.
+        weight: `(heads * head_dim,)`.
+        eps: added to the mean square.
+        cos, sin: as in `wan_patches.ops.rope.apply_rotary_emb`, fp32.
+        plain: the formulation that it stands for; runs where there is no kernel.
+    """
+    if not rope.has_kernel(x, cos, sin) or not weight.is_contiguous() or not {x.dtype, weight.dtype} <= set(_DTYPES):
+        return plain()
+    key = (*signature(x, weight, cos, sin), eps)
+
+    def agree(ours: torch.Tensor, stock: torch.Tensor) -> bool:
+        tokens = _some(x.shape[1])
+        wide = _double(x[:, tokens].flatten(2))
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * _double(weight)
+        truth = rope.reference(normed.unflatten(2, x.shape[2:]), _double(cos[:, tokens]), _double(sin[:, tokens]))
+        return _is_as_accurate(ours[:, tokens], stock[:, tokens], truth)
+
+    def kernel() -> torch.Tensor:
+        from wan_patches.ops.triton.close import rms_norm_rope
+
+        return rms_norm_rope(x.flatten(2), weight, eps, cos, sin, x.shape[2])
+
+    return gate("RMS norm and rope in one pass", key, kernel, plain, agree=agree, fidelity=Fidelity.CLOSE)
 
 
 def _gated(
@@ -123,16 +161,25 @@ def _no_less_accurate(norm: LayerNorm, scale: Modulation | None, shift: Modulati
         h, normed = stock
         if not torch.equal(ours[0], h):
             return False
-        tokens = slice(None, None, max(1, h.shape[1] // _SAMPLE))
+        tokens = _some(h.shape[1])
         weight, bias = (None if tensor is None else _double(tensor) for tensor in (norm.weight, norm.bias))
         truth = F.layer_norm(_double(h[:, tokens]), h.shape[-1:], weight, bias, norm.eps)
         if scale is not None and shift is not None:
             factor, term = (_double(exact.as_tensor(rows, h)[:, tokens]) for rows in (scale, shift))
             truth = truth * (1 + factor) + term
-        errors = [(_double(found[:, tokens]) - truth).abs().mean() for found in (ours[1], normed)]
-        return bool(errors[0] <= _MARGIN * errors[1])
+        return _is_as_accurate(ours[1][:, tokens], normed[:, tokens], truth)
 
     return agree
+
+
+def _is_as_accurate(ours: torch.Tensor, stock: torch.Tensor, truth: torch.Tensor) -> bool:
+    errors = [(_double(found) - truth).abs().mean() for found in (ours, stock)]
+    return bool(errors[0] <= _MARGIN * errors[1])
+
+
+def _some(seq: int) -> slice:
+    """Tokens from all over a sequence."""
+    return slice(None, None, max(1, seq // _SAMPLE))
 
 
 def _double(x: torch.Tensor) -> torch.Tensor:
@@ -148,7 +195,5 @@ def _has_kernel(x: torch.Tensor, norm: LayerNorm, *modulations: Modulation) -> b
     return (
         x.shape[-1] <= MAX_DIM
         and not is_observed(x, *given)
-        and all(
-            tensor.dtype in exact.DTYPES and tensor.device == x.device and tensor.is_contiguous() for tensor in given
-        )
+        and all(tensor.dtype in _DTYPES and tensor.device == x.device and tensor.is_contiguous() for tensor in given)
     )

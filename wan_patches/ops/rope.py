@@ -67,7 +67,7 @@ def apply_rotary_emb_qk(
         New tensors like `query` and `key`. EXACT, as there.
     """
     alike = (key.shape, key.dtype, key.device) == (query.shape, query.dtype, query.device)
-    if is_observed(query, key) or not alike or not _has_kernel(query, cos, sin):
+    if is_observed(query, key) or not alike or not has_kernel(query, cos, sin):
         return apply_rotary_emb(query, cos, sin), apply_rotary_emb(key, cos, sin)
     return gate("rope of queries and keys", signature(query, key, cos, sin), _both, _each, query, key, cos, sin)
 
@@ -99,7 +99,7 @@ def stacked(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
 
 
 def _gated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    fast = _rotated if _has_kernel(x, cos, sin) else stacked
+    fast = _rotated if has_kernel(x, cos, sin) else stacked
     return gate("rope", signature(x, cos, sin), fast, reference, x, cos, sin)
 
 
@@ -125,8 +125,8 @@ def _each(
     return reference(query, cos, sin), reference(key, cos, sin)
 
 
-def _has_kernel(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> bool:
-    """Whether the kernel is for such input."""
+def has_kernel(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> bool:
+    """Whether a kernel takes such queries or keys, `(batch, seq, heads, head_dim)`, and such tables."""
     if not kernels.is_usable(x.device) or x.dim() != 4 or x.dtype not in _DTYPES or is_observed(cos, sin):
         return False
     batch, seq, heads, dim = x.shape

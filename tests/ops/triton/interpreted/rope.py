@@ -98,7 +98,7 @@ def test_dispatch_and_gate(dtype, monkeypatch):
     import wan_patches
     from wan_patches.fidelity import gate
     from wan_patches.ops import rope, triton
-    from wan_patches.patches.rope import rotate_both
+    from wan_patches.patches.qk import rotate_both
 
     monkeypatch.setattr(triton, "is_usable", lambda device: True)
     gate.reset()
@@ -127,7 +127,7 @@ def test_dispatch_and_gate(dtype, monkeypatch):
 
     rotate_both(nested(), q, k, cos, sin)  # stock's function: nothing is known of it
     assert len(calls) == 1
-    with wan_patches.enabled(["rope", "rope_qk"]):
+    with wan_patches.enabled(["rope", "qk"]):
         rotate_both(nested(), q, k, cos, sin)
     assert len(calls) == 2
     gate.reset()

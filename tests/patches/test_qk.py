@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import wan_patches
+from wan_patches.fidelity import Fidelity, gate
 from wan_patches.ops import rms_norm as op
+from wan_patches.ops import rope, triton
 
 pytestmark = pytest.mark.upstream
 
@@ -46,12 +50,12 @@ def _attention(module, dtype=torch.bfloat16, **more):
     return attention.to(dtype)
 
 
-def _call(attention, module, dtype=torch.bfloat16, text=None):
+def _call(attention, module, dtype=torch.bfloat16, text=None, tables=None):
     torch.manual_seed(1)
     x = torch.randn(2, SEQ, DIM).to(dtype)
     more = {"original_context_length": SEQ} if module == "transformer_helios" else {}
     with torch.no_grad():
-        return attention(x, text, None, None, **more)
+        return attention(x, text, None, tables, **more)
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -62,7 +66,7 @@ def test_attention_is_bit_identical_to_stock(module, dtype, fused, fast_forms):
     if fused:
         attention.fuse_projections()
     expected = _call(attention, module, dtype)
-    with wan_patches.enabled(["qk_norm"]):
+    with wan_patches.enabled(["qk"]):
         assert fast_forms == []
         assert torch.equal(_call(attention, module, dtype), expected)
     assert len(fast_forms) == 2
@@ -73,7 +77,7 @@ def test_keys_of_images_too(module, fast_forms):
     attention = _attention(module, added_kv_proj_dim=DIM, cross_attention_dim_head=24)
     text = torch.randn(2, 512 + 5, DIM).bfloat16()
     expected = _call(attention, module, text=text)
-    with wan_patches.enabled(["qk_norm"]):
+    with wan_patches.enabled(["qk"]):
         assert torch.equal(_call(attention, module, text=text), expected)
     assert len(fast_forms) == 3
 
@@ -102,10 +106,67 @@ def test_a_norm_that_is_not_torchs_alone_is_called(other, fast_forms):
         attention.norm_q.__class__ = Own
     try:
         expected = _call(attention, module)
-        with wan_patches.enabled(["qk_norm"]):
+        with wan_patches.enabled(["qk"]):
             assert torch.equal(_call(attention, module), expected)
     finally:
         if handle is not None:
             handle.remove()
     assert seen == [1, 1]
     assert len(fast_forms) == (0 if other == "global hook" else 1)
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """Kernels are usable, and exact arithmetic stands for that of norm and rotation; how often it ran."""
+    calls = []
+
+    def rms_norm_rope(x, weight, eps, cos, sin, heads):
+        calls.append(heads)
+        normed = x.double() * torch.rsqrt(x.double().square().mean(-1, keepdim=True) + eps) * weight.double()
+        return rope.reference(normed.unflatten(-1, (heads, -1)), cos.double(), sin.double()).to(x.dtype)
+
+    def rotate(q, k, cos, sin):
+        return rope.reference(q, cos, sin), None if k is None else rope.reference(k, cos, sin)
+
+    monkeypatch.setattr(triton, "is_usable", lambda device: True)
+    monkeypatch.setitem(sys.modules, "wan_patches.ops.triton.close", SimpleNamespace(rms_norm_rope=rms_norm_rope))
+    monkeypatch.setitem(sys.modules, "wan_patches.ops.triton.rope", SimpleNamespace(rotate=rotate))
+    gate.reset()
+    yield calls
+    gate.reset()
+
+
+def _tables(module):
+    torch.manual_seed(2)
+    angles = torch.rand(1, SEQ, 1, 12).repeat_interleave(2, -1) * 10
+    if module == "transformer_helios":
+        return torch.cat((angles.cos(), angles.sin()), -1).squeeze(2)
+    return angles.cos(), angles.sin()
+
+
+@pytest.mark.parametrize("text", [False, True], ids=["self", "cross"])
+@pytest.mark.parametrize("module", ATTENTION)
+def test_close_attention_norms_and_rotates_in_one_pass(module, text, fused):
+    attention = _attention(module, cross_attention_dim_head=24) if text else _attention(module)
+    words = torch.randn(2, 9, DIM).bfloat16() if text else None
+    tables = None if text else _tables(module)
+    expected = _call(attention, module, text=words, tables=tables)
+    with wan_patches.enabled(["rope", "qk"], fidelity="close"):
+        states = {r.module.rpartition(".")[2]: r for r in wan_patches.status().of("qk") if r.fidelity is Fidelity.CLOSE}
+        if states[module].state == "skipped":
+            pytest.skip(states[module].reason)
+        for _ in range(2):
+            found = _call(attention, module, text=words, tables=tables)
+            torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
+    assert len(fused) == (0 if text else 4)
+    assert {verdict.fidelity for verdict in gate.verdicts()} == (set() if text else {Fidelity.CLOSE})
+    assert all(verdict.exact for verdict in gate.verdicts())
+
+
+def test_a_rotation_that_is_not_known_comes_after_the_norm(fused):
+    attention = _attention("transformer_wan")
+    expected = _call(attention, "transformer_wan", tables=_tables("transformer_wan"))
+    with wan_patches.enabled(["qk"], fidelity="close"):  # `rope` is not in force
+        found = _call(attention, "transformer_wan", tables=_tables("transformer_wan"))
+    assert torch.equal(found, expected)
+    assert fused == []

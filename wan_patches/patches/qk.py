@@ -1,0 +1,201 @@
+"""Queries and keys in the attention of Wan, Helios and their relatives: their RMS norms, and both rotated in one call.
+
+The rotary embedding itself belongs to `rope`: there is code, of other libraries too, that calls it otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from wan_patches.fidelity import Fidelity
+from wan_patches.patches import rope
+from wan_patches.registry import Patch, Target
+from wan_patches.rewrite import Block, Edit, Replace
+
+_NORM, _BOTH = "_wan_patches_qk_norm", "_wan_patches_rotate_both"
+_CLOSE_NORM, _CLOSE_BOTH = "_wan_patches_close_qk_norm", "_wan_patches_close_rotate_both"
+
+
+def _rotations(of: str, function: str, both: str, fingerprint: str) -> Block:
+    """The two calls of `function`, whose results are named `of`."""
+    query, key = of.split(", ")
+    return Block(
+        first=f"{query} = {function}(query, TABLES)",
+        last=f"{key} = {function}(key, TABLES)",
+        replacement=f"{of} = {both}, query, key, TABLES)",  # `TABLES` may be `*tables`
+        fingerprints=frozenset((fingerprint,)),
+        declined=(("34741dbe344db518", rope.COMPLEX),),
+    )
+
+
+def _exact(module: str, processor: str, function: str, fingerprint: str, *norms: str, of: str = "query, key") -> Patch:
+    edits: list[Edit] = [Replace(f"attn.{norm}(X)", f"{_NORM}(attn.{norm}, X)") for norm in norms]
+    return Patch(
+        name="qk",
+        module=f"diffusers.models.transformers.{module}",
+        targets=(_target(processor, *edits, _rotations(of, function, f"{_BOTH}({function}", fingerprint)),),
+        calls={_NORM: f"{__name__}:qk_norm", _BOTH: f"{__name__}:rotate_both"},
+        implementations={
+            "CPUs": "norms a few tokens at a time",
+            "CUDA with Triton": "where `rope` is in force, one kernel for queries and keys",
+        },
+    )
+
+
+def _close(module: str, processor: str, function: str, fingerprint: str, *norms: str) -> Patch:
+    """With the norm of what is rotated left to the rotation."""
+    rotated = "norm_q", "norm_k"
+    edits: list[Edit] = [
+        Replace(f"attn.{norm}(X)", f"{_CLOSE_NORM}(attn.{norm}, X{', rotary_emb' if norm in rotated else ''})")
+        for norm in norms
+    ]
+    both = f"{_CLOSE_BOTH}({function}, attn.norm_q, attn.norm_k"
+    return Patch(
+        name="qk",
+        module=f"diffusers.models.transformers.{module}",
+        targets=(_target(processor, *edits, _rotations("query, key", function, both, fingerprint)),),
+        calls={_CLOSE_NORM: f"{__name__}:close_qk_norm", _CLOSE_BOTH: f"{__name__}:close_rotate_both"},
+        fidelity=Fidelity.CLOSE,
+        implementations={
+            "CPUs": "norms a few tokens at a time",
+            "CUDA with Triton": "where `rope` is in force, one kernel for norm and rotation",
+            "NPUs": "npu_rms_norm",
+        },
+    )
+
+
+def _target(processor: str, *edits: Edit) -> Target:
+    return Target(f"{processor}.__call__", edits, f"{processor}2_0.__call__")
+
+
+_NESTED = ("apply_rotary_emb", "cfeb02973e924dc2", "norm_q", "norm_k", "norm_added_k")
+_ATTENTION = (  # VACE uses Wan's
+    ("transformer_wan", "WanAttnProcessor", *_NESTED),
+    ("transformer_wan_animate", "WanAttnProcessor", *_NESTED),
+    ("transformer_skyreels_v2", "SkyReelsV2AttnProcessor", *_NESTED),
+    ("transformer_chronoedit", "WanAttnProcessor", *_NESTED),
+    (
+        "transformer_helios",
+        "HeliosAttnProcessor",
+        "apply_rotary_emb_transposed",
+        "e8a5d35d90adb046",
+        "norm_q",
+        "norm_k",
+    ),
+)
+
+PATCHES = (
+    *(_exact(*where) for where in _ATTENTION),
+    *(_close(*where) for where in _ATTENTION),
+    _exact(
+        "transformer_sana_video",
+        "SanaLinearAttnProcessor3_0",
+        "apply_rotary_emb",
+        "f0da236efbb54f98",
+        of="query_rotate, key_rotate",
+    ),
+)
+
+
+def qk_norm(norm: Any, x: Any) -> Any:
+    """`norm(x)` for `x` of `(batch, seq, dim)`: without the call where it is `torch.nn.RMSNorm` and nothing else."""
+    if not x.is_cpu or not _is_torchs_own(norm, x):
+        return norm(x)
+    from wan_patches.ops.rms_norm import rms_norm
+
+    return rms_norm(x, norm.weight, norm.eps)
+
+
+def rotate_both(rotate: Callable[..., Any], query: Any, key: Any, *tables: Any) -> tuple[Any, Any]:
+    """`rotate(query, *tables), rotate(key, *tables)`, at once where a kernel takes both.
+
+    rotate: diffusers' function. What it computes is known while `rope` is in force in it, and only then.
+    query, key: `(batch, seq, heads, head_dim)`.
+    tables: cosines and sines, `(1 or batch, seq, 1, head_dim)` each, or both in one, `(1 or batch, seq, 2 * head_dim)`.
+    """
+    if _reason_against(rotate, query) is not None:
+        return rotate(query, *tables), rotate(key, *tables)
+    from wan_patches.ops.rope import apply_rotary_emb_qk
+
+    return apply_rotary_emb_qk(query, key, *_halves(tables))
+
+
+def close_qk_norm(norm: Any, x: Any, tables: Any = None) -> Any:
+    """`qk_norm`, with rounding that moves; `x` itself where `close_rotate_both` will do it."""
+    if tables is not None and _is_left_to_rotation(norm, x):
+        return x
+    if x.device.type != "npu" or not _is_torchs_own(norm, x):
+        return qk_norm(norm, x)
+    from wan_patches.ops.npu.norms import rms_norm
+
+    return rms_norm(x, norm.weight, norm.eps)
+
+
+def close_rotate_both(
+    rotate: Callable[..., Any], norm_q: Any, norm_k: Any, query: Any, key: Any, *tables: Any
+) -> tuple[Any, Any]:
+    """`rotate_both`, after the norms that `close_qk_norm` has left to it."""
+    if not _is_left_to_rotation(norm_q, query) and not _is_left_to_rotation(norm_k, key):
+        return rotate_both(rotate, query, key, *tables)
+    return _normed_and_rotated(rotate, norm_q, query, tables), _normed_and_rotated(rotate, norm_k, key, tables)
+
+
+def _normed_and_rotated(rotate: Callable[..., Any], norm: Any, x: Any, tables: tuple[Any, ...]) -> Any:
+    if not _is_left_to_rotation(norm, x):
+        return rotate(x, *tables)
+
+    def plain() -> Any:
+        return rotate(norm(x.flatten(2)).unflatten(2, x.shape[2:]), *tables)
+
+    if _reason_against(rotate, x) is not None:
+        return plain()
+    from wan_patches.ops.fused_norm import rms_norm_rope
+
+    return rms_norm_rope(x, norm.weight, norm.eps, *_halves(tables), plain)
+
+
+def _is_left_to_rotation(norm: Any, x: Any) -> bool:
+    """Whether a kernel takes norm and rotation; the same answer for `x` before and after it was split into heads."""
+    from wan_patches.ops import triton
+    from wan_patches.ops.tracing import is_observed
+
+    return (
+        triton.is_usable(x.device)
+        and _is_torchs_own(norm, x)
+        and norm.weight is not None
+        and norm.eps is not None
+        and not is_observed(x, norm.weight)
+    )
+
+
+def _is_torchs_own(norm: Any, x: Any) -> bool:
+    """Whether a norm is `torch.nn.RMSNorm` of all that `x` has for a token, and nobody looks on."""
+    import torch
+
+    return not torch.compiler.is_compiling() and (
+        type(norm) is torch.nn.RMSNorm
+        and "forward" not in vars(norm)
+        and not norm._forward_hooks
+        and not norm._forward_pre_hooks
+        and not torch.nn.modules.module._has_any_global_hook()
+        and norm.normalized_shape == (x.shape[2:].numel(),)
+    )
+
+
+def _reason_against(rotate: Callable[..., Any], query: Any) -> str | None:
+    import torch
+
+    from wan_patches.ops import triton
+
+    if torch.compiler.is_compiling() or not triton.is_usable(query.device):
+        return "there is no kernel to take queries and keys together"
+    if rope.CALL not in getattr(getattr(rotate, "__code__", None), "co_names", ()):
+        return "`rope` is not in force in the function that is called"
+    return None
+
+
+def _halves(tables: tuple[Any, ...]) -> tuple[Any, Any]:
+    """Cosines and sines for each pair of channels."""
+    cos, sin = tables if len(tables) > 1 else tables[0].unsqueeze(-2).chunk(2, dim=-1)
+    return cos[..., 0::2], sin[..., 1::2]
