@@ -135,13 +135,17 @@ def test_calls_of_operations_are_counted(pipe):
     assert {(row.patch, row.op) for row in profile.ops} == {
         ("rope", "apply_rotary_emb"),
         ("frames", "postprocess_video"),
+        *(("modulation", name) for name in ("modulated_norm", "residual_norm", "gated_residual")),
+        *(("qk", name) for name in ("qk_norm", "rotate_both")),
+        *(("step_loop", name) for name in ("sigma", "moved")),
+        ("rotary_tables", "grid_tables"),
         *(("vae", name) for name in ("decode", "decode_chunk", "residual_block", "resample")),
     }
     assert op(profile, "decode_chunk").calls == 2  # latent frames
     for row in profile.ops:
         assert row.calls == row.fast + row.stock + row.first_sight
         assert 0 < row.own_seconds <= row.seconds <= profile.seconds
-        if row.patch != "rope":
+        if row.patch in ("frames", "vae"):
             assert row.fast == row.calls, row
     inner = sum(op(profile, name).own_seconds for name in ("decode", "decode_chunk", "residual_block", "resample"))
     assert inner == pytest.approx(op(profile, "decode").seconds)

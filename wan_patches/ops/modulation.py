@@ -344,11 +344,19 @@ def border_of(modulation: Modulation) -> int | None:
 
 def is_fast(x: torch.Tensor, *modulations: Modulation) -> bool:
     """Whether `x` and what it is modulated with are such as the fast forms are for."""
-    if is_observed(x, *itertools.chain(*map(_parts, modulations))) or x.dim() != 3 or x.is_meta:
-        return False
-    if x.dtype not in DTYPES or not x.is_contiguous() or x.numel() < (_SMALL if x.is_cpu else 1):
-        return False
-    return all(_fits(modulation, x) for modulation in modulations) and len(set(map(border_of, modulations))) <= 1
+    return _reason_against(x, *modulations) is None
+
+
+def _reason_against(x: torch.Tensor, *modulations: Modulation) -> str | None:
+    if is_observed(x, *itertools.chain(*map(_parts, modulations))):
+        return "a compiler, autograd or a transform looks on"
+    if x.dim() != 3 or x.dtype not in DTYPES or not x.is_contiguous() or x.is_meta or x.numel() == 0:
+        return "the hidden states are not (batch, seq, dim), contiguous, in fp32, bf16 or fp16"
+    if x.is_cpu and x.numel() < _SMALL:
+        return "it is the fastest for so few elements"
+    if not all(_fits(modulation, x) for modulation in modulations) or len(set(map(border_of, modulations))) > 1:
+        return "the modulation is not in fp32, or does not fit"
+    return None
 
 
 def _fits(modulation: Modulation, x: torch.Tensor) -> bool:

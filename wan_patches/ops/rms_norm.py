@@ -29,10 +29,10 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float | None) ->
     Returns:
         A new tensor. EXACT: the bits of `torch.nn.functional.rms_norm`.
     """
-    if _is_fast(x, weight, eps):
-        assert eps is not None
-        return _in_chunks(x, weight, eps)
-    return F.rms_norm(x, x.shape[-1:], weight, eps)
+    if _reason_against(x, weight, eps) is not None:
+        return F.rms_norm(x, x.shape[-1:], weight, eps)
+    assert eps is not None
+    return _in_chunks(x, weight, eps)
 
 
 def _in_chunks(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
@@ -48,20 +48,21 @@ def _in_chunks(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torc
     return out
 
 
-def _is_fast(x: torch.Tensor, weight: torch.Tensor | None, eps: float | None) -> bool:
-    """Whether `_in_chunks` is for such input, and exact on this machine."""
-    if not x.is_cpu or x.dim() != 3 or x.numel() < _SMALL or eps is None:
-        return False
+def _reason_against(x: torch.Tensor, weight: torch.Tensor | None, eps: float | None) -> str | None:
+    """Why such input is torch's; None where `_in_chunks` is for it, and exact on this machine."""
+    if not x.is_cpu or x.dim() != 3 or eps is None or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return "it is not (batch, seq, dim) in fp32, bf16 or fp16, or not on a CPU"
+    if x.numel() < _SMALL:
+        return "it is the fastest for so few elements"
     if is_observed(x) if weight is None else is_observed(x, weight):
-        return False
+        return "a compiler, autograd or a transform looks on"
     batch, seq, dim = x.shape
     if x.stride(2) != 1 or x.stride(1) < dim or (batch > 1 and x.stride(0) < seq * x.stride(1)):
-        return False  # stock's result would lie in another order in memory
+        return "the result would lie in another order in memory"
     if weight is not None and (weight.dtype != x.dtype or weight.shape != (dim,) or not weight.is_cpu):
-        return False
-    return x.dtype in (torch.float32, torch.bfloat16, torch.float16) and _is_exact(
-        x.dtype, dim, torch.get_num_threads()
-    )
+        return "the weight does not fit"
+    exact = _is_exact(x.dtype, dim, torch.get_num_threads())
+    return None if exact else "no other is exact with this torch, on this processor"
 
 
 @functools.lru_cache(maxsize=64)

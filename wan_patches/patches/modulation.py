@@ -142,7 +142,9 @@ def modulated_norm(norm: Any, x: Any, scale: Modulation, shift: Modulation) -> A
     """`(norm(x.float()) * (1 + scale) + shift).type_as(x)`; see `wan_patches.ops.modulation`."""
     from wan_patches.ops import modulation as ops
 
-    return (ops.modulated_norm if _is_plain(norm) else ops.plain_modulated_norm)(x, norm, scale, shift)
+    return (ops.modulated_norm if _reason_against_norm(norm) is None else ops.plain_modulated_norm)(
+        x, norm, scale, shift
+    )
 
 
 def gated_residual(x: Any, y: Any, gate: Modulation, cast: bool = False) -> Any:
@@ -158,21 +160,25 @@ def residual_norm(
     """A residual sum and its norm; see `wan_patches.ops.modulation`."""
     from wan_patches.ops import modulation as ops
 
-    return (ops.residual_norm if _is_plain(norm) else ops.plain_residual_norm)(x, y, gate, norm, scale, shift)
+    return (ops.residual_norm if _reason_against_norm(norm) is None else ops.plain_residual_norm)(
+        x, y, gate, norm, scale, shift
+    )
 
 
 def cast_norm(norm: Any, x: Any) -> Any:
     """`norm(x.float()).type_as(x)`; see `wan_patches.ops.modulation`."""
     from wan_patches.ops import modulation as ops
 
-    return (ops.cast_norm if _is_plain(norm) else ops.plain_cast_norm)(x, norm)
+    return (ops.cast_norm if _reason_against_norm(norm) is None else ops.plain_cast_norm)(x, norm)
 
 
 def close_modulated_norm(norm: Any, x: Any, scale: Modulation, shift: Modulation) -> Any:
     """`modulated_norm`, with rounding that moves; see `wan_patches.ops.fused_norm`."""
     from wan_patches.ops import fused_norm, modulation
 
-    return (fused_norm.modulated_norm if _is_plain(norm) else modulation.plain_modulated_norm)(x, norm, scale, shift)
+    return (fused_norm.modulated_norm if _reason_against_norm(norm) is None else modulation.plain_modulated_norm)(
+        x, norm, scale, shift
+    )
 
 
 def close_residual_norm(
@@ -181,7 +187,7 @@ def close_residual_norm(
     """`residual_norm`, with rounding that moves; see `wan_patches.ops.fused_norm`."""
     from wan_patches.ops import fused_norm, modulation
 
-    function = fused_norm.residual_norm if _is_plain(norm) else modulation.plain_residual_norm
+    function = fused_norm.residual_norm if _reason_against_norm(norm) is None else modulation.plain_residual_norm
     return function(x, y, gate, norm, scale, shift)
 
 
@@ -189,7 +195,7 @@ def close_cast_norm(norm: Any, x: Any) -> Any:
     """`cast_norm`, with rounding that moves; see `wan_patches.ops.fused_norm`."""
     from wan_patches.ops import fused_norm, modulation
 
-    return (fused_norm.cast_norm if _is_plain(norm) else modulation.plain_cast_norm)(x, norm)
+    return (fused_norm.cast_norm if _reason_against_norm(norm) is None else modulation.plain_cast_norm)(x, norm)
 
 
 def modulations(table: Any, temb: Any) -> Any:
@@ -279,16 +285,17 @@ def is_hooked(module: Any) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
-def _is_plain(norm: Any) -> bool:
-    """Whether a norm is what it says, so that it can be asked about a few tokens at a time."""
+def _reason_against_norm(norm: Any) -> str | None:
+    """Why a norm has to be called as stock calls it; None where it can be asked about a few tokens at a time."""
     import torch
     from diffusers.models.normalization import FP32LayerNorm
 
-    return not torch.compiler.is_compiling() and (
-        type(norm) is FP32LayerNorm
-        and "forward" not in vars(norm)
-        and not norm._forward_hooks
-        and not norm._forward_pre_hooks
-        and not torch.nn.modules.module._has_any_global_hook()
-        and (norm.weight is None or not torch.is_grad_enabled())
-    )
+    if torch.compiler.is_compiling():
+        return "it is being compiled"
+    if type(norm) is not FP32LayerNorm:
+        return f"the norm is {type(norm).__name__}"
+    if "forward" in vars(norm) or is_hooked(norm) or torch.nn.modules.module._has_any_global_hook():
+        return "the norm has hooks or a forward of its own"
+    if norm.weight is not None and torch.is_grad_enabled():
+        return "gradients are enabled"
+    return None

@@ -100,7 +100,7 @@ PATCHES = (
 
 def qk_norm(norm: Any, x: Any) -> Any:
     """`norm(x)` for `x` of `(batch, seq, dim)`: without the call where it is `torch.nn.RMSNorm` and nothing else."""
-    if not x.is_cpu or not _is_torchs_own(norm, x):
+    if _reason_against_norm(norm, x) is not None:
         return norm(x)
     from wan_patches.ops.rms_norm import rms_norm
 
@@ -114,7 +114,7 @@ def rotate_both(rotate: Callable[..., Any], query: Any, key: Any, *tables: Any) 
     query, key: `(batch, seq, heads, head_dim)`.
     tables: cosines and sines, `(1 or batch, seq, 1, head_dim)` each, or both in one, `(1 or batch, seq, 2 * head_dim)`.
     """
-    if _reason_against(rotate, query) is not None:
+    if _reason_against_both(rotate, query) is not None:
         return rotate(query, *tables), rotate(key, *tables)
     from wan_patches.ops.rope import apply_rotary_emb_qk
 
@@ -148,7 +148,7 @@ def _normed_and_rotated(rotate: Callable[..., Any], norm: Any, x: Any, tables: t
     def plain() -> Any:
         return rotate(norm(x.flatten(2)).unflatten(2, x.shape[2:]), *tables)
 
-    if _reason_against(rotate, x) is not None:
+    if _reason_against_both(rotate, x) is not None:
         return plain()
     from wan_patches.ops.fused_norm import rms_norm_rope
 
@@ -169,6 +169,12 @@ def _is_left_to_rotation(norm: Any, x: Any) -> bool:
     )
 
 
+def _reason_against_norm(norm: Any, x: Any) -> str | None:
+    if not x.is_cpu:
+        return "on other devices than CPUs the norm is torch's"
+    return None if _is_torchs_own(norm, x) else "the norm is another, is watched, or is being compiled"
+
+
 def _is_torchs_own(norm: Any, x: Any) -> bool:
     """Whether a norm is `torch.nn.RMSNorm` of all that `x` has for a token, and nobody looks on."""
     import torch
@@ -183,7 +189,7 @@ def _is_torchs_own(norm: Any, x: Any) -> bool:
     )
 
 
-def _reason_against(rotate: Callable[..., Any], query: Any) -> str | None:
+def _reason_against_both(rotate: Callable[..., Any], query: Any) -> str | None:
     import torch
 
     from wan_patches.ops import triton

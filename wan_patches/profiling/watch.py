@@ -26,7 +26,18 @@ if TYPE_CHECKING:
 UNKNOWN = "unknown"
 
 #: What patches call that computes nothing: no rows of their own.
-_BOOKKEEPING = (("wan_patches.patches.vae", "clear_cache"), ("wan_patches.patches.vae", "unchanged"))
+_BOOKKEEPING = (
+    ("wan_patches.patches.vae", "clear_cache"),
+    ("wan_patches.patches.vae", "unchanged"),
+    *(
+        ("wan_patches.patches.modulation", name)
+        for name in ("modulations", "modulations_of_tokens", "two_rows", "current_row")
+    ),
+    *(
+        ("wan_patches.patches.timesteps", name)
+        for name in ("embed_timesteps", "output_modulations", "image_timesteps", "text_timesteps")
+    ),
+)
 
 
 @dataclass
