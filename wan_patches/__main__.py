@@ -340,6 +340,97 @@ def vae(
         _fail(f"NOT bit-identical: {'; '.join(different)}.")
 
 
+# What `bench block`, `model` and `pipeline` take
+_Shape = Annotated[
+    str, typer.Option(help="14b-480p, 14b-720p, 1.3b-480p, ti2v-5b, helios, or tiny, tiny-ti2v, tiny-helios.")
+]
+_Frames = Annotated[Optional[int], typer.Option(min=1, help="Of the video; on a CPU there are fewer by default.")]  # noqa: UP045
+_Size = Annotated[Optional[str], typer.Option(help="WIDTHxHEIGHT of the video; on a CPU smaller by default.")]  # noqa: UP045
+_Layers = Annotated[Optional[int], typer.Option(min=1, help="Blocks of the model; all by default.")]  # noqa: UP045
+_Compile = Annotated[
+    Optional[bool],  # noqa: UP045
+    typer.Option("--compile/--no-compile", help="Also through torch.compile; by default on accelerators only."),
+]
+_Regional = Annotated[bool, typer.Option("--regional", help="Compile the blocks, not the whole model.")]
+_Attention = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="Backend, as diffusers names it (native, _native_cudnn, flash, ...); by default its own choice."),
+]
+_Device = Annotated[str, typer.Option(help="auto, cpu, cuda, npu, ...")]
+_Dtype = Annotated[str, typer.Option(help="fp32, bf16 or fp16.")]
+_Threads = Annotated[Optional[int], typer.Option(min=1, help="Threads of torch on the CPU.")]  # noqa: UP045
+_Seconds = Annotated[float, typer.Option(min=0, help="About how long is measured; each way three times at least.")]
+_Json = Annotated[Optional[Path], typer.Option(help="Write the result and the machine's facts here.")]  # noqa: UP045
+_Chart = Annotated[Optional[Path], typer.Option(help="Draw it here, as PNG.")]  # noqa: UP045
+
+
+@bench.command()
+def block(
+    shape: _Shape = "14b-480p", device: _Device = "auto", dtype: _Dtype = "bf16", frames: _Frames = None,
+    size: _Size = None, attention: _Attention = None, compiled: _Compile = None, threads: _Threads = None,
+    seconds: _Seconds = 5.0, json: _Json = None, chart: _Chart = None,
+) -> None:  # fmt: skip
+    """One transformer block with random weights: stock, patched, compiled, and the floor under all of them.
+
+    Also the rotary embedding by itself. Exits with status 1 if a single bit differs.
+    """
+    wanted = {"name": shape, "frames": frames, "size": _size(size), "attention": attention}
+    _ways("block", wanted, device, dtype, compiled, json, chart, threads=threads, seconds=seconds)
+
+
+@bench.command()
+def model(
+    shape: _Shape = "14b-480p", device: _Device = "auto", dtype: _Dtype = "bf16", frames: _Frames = None,
+    size: _Size = None, layers: _Layers = None, attention: _Attention = None, compiled: _Compile = None,
+    regional: _Regional = False, threads: _Threads = None, seconds: _Seconds = 10.0, json: _Json = None,
+    chart: _Chart = None,
+) -> None:  # fmt: skip
+    """One forward of a denoiser with random weights, in the same ways. Exits with status 1 if a single bit differs."""
+    wanted = {"name": shape, "frames": frames, "size": _size(size), "layers": layers, "attention": attention}
+    options = {"regional": regional, "threads": threads, "seconds": seconds}
+    _ways("model", wanted, device, dtype, compiled, json, chart, **options)
+
+
+@bench.command()
+def pipeline(
+    shape: _Shape = "14b-480p", device: _Device = "auto", dtype: _Dtype = "bf16", frames: _Frames = None,
+    size: _Size = None, layers: _Layers = None,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 4,
+    attention: _Attention = None, compiled: _Compile = None, regional: _Regional = False, threads: _Threads = None,
+    seconds: _Seconds = 10.0, json: _Json = None, chart: _Chart = None,
+) -> None:  # fmt: skip
+    """A pipeline with random weights from noise to frames, likewise. Exits with status 1 if a single bit differs."""
+    wanted = {"name": shape, "frames": frames, "size": _size(size), "layers": layers, "attention": attention}
+    options = {"regional": regional, "steps": steps, "threads": threads, "seconds": seconds}
+    _ways("pipeline", wanted, device, dtype, compiled, json, chart, **options)
+
+
+def _ways(
+    name: str, shape: dict[str, Any], device: str, dtype: str, compiled: bool | None, json: Path | None,
+    chart: Path | None, **options: Any,
+) -> None:  # fmt: skip
+    with _errors("bench"):
+        from wan_patches.bench import ways
+        from wan_patches.bench.measure import device_of, dtype_of
+        from wan_patches.bench.shapes import shape_of
+        from wan_patches.profiling import obstacle
+
+        if wrong := obstacle(chart, json):
+            _fail(wrong)
+        on, precision = device_of(device), dtype_of(dtype)
+        wanted = shape_of(device=on, **shape)
+        run = importlib.import_module(f"wan_patches.bench.{name}")
+        compiled = on.type != "cpu" if compiled is None else compiled
+        found = run.measure(wanted, on, precision, compiled=compiled, **options)
+        typer.echo(text(ways.table(found)))
+        if json is not None:
+            ways.write_json(json, found, on, options["threads"])
+        if chart is not None:
+            ways.chart(found, on).savefig(chart)
+    if different := found.different():
+        _fail(f"NOT bit-identical: {'; '.join(different)}.")
+
+
 @bench.command()
 def sharding(
     json: Annotated[Optional[Path], typer.Option(help="Write the rows and the machine's facts here.")] = None,  # noqa: UP045

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from wan_patches.bench import readme
+from wan_patches.bench import readme, ways
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "examples" / "results"
@@ -34,3 +35,62 @@ def test_tables_go_between_their_marks(tmp_path, monkeypatch):
     page.write_text("no marks")
     with pytest.raises(ValueError, match="needs the lines <!-- sharding -->"):
         readme.update(page, tmp_path)
+
+
+CPU = {"device": "cpu", "cpu": "AMD EPYC", "threads": 2}
+GPU = {"device": "NVIDIA H200", "cpu": "AMD EPYC", "threads": 16}
+RESULT = ways.Result(
+    **{"bench": "model", "shape": "14b-480p", "dtype": "bf16", "video": (21, 60, 104), "tokens": 32760, "layers": 40},
+    **{"of_layers": 40, "floor_ms": 2000.0, "matmuls": 406, "attentions": 80, "copy_gb_s": 4000.0},
+    **{"deterministic": True, "patches": ("rope",)},
+    rows=(
+        ways.Row("stock", ms=2800.0, peak_mib=5000.0, exact=True),
+        ways.Row("patched", ms=2100.0, peak_mib=4000.0, exact=True),
+        ways.Row("compiled stock", ms=2090.0, peak_mib=4500.0, exact=False),
+        ways.Row("compiled patched", ms=2200.0, peak_mib=4500.0, exact=False),
+    ),
+)
+
+
+def _kept(folder, name, facts, result):
+    (folder / name).write_text(json.dumps({"machine": facts, **ways.to_json(result)}))
+
+
+def test_what_was_not_measured_is_said_to_be_so(tmp_path):
+    table = readme.TABLES["performance"](tmp_path).splitlines()
+    assert len(table) == 2 + 11
+    assert all(line.endswith("| not measured yet | - |") for line in table[2:])
+
+
+def test_goals_that_were_reached_and_missed_are_told_apart(tmp_path):
+    _kept(tmp_path, "h200-model-14b-480p-bf16.json", GPU, RESULT)
+    _kept(tmp_path, "h200-model-helios-bf16.json", GPU, replace(RESULT, shape="helios", floor_ms=1900.0))
+    rope = ways.Rope(gb=1.3, stock_ms=4.0, patched_ms=1.3 / (0.87 * 4000) * 1e3, exact=True, copy_gb_s=4000.0)
+    _kept(tmp_path, "h200-block-14b-480p-bf16.json", GPU, replace(RESULT, bench="block", rope=rope))
+    table = readme.TABLES["performance"](tmp_path)
+    assert "| forward, Wan 14B 480p | at most 1.080 of the floor | **1.050** | NVIDIA H200 |" in table
+    assert "| forward, Wan 14B 480p | at most 0.820 of stock | **0.750** | NVIDIA H200 |" in table
+    assert "| forward, Wan 14B 480p | at most 1.000 of stock, compiled | 1.005, missed | NVIDIA H200 |" in table
+    assert "| forward, Wan 14B 480p | at most 1.000 of stock's peak of memory | **0.800** | NVIDIA H200 |" in table
+    assert "| forward, Helios | at most 1.100 of the floor | 1.105, missed | NVIDIA H200 |" in table
+    assert "| at least 85% of a copy's bandwidth | **87%** | NVIDIA H200 |" in table
+    assert "| block, Wan 1.3B, on a CPU | at most 0.860 of stock | not measured yet | - |" in table
+    assert "| anything patched | at least 0.97 times as fast as stock | 0.95, missed | " in table
+    line = "| model 14b-480p: 32,760 tokens, bf16 | NVIDIA H200 | 2,800 (1.00) | 2,100 (0.75) | - | 2,090 (0.75) |"
+    assert f"{line} 2,200 (0.79) | 2,000 | 5,000, 4,000 MiB | yes |" in table
+
+
+def test_a_goal_is_for_one_kind_of_device_and_for_bf16(tmp_path):
+    block = replace(RESULT, bench="block", shape="1.3b-480p", other_cores=1.5)
+    _kept(tmp_path, "h200-block-1.3b-480p-bf16.json", GPU, block)
+    _kept(tmp_path, "cpu-block-1.3b-480p-fp32.json", CPU, replace(block, dtype="fp32"))
+    goal = "| block, Wan 1.3B, on a CPU | at most 0.860 of stock |"
+    assert f"{goal} not measured yet | - |" in readme.TABLES["performance"](tmp_path)
+    _kept(tmp_path, "cpu-block-1.3b-480p-bf16.json", CPU, block)
+    assert f"{goal} ~**0.750** | AMD EPYC, 2 threads |" in readme.TABLES["performance"](tmp_path)
+
+
+def test_single_operations_are_among_what_must_not_be_slower(tmp_path):
+    row = {"op": "rope", "shape": "1x2", "dtype": "bf16", "ratio": 0.9}
+    (tmp_path / "cpu-ops-bf16.json").write_text(json.dumps({"machine": CPU, "rows": [row]}))
+    assert "| 0.90, missed | rope 1x2, bf16, AMD EPYC, 2 threads |" in readme.TABLES["performance"](tmp_path)

@@ -410,3 +410,26 @@ def test_laser_attention_of_4000_tokens(device, calls):
     assert ours.dtype == torch.bfloat16
     torch.testing.assert_close(ours.cpu().double(), exact, rtol=1e-2, atol=1e-3)
     assert calls["attention_forward"] == 1
+
+
+# Norms of close patches
+
+
+@pytest.mark.parametrize("name", [name for name in ("wan_t2v", "helios") if name in available()])
+def test_close_patches_take_the_norms_of_torch_npu(name, build, calls):
+    pipe = build(name)
+    stock = frames(pipe, name)
+    with wan_patches.enabled(["modulation", "qk"]):
+        assert np.array_equal(stock, frames(pipe, name))
+    assert not calls["npu_rms_norm"]
+    with wan_patches.enabled(["modulation", "qk"], fidelity="close"):
+        close = frames(pipe, name)
+        calls.clear()
+        again = frames(pipe, name)
+        judged = [verdict for verdict in wan_patches.status().verdicts if verdict.fidelity is Fidelity.CLOSE]
+    assert np.array_equal(close, again)
+    np.testing.assert_allclose(close, stock, rtol=0, atol=0.1)
+    assert {verdict.op for verdict in judged} == {"RMS norm", "layer norm"}
+    assert all(verdict.exact for verdict in judged), judged
+    assert calls["npu_rms_norm"] > 0
+    assert calls["npu_layer_norm_eval"] > 0

@@ -7,9 +7,11 @@ import importlib
 import math
 import os
 import platform
+import re
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -60,6 +62,28 @@ def device_of(name: str) -> torch.device:
     return device
 
 
+def generator(device: torch.device, seed: int = 0) -> torch.Generator:
+    """A seeded generator of `device`, or of the CPU for a backend that has none.
+
+    diffusers' `randn_tensor` takes both.
+    """
+    try:
+        return torch.Generator(device).manual_seed(seed)
+    except (RuntimeError, NotImplementedError):
+        return torch.Generator().manual_seed(seed)
+
+
+@contextlib.contextmanager
+def using_threads(count: int | None) -> Iterator[None]:
+    """So many threads of torch in the block; None leaves them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 # Equal bits
 
 
@@ -97,6 +121,14 @@ class Times:
     other_cores: float | None
 
 
+@dataclass(frozen=True)
+class Turns:
+    """Median seconds of a call by name, and how many cores other processes kept busy meanwhile (None: unknown)."""
+
+    seconds: Mapping[str, float]
+    other_cores: float | None
+
+
 def interleaved(
     stock: Callable[[], Any],
     patched: Callable[[], Any],
@@ -105,23 +137,49 @@ def interleaved(
     seconds: float = 3.0,
     sample: float = 0.01,
 ) -> Times:
-    """Median seconds of one call of each, taken in turns so that a busy machine hits both alike.
+    """`in_turns` of two."""
+    found = in_turns({"stock": stock, "patched": patched}, device, seconds=seconds, sample=sample)
+    return Times(found.seconds["stock"], found.seconds["patched"], found.other_cores)
 
-    Both must have run before. A sample lasts at least `sample` seconds (of as many calls as that takes);
-    there are 3 to 31 of each, within some `seconds` in all.
+
+def in_turns(
+    calls: Mapping[str, Callable[[], Any]],
+    device: torch.device,
+    *,
+    around: Mapping[str, Callable[[], AbstractContextManager[Any]]] | None = None,
+    seconds: float = 3.0,
+    sample: float = 0.01,
+) -> Turns:
+    """Median seconds of one call of each, taken in turns so that a busy machine hits all alike.
+
+    All must have run before. A sample lasts at least `sample` seconds (of as many calls as that takes); there are 3
+    to 31 of each, within some `seconds` in all.
+
+    Args:
+        around: by name, what a call happens in; entering and leaving it is not timed.
     """
-    once = max(_time(stock, device, 1), 1e-7)
-    calls = max(1, math.ceil(sample / once))
-    rounds = min(31, max(3, int(seconds / (2 * once * calls))))
-    times: dict[bool, list[float]] = {False: [], True: []}
+    around = around or {}
+
+    def timed(name: str, times: int) -> float:
+        with around.get(name, contextlib.nullcontext)():
+            return _time(calls[name], device, times)
+
     start, busy = time.perf_counter(), others_cpu_seconds()
+    once = {name: max(timed(name, 1), 1e-7) for name in calls}
+    times = {name: max(1, math.ceil(sample / once[name])) for name in calls}
+    samples = {name: [once[name]] if times[name] == 1 else [] for name in calls}  # long ones count already
+    rounds = min(31, max(3, int(seconds / sum(once[name] * times[name] for name in calls))))
+    names = list(calls)
     for nth in range(rounds):
-        for which in (False, True) if nth % 2 else (True, False):  # neither always comes first
-            times[which].append(_time(patched if which else stock, device, calls))
+        first = nth % len(names)
+        turn = names[first:] + names[:first]  # none always comes first,
+        for name in reversed(turn) if nth // len(names) % 2 else turn:  # nor always after the same one
+            if len(samples[name]) <= nth:
+                samples[name].append(timed(name, times[name]))
     # not from the spread of samples: threads that wait for a core another process has are slow every time
     others = None if busy is None else (others_cpu_seconds() or busy) - busy
     cores = None if others is None else max(0.0, others) / (time.perf_counter() - start)
-    return Times(statistics.median(times[False]), statistics.median(times[True]), cores)
+    return Turns({name: statistics.median(found) for name, found in samples.items()}, cores)
 
 
 def others_cpu_seconds(pids: Iterable[int] = ()) -> float | None:
@@ -176,10 +234,24 @@ def machine(device: torch.device) -> dict[str, Any]:
     }
     if device.type != "cpu" and hasattr(getattr(torch, device.type), "get_device_name"):
         facts["device"] = getattr(torch, device.type).get_device_name()
-    for package in ("wan-patches", "torch", "diffusers", "pillow", "numpy"):
+    if device.type == "cuda":
+        facts |= _cuda()
+    for package in ("wan-patches", "torch", "torch-npu", "triton", "diffusers", "pillow", "numpy"):
         with contextlib.suppress(PackageNotFoundError):
             facts[package] = version(package)
     return facts
+
+
+def _cuda() -> dict[str, Any]:
+    """The toolkit that torch was built with, and the driver: its own version, or else the newest CUDA it bears."""
+    facts: dict[str, Any] = {"cuda": torch.version.cuda, "hip": torch.version.hip}
+    with contextlib.suppress(OSError), open("/proc/driver/nvidia/version") as file:
+        if found := re.search(r"\s(\d+(?:\.\d+)+)\s", file.readline()):
+            facts["driver"] = found[1]
+    if "driver" not in facts and hasattr(torch._C, "_cuda_getDriverVersion"):
+        number = torch._C._cuda_getDriverVersion()
+        facts["driver"] = f"for CUDA {number // 1000}.{number % 1000 // 10}"
+    return {name: value for name, value in facts.items() if value}
 
 
 def _cpu() -> str:

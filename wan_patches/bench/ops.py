@@ -11,8 +11,7 @@ import importlib.util
 import inspect
 import json
 import types
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +24,7 @@ from rich.console import Group
 from rich.table import Table
 
 import wan_patches
-from wan_patches.bench.measure import DTYPES, identical, interleaved, machine, peak_extra_bytes
+from wan_patches.bench.measure import DTYPES, identical, interleaved, machine, peak_extra_bytes, using_threads
 from wan_patches.bench.models import images
 from wan_patches.codeswap import with_code
 
@@ -78,7 +77,7 @@ def measure(
     cases: Sequence[Case] | None = None,
 ) -> list[Row]:
     """Measures the cases (by default all, or with `quick` the smaller) with so many threads of torch."""
-    with _threads(threads):
+    with using_threads(threads):
         return [_row(case, device, dtype, 0.5 if quick else 3.0) for case in (cases or _cases(quick))]
 
 
@@ -96,16 +95,6 @@ def _row(case: Case, device: torch.device, dtype: torch.dtype, seconds: float) -
     return Row(
         case.op, case.shape, shown, times.stock * 1e3, times.patched * 1e3, extra[0], extra[1], exact, times.other_cores
     )
-
-
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 # What is printed and written
@@ -146,7 +135,7 @@ def _number(value: float | None) -> str:
 
 def write_json(path: Path, rows: Sequence[Row], device: torch.device, threads: int | None = None) -> None:
     """Writes the rows and the facts about the machine; `threads` as it was given to `measure`."""
-    with _threads(threads):
+    with using_threads(threads):
         facts = machine(device)
     content = {"machine": facts, "rows": [{**asdict(row), "ratio": row.ratio} for row in rows]}
     path.write_text(json.dumps(content, indent=2) + "\n")

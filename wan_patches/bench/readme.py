@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wan_patches.bench import compatibility
+from wan_patches.bench import compatibility, ways
+from wan_patches.bench.ops import CALM, SLOWER
 
 
 def update(readme: Path, results: Path) -> None:
@@ -117,9 +119,125 @@ def _transport(results: Path) -> str:
     return _table(header, lines)
 
 
+@dataclass(frozen=True)
+class _Goal:
+    """A number that was set beforehand, and how it is read from a result: `limit` is the most, or the least."""
+
+    what: str
+    bench: str
+    shape: str
+    on_cpu: bool
+    of: str  # what the number is a share of
+    limit: float
+    read: Callable[[ways.Result], float | None]
+    at_least: bool = False
+
+    def is_met(self, number: float) -> bool:
+        return number >= self.limit if self.at_least else number <= self.limit
+
+    def shown(self, number: float) -> str:
+        return f"{number:.0%}" if self.at_least else f"{number:.3f}"
+
+
+def _goals_of_forward(what: str, shape: str, of_floor: float, of_stock: float | None) -> Iterator[_Goal]:
+    def goal(of: str, limit: float, read: Callable[[ways.Result], float | None]) -> _Goal:
+        return _Goal(what, "model", shape, False, of, limit, read)
+
+    yield goal("the floor", of_floor, lambda found: found.of_floor(ways.PATCHED))
+    if of_stock is not None:
+        yield goal("stock", of_stock, lambda found: found.of(ways.PATCHED))
+    yield goal("stock, compiled", 1.0, lambda found: found.of(ways.PATCHED, ways.COMPILED_STOCK))
+    yield goal("stock's peak of memory", 1.0, lambda found: found.memory_of(ways.PATCHED))
+
+
+def _rope_share(found: ways.Result) -> float | None:
+    return None if found.rope is None else found.rope.patched_share
+
+
+_GOALS = (
+    _Goal("rotary embedding of q and k, 14B 480p", "block", "14b-480p", False, "a copy's bandwidth", 0.85, _rope_share,
+          at_least=True),
+    *_goals_of_forward("forward, Wan 14B 480p", "14b-480p", 1.08, 0.82),
+    *_goals_of_forward("forward, Helios", "helios", 1.10, None),
+    _Goal("block, Helios, on a CPU", "block", "helios", True, "stock", 0.70, lambda found: found.of(ways.PATCHED)),
+    _Goal("block, Wan 1.3B, on a CPU", "block", "1.3b-480p", True, "stock", 0.86, lambda found: found.of(ways.PATCHED)),
+)  # fmt: skip
+_NOT_YET = "not measured yet"
+
+
+def _performance(results: Path) -> str:
+    """What was aimed at in bf16 and what was reached; and everything that was measured, in milliseconds."""
+    found = list(_results(results))
+    lines = []
+    for goal in _GOALS:
+        sign = "at least" if goal.at_least else "at most"
+        start = [goal.what, f"{sign} {goal.shown(goal.limit)} of {goal.of}"]
+        reached = 0
+        for facts, result in found:
+            here = (result.bench, result.shape, facts["device"] == "cpu", result.dtype)
+            number = goal.read(result)
+            if here == (goal.bench, goal.shape, goal.on_cpu, "bf16") and number is not None:
+                reached += 1
+                met = f"**{goal.shown(number)}**" if goal.is_met(number) else f"{goal.shown(number)}, missed"
+                lines.append([*start, _busy(result) + met, ways.device_name(facts)])
+        if not reached:
+            lines.append([*start, _NOT_YET, "-"])
+    lines.append(_slowest(found, results))
+    goals = _table(("what", "goal", "reached", "on"), lines)
+    if not found:
+        return goals
+    header = ("ms of a call", "on", *ways.WAYS, "floor", "memory: stock, patched", "exact")
+    return f"{goals}\n\n{_table(header, [_everything(*one) for one in found])}"
+
+
+def _results(folder: Path) -> Iterator[tuple[dict[str, Any], ways.Result]]:
+    """The facts about the machine and the result of every file of `bench block`, `model` and `pipeline`."""
+    for bench in ("block", "model", "pipeline"):
+        for path in sorted(folder.glob(f"*-{bench}-*.json")):
+            content = json.loads(path.read_text())
+            yield content["machine"], ways.from_json(content)
+
+
+def _slowest(found: Sequence[tuple[dict[str, Any], ways.Result]], folder: Path) -> list[str]:
+    """Of all that was measured beside what it must not be slower than, single operations too, what has least speed."""
+    start = ["anything patched", f"at least {SLOWER} times as fast as stock"]
+    speeds = [
+        (speed, f"{ways.describe(result)}, {way}, {ways.device_name(facts)}")
+        for facts, result in found
+        for way, rival in ways.RIVALS.items()
+        if (speed := result.of(rival, way)) is not None
+    ]
+    for path in sorted([*folder.glob("*-ops-*.json"), *folder.glob("*-vae-*.json")]):
+        content = json.loads(path.read_text())
+        device = ways.device_name(content["machine"])
+        speeds += [(row["ratio"], f"{row['op']} {row['shape']}, {row['dtype']}, {device}") for row in content["rows"]]
+    if not speeds:
+        return [*start, _NOT_YET, "-"]
+    least, where = min(speeds)
+    return [*start, f"**{least:.2f}**" if least >= SLOWER else f"{least:.2f}, missed", where]
+
+
+def _everything(facts: dict[str, Any], result: ways.Result) -> list[str]:
+    times = [
+        "-" if row.ms is None else f"{_number(row.ms)} ({_busy(result)}{result.of(way):.2f})"
+        for way in ways.WAYS
+        for row in [result.row(way)]
+    ]
+    peaks = [result.row(way).peak_mib for way in (ways.STOCK, ways.PATCHED)]
+    memory = "-" if None in peaks else f"{', '.join(_number(peak) for peak in peaks if peak is not None)} MiB"
+    exact = result.row(ways.PATCHED).exact
+    bits = "-" if exact is None else _yes(exact)
+    return [ways.describe(result), ways.device_name(facts), *times, _number(result.floor_ms), memory, bits]
+
+
+def _busy(result: ways.Result) -> str:
+    return "~" if (result.other_cores or 0.0) > CALM else ""
+
+
 _OTHERS = {"named segments": "named segments", "torch.mp": "torch.multiprocessing", "pickle": "pickle"}
 
 TABLES: dict[str, Callable[[Path], str]] = {
+    "performance": _performance,
     "ops": _ops,
     "vae": _vae,
     "tiles": _tiles,

@@ -22,11 +22,8 @@ from rich.table import Table
 
 import wan_patches
 from wan_patches.bench import ops, vae_parallel
+from wan_patches.bench.shapes import WAN_22_VAE
 
-_WAN_22 = {  # the autoencoder of Wan2.2 TI2V 5B
-    **{"base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "latents_mean": [0.0] * 48, "latents_std": [1.0] * 48},
-    **{"is_residual": True, "in_channels": 12, "out_channels": 12, "patch_size": 2, "scale_factor_spatial": 16},
-}
 _TINY = {"base_dim": 8, "z_dim": 4, "latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
 
 
@@ -35,9 +32,9 @@ def cases(device: torch.device, quick: bool = False) -> list[ops.Case]:
     if quick:
         return [_coded("decode", 5, 48, 80, _TINY), _coded("encode", 5, 48, 80, _TINY), _condition(5, 48, 80)]
     if device.type != "cpu":
-        both = [(81, 480, 832, {}), (81, 720, 1280, {}), (81, 704, 1280, _WAN_22)]
+        both = [(81, 480, 832, {}), (81, 720, 1280, {}), (81, 704, 1280, WAN_22_VAE)]
     else:
-        both = [(5, 240, 416, {}), (5, 352, 640, {}), (5, 128, 224, _WAN_22)]
+        both = [(5, 240, 416, {}), (5, 352, 640, {}), (5, 128, 224, WAN_22_VAE)]
     return [
         *(_coded(what, *shape) for shape in both for what in ("decode", "encode")),
         _condition(81, 480, 832),
@@ -83,7 +80,7 @@ def write_json(
 
 def _coded(what: str, frames: int, height: int, width: int, config: dict[str, Any]) -> ops.Case:
     make = functools.partial(_decode if what == "decode" else _encode, frames, height, width, config)
-    name = f"{what}, Wan 2.2" if config is _WAN_22 else what
+    name = f"{what}, Wan 2.2" if config is WAN_22_VAE else what
     return ops.Case(name, f"{frames}x{height}x{width}", make)
 
 

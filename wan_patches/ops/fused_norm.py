@@ -64,7 +64,10 @@ def residual_norm(
     scale: Modulation | None,
     shift: Modulation | None,
 ) -> Pair:
-    """`wan_patches.ops.modulation.residual_norm`, in one kernel on GPUs."""
+    """`wan_patches.ops.modulation.residual_norm`, in one kernel on GPUs; on NPUs its norm is `cast_norm`."""
+    if x.device.type == "npu" and scale is None:
+        h = x + y if by is None else exact.gated_residual(x, y, by)
+        return h, cast_norm(h, norm)
     modulations = [modulation for modulation in (by, scale, shift) if modulation is not None]
     if not _has_kernel(x, norm, *modulations) or not exact.is_like(y, x) or (by is None and y.dtype != x.dtype):
         return exact.residual_norm(x, y, by, norm, scale, shift)

@@ -1,0 +1,154 @@
+"""The bench of a block: what the model hands it, and the rotary embedding by itself."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import wan_patches
+from wan_patches import __main__ as cli
+from wan_patches.bench import block, shapes, ways
+from wan_patches.ops import rope
+
+CPU = torch.device("cpu")
+TINY = [name for name, shape in shapes.SHAPES.items() if name.startswith("tiny") and shape.available]
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_stock_and_patched_give_the_same(name, dtype):
+    result = block.measure(shapes.shape_of(name, CPU), CPU, dtype, compiled=False, seconds=0.0)
+    assert result.deterministic
+    assert result.row("patched").exact is True
+    assert result.different() == []
+    assert (result.matmuls, result.attentions) == (10, 2)
+    assert result.rope.exact
+    assert "rope" in result.patches
+    if result.row("patched, close").ms is not None:
+        assert result.row("patched, close").difference < 0.1
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_the_block_gets_in_each_way_what_the_models_forward_hands_it(name, monkeypatch):
+    handed = []
+    original = block._handed
+
+    def noted(model, arguments):
+        handed.append((wan_patches._registry.chosen().names, original(model, arguments)))
+        return handed[-1][1]
+
+    monkeypatch.setattr(block, "_handed", noted)
+    block.measure(shapes.shape_of(name, CPU), CPU, torch.float32, compiled=False, seconds=0.0)
+    assert {frozenset(), None} == {names for names, _ in handed}
+    first = [args[0] for _, (args, _) in handed]
+    assert all(torch.equal(hidden_states, first[0]) for hidden_states in first)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_the_rotary_embedding_is_that_of_the_processor(name, monkeypatch):
+    shape = shapes.shape_of(name, CPU, layers=1)
+    model = shapes.build(shape, CPU, torch.float32)
+    arguments = shapes.inputs(shape, model, CPU, torch.float32)
+    seen = []
+    original = rope.apply_rotary_emb
+
+    def counted(x, cos, sin):
+        seen.append(tuple(x.shape))
+        return original(x, cos, sin)
+
+    with torch.no_grad():
+        right = block._rope(shape, model, arguments, CPU, torch.float32, 0.0)
+        monkeypatch.setattr(rope, "apply_rotary_emb", counted)
+        for patch in wan_patches._registry.patches():
+            module = sys.modules.get(patch.module)
+            if hasattr(module, "_wan_patches_rope"):  # what edits call is in the globals of diffusers' module too
+                monkeypatch.setattr(module, "_wan_patches_rope", counted)
+        again = block._rope(shape, model, arguments, CPU, torch.float32, 0.0)
+    heads, dim = model.config.num_attention_heads, model.config.attention_head_dim
+    assert set(seen) == {(1, shape.tokens, heads, dim)}
+    assert right.exact
+    assert again.exact
+    size = shape.tokens * heads * dim * 4
+    assert right.gb == pytest.approx((4 * size + shape.tokens * dim * 4) / 1e9)
+
+
+def test_a_wrong_bit_is_found(monkeypatch):
+    module = __import__("diffusers.models.transformers.transformer_wan", fromlist=["_"])
+    shape = shapes.shape_of("tiny", CPU)
+    block.measure(shape, CPU, torch.float32, compiled=False, seconds=0.0)  # puts the name there
+
+    def wrong(x, cos, sin):
+        return rope.reference(x, cos, sin) * (1 + 1e-6)
+
+    monkeypatch.setattr(rope, "apply_rotary_emb", wrong)
+    monkeypatch.setattr(module, "_wan_patches_rope", wrong)
+    result = block.measure(shape, CPU, torch.float32, compiled=False, seconds=0.0)
+    assert result.different() == ["patched", "rotary embedding"]
+    assert 0 < result.row("patched").difference < 1e-3
+
+
+def test_the_command_prints_writes_and_draws(tmp_path):
+    pytest.importorskip("matplotlib")
+    arguments = ["bench", "block", "--shape", "tiny", "--device", "cpu", "--seconds", "0", "--threads", "1"]
+    files = ["--json", str(tmp_path / "block.json"), "--chart", str(tmp_path / "block.png")]
+    done = CliRunner().invoke(cli.app, [*arguments, *files])
+    assert done.exit_code == 0, done.output
+    assert "block tiny: 72 tokens, bf16" in done.output
+    found = ways.from_json(json.loads((tmp_path / "block.json").read_text()))
+    assert (found.bench, found.shape, found.dtype, found.tokens) == ("block", "tiny", "bf16", 72)
+    assert found.rope is not None
+    assert (tmp_path / "block.png").stat().st_size > 1000
+
+
+def test_the_command_fails_where_a_bit_differs(monkeypatch):
+    result = block.measure(shapes.shape_of("tiny", CPU), CPU, torch.float32, compiled=False, seconds=0.0)
+    rows = tuple(ways.Row(row.way, 1.0, 1.0, row.way == "stock", 1e-3) for row in result.rows)
+    monkeypatch.setattr(block, "measure", lambda *a, **k: ways.replace(result, rows=rows))
+    done = CliRunner().invoke(cli.app, ["bench", "block", "--shape", "tiny", "--device", "cpu"])
+    assert done.exit_code == 1
+    assert "NOT bit-identical: patched." in done.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shape", "15b"], "Unknown shape '15b'"),
+        (["--shape", "tiny", "--frames", "8"], "8 frames of 96x64 do not suit tiny"),
+        (["--shape", "tiny", "--device", "toaster"], "The device 'toaster' cannot be used"),
+        (["--shape", "tiny", "--json", "no/such/folder/x.json"], "there is no folder"),
+    ],
+)
+@pytest.mark.parametrize("name", ["block", "model", "pipeline"])
+def test_what_the_user_can_mend_is_said_before_anything_is_measured(name, arguments, message):
+    done = CliRunner().invoke(
+        cli.app, ["bench", name, *(["--device", "cpu"] * ("--device" not in arguments)), *arguments]
+    )
+    assert done.exit_code == 1
+    assert message in done.output.replace("\n", " ")
+
+
+def test_help_names_every_shape():
+    (info,) = cli._Shape.__metadata__
+    assert info.help.rstrip(".").replace(", or", ",").split(", ") == list(shapes.SHAPES)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("bench", ["block", "model", "pipeline"])
+def test_on_a_gpu_every_way_runs(name, bench, tmp_path):
+    arguments = ["bench", bench, "--shape", name, "--device", "cuda", "--seconds", "0"]
+    done = CliRunner().invoke(cli.app, [*arguments, "--json", str(tmp_path / "x.json")])
+    assert done.exit_code == 0, done.output
+    content = json.loads((tmp_path / "x.json").read_text())
+    found = ways.from_json(content)
+    assert all(row.ms for row in found.rows if row.way != "patched, close")
+    assert not any(row.reason for row in found.rows if row.way != "patched, close")
+    assert all(row.peak_mib is not None for row in found.rows if row.ms)
+    assert {"cuda", "driver"} <= content["machine"].keys()

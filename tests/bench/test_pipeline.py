@@ -1,0 +1,48 @@
+"""The bench of a pipeline."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from wan_patches import __main__ as cli
+from wan_patches.bench import pipeline, shapes, ways
+
+CPU = torch.device("cpu")
+TINY = [name for name, shape in shapes.SHAPES.items() if name.startswith("tiny") and shape.available]
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_stock_and_patched_give_the_same(name):
+    result = pipeline.measure(shapes.shape_of(name, CPU), CPU, torch.bfloat16, compiled=False, seconds=0.0, steps=2)
+    assert result.deterministic
+    assert result.row("patched").exact is True
+    assert result.steps == 2
+    # with guidance two forwards a step, and the autoencoder's own attention
+    assert result.attentions >= 2 * 2 * 2 * result.layers
+    assert result.matmuls > 2 * 2 * 10 * result.layers
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_videos_are_finite_of_the_size_and_the_same_for_every_call(name):
+    shape = shapes.shape_of(name, CPU)
+    pipe, arguments = pipeline.build_pipeline(shape, CPU, torch.float32, steps=1)
+    first, second = (pipe(**arguments()).frames for _ in range(2))
+    assert first.shape == (1, shape.frames, shape.height, shape.width, 3)
+    assert np.isfinite(first).all()
+    assert first.std() > 0
+    assert np.array_equal(first, second)
+
+
+def test_the_command_takes_steps(tmp_path):
+    arguments = ["bench", "pipeline", "--shape", "tiny", "--device", "cpu", "--seconds", "0", "--steps", "1"]
+    done = CliRunner().invoke(cli.app, [*arguments, "--json", str(tmp_path / "pipeline.json")])
+    assert done.exit_code == 0, done.output
+    assert "pipeline tiny: 72 tokens, 1 step, bf16" in done.output
+    assert ways.from_json(json.loads((tmp_path / "pipeline.json").read_text())).steps == 1

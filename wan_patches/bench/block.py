@@ -1,0 +1,130 @@
+"""One transformer block: every way there is, and the floor; and the rotary embedding in it by itself.
+
+A block gets what a model's own forward hands it, in each way: a patched forward may hand it something shorter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+
+import wan_patches
+from wan_patches.bench import ways
+from wan_patches.bench.floor import Copy
+from wan_patches.bench.measure import generator, identical, in_turns, using_threads
+from wan_patches.bench.shapes import Shape, build, inputs
+
+_ROTARY = 3  # which argument of a block the tables are
+
+
+def measure(
+    shape: Shape,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    compiled: bool,
+    seconds: float = 5.0,
+    threads: int | None = None,
+) -> ways.Result:
+    """Measures the first block of the model of a shape; see `ways.measure`."""
+    shape = replace(shape, config={**shape.config, "num_layers": 1})
+    with using_threads(threads), torch.no_grad(), ways.said_once():
+        model = build(shape, device, dtype)
+        arguments = inputs(shape, model, device, dtype)
+
+        def make() -> ways.Call:
+            args, kwargs = _handed(model, arguments)
+            return lambda: model.blocks[0](*args, **kwargs)
+
+        subject = ways.Subject(make, [model.blocks[0]])
+        found = ways.measure("block", shape, subject, device, dtype, compiled=compiled, seconds=seconds)
+        return replace(found, rope=_rope(shape, model, arguments, device, dtype, seconds))
+
+
+class _Reached(Exception):
+    """The block is about to be called."""
+
+
+def _handed(model: Any, arguments: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What the model calls its first block with."""
+    handed: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def stop(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        handed.append((args, kwargs))
+        raise _Reached
+
+    hook = model.blocks[0].register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        with contextlib.suppress(_Reached):
+            model(**arguments)
+    finally:
+        hook.remove()
+    return handed[0]
+
+
+def _rope(
+    shape: Shape, model: Any, arguments: dict[str, Any], device: torch.device, dtype: torch.dtype, seconds: float
+) -> ways.Rope:
+    """The processor of the block's self-attention, around projections, norms and an attention that do nothing.
+
+    What is left of it is the rotary embedding of queries and keys, whatever way it takes.
+    """
+    attention = model.blocks[0].attn1
+    width = attention.heads * (dim := model.config.attention_head_dim)
+    drawing = generator(device)
+    size = (1, shape.tokens, width)
+    query, key = (randn_tensor(size, generator=drawing, device=device, dtype=dtype) for _ in range(2))
+    rotated: list[torch.Tensor] = []
+
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **_: Any) -> torch.Tensor:
+        rotated[:] = query, key
+        return value
+
+    def same(x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    around = SimpleNamespace(
+        **{"heads": attention.heads, "add_k_proj": None, "fused_projections": False, "is_cross_attention": False},
+        **{"is_amplify_history": False, "norm_q": same, "norm_k": same, "to_out": [same, same]},
+        **{"to_q": lambda x: query, "to_k": lambda x: key, "to_v": same},
+    )
+
+    @contextlib.contextmanager
+    def of(choice: tuple[str, ...] | None) -> Iterator[None]:
+        module = sys.modules[type(attention.processor).__module__]
+        with wan_patches.enabled(choice), mock.patch.object(module, "dispatch_attention_fn", attend):
+            yield
+
+    def call(tables: Any) -> Callable[[], Any]:
+        return lambda: attention.processor(around, key, None, None, tables)
+
+    calls: dict[str, Callable[[], Any]] = {}
+    contexts = {"stock": functools.partial(of, ()), "patched": functools.partial(of, None)}
+    results: list[list[torch.Tensor]] = []
+    for name, context in contexts.items():
+        with context():
+            args, _ = _handed(model, arguments)
+            calls[name] = call(args[_ROTARY])
+            calls[name]()  # on accelerators the first call returns what the first-sight gate got from stock
+            calls[name]()
+            results.append(list(rotated))
+    copy = Copy(device, 2 * query.nbytes)
+    copy()
+    turns = in_turns({**calls, "copy": copy}, device, around=contexts, seconds=seconds)
+    tables = shape.tokens * dim * 4  # half a cosine and half a sine for each element, in float32
+    return ways.Rope(
+        gb=(4 * query.nbytes + tables) / 1e9,
+        stock_ms=turns.seconds["stock"] * 1e3,
+        patched_ms=turns.seconds["patched"] * 1e3,
+        exact=identical(*results),
+        copy_gb_s=copy.bytes / turns.seconds["copy"] / 1e9,
+    )

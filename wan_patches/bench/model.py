@@ -1,0 +1,39 @@
+"""One forward of a whole denoiser: every way there is, and the floor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from wan_patches.bench import ways
+from wan_patches.bench.measure import using_threads
+from wan_patches.bench.shapes import Shape, build, inputs
+
+
+def measure(
+    shape: Shape,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    compiled: bool,
+    regional: bool = False,
+    seconds: float = 10.0,
+    threads: int | None = None,
+) -> ways.Result:
+    """Measures the model of a shape, called as its pipeline calls it; see `ways.measure`.
+
+    With `regional` the compiled ways compile its blocks, which share one graph, and not the whole.
+
+    Per-token timesteps are a tensor like any other here: that they hold two values is known to the pipeline only.
+    """
+    with using_threads(threads):
+        model = build(shape, device, dtype)
+        arguments = inputs(shape, model, device, dtype)
+
+        def make() -> ways.Call:
+            return lambda: model(**arguments)[0]
+
+        subject = ways.Subject(make, ways.compilable(model, regional))
+        more: dict[str, Any] = {"compiled": compiled, "regional": regional, "seconds": seconds}
+        return ways.measure("model", shape, subject, device, dtype, **more)
