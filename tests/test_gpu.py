@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import types
+import warnings
 
 import numpy as np
 import pytest
@@ -209,3 +210,32 @@ def test_close_kernels_are_no_further_from_fp64_than_stock(dim, dtype, fresh_gat
     for kernel in (errors[0::2], errors[1::2]):
         ours, theirs = map(sum, zip(*kernel))
         assert ours <= 1.01 * theirs, ours / theirs
+
+
+@pytest.mark.parametrize("name", available())
+def test_the_host_does_not_wait_in_a_step(name):
+    """Counted by CUDA's own debug mode, as the difference of two runs; waits inside a library's kernels do not show."""
+    family = FAMILIES[name]
+    pipe = family.build(dtype=torch.bfloat16).to("cuda")
+    pipe.set_progress_bar_config(disable=True)
+
+    def waits(steps):
+        torch.manual_seed(0)
+        generator = torch.Generator("cuda").manual_seed(0)
+        call = family.inputs(steps=steps, generator=generator, output_type="latent")
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as seen:
+                warnings.simplefilter("always")
+                pipe(**call)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return sum("synchronizing CUDA operation" in str(warning.message) for warning in seen)
+
+    stock = waits(6) - waits(3)
+    with wan_patches.enabled():
+        waits(6), waits(3)  # at first sight, and what is uploaded once
+        patched = waits(6) - waits(3)
+    assert patched == 0, f"{patched} in three steps; stock {stock}"
+    assert stock > 0 or name.startswith("sana")
