@@ -7,11 +7,10 @@ round otherwise than one of all.
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 from wan_patches.fidelity import Fidelity
-from wan_patches.patches.modulation import is_hooked, reason_against_two_kinds
+from wan_patches.patches.modulation import calls, is_hooked, reason_against_two_kinds
 from wan_patches.registry import Known, Patch, Target
 from wan_patches.rewrite import Replace
 
@@ -129,6 +128,6 @@ def _reason_against(pipe: Any, model: Any) -> str | None:
         return "the model is another, has hooks, or is compiled"
     if getattr(model, "_parallel_config", None) is not None:
         return "devices share the sequence"
-    if _EMBED not in inspect.unwrap(type(model).forward).__code__.co_names:
+    if not calls(type(model).forward, _EMBED):
         return "the model does not run what is patched here"
     return reason_against_two_kinds(model, "WanTransformerBlock")
