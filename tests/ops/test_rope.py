@@ -218,7 +218,7 @@ def test_input_that_the_kernel_is_not_for_takes_the_plain_formulation(shape, tab
     monkeypatch.setattr(rope.kernels, "is_usable", lambda device: True)
     x, (cos, sin) = torch.randn(shape).to(dtype), torch.randn(2, *tables)
     assert torch.equal(rope.apply_rotary_emb_qk(x, x, cos, sin)[1], rope.reference(x, cos, sin))
-    assert not rope._has_kernel(x, cos, sin)
+    assert not rope.has_kernel(x, cos, sin)
     small, table = torch.randn(1, 2, 4, 64, dtype=torch.bfloat16), torch.randn(1, 2, 1, 32)
-    assert rope._has_kernel(small, table, table)  # or the above would say nothing
-    assert not rope._has_kernel(small, table.bfloat16(), table)
+    assert rope.has_kernel(small, table, table)  # or the above would say nothing
+    assert not rope.has_kernel(small, table.bfloat16(), table)
