@@ -18,12 +18,9 @@ from wan_patches.fidelity import Fidelity, gate, signature
 from wan_patches.ops import modulation as exact
 from wan_patches.ops import rope
 from wan_patches.ops import triton as kernels
+from wan_patches.ops.accuracy import SAMPLE, double, is_as_accurate
 from wan_patches.ops.modulation import Modulation
 from wan_patches.ops.tracing import is_observed
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_SAMPLE = 64  # tokens
-_MARGIN = 1.01
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -91,16 +88,20 @@ def rms_norm_rope(
         cos, sin: as in `wan_patches.ops.rope.apply_rotary_emb`, fp32.
         plain: the formulation that it stands for; runs where there is no kernel.
     """
-    if not rope.has_kernel(x, cos, sin) or not weight.is_contiguous() or not {x.dtype, weight.dtype} <= set(_DTYPES):
+    if (
+        not rope.has_kernel(x, cos, sin)
+        or not weight.is_contiguous()
+        or not {x.dtype, weight.dtype} <= set(exact.DTYPES)
+    ):
         return plain()
     key = (*signature(x, weight, cos, sin), eps)
 
     def agree(ours: torch.Tensor, stock: torch.Tensor) -> bool:
         tokens = _some(x.shape[1])
-        wide = _double(x[:, tokens].flatten(2))
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * _double(weight)
-        truth = rope.reference(normed.unflatten(2, x.shape[2:]), _double(cos[:, tokens]), _double(sin[:, tokens]))
-        return _is_as_accurate(ours[:, tokens], stock[:, tokens], truth)
+        wide = double(x[:, tokens].flatten(2))
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * double(weight)
+        truth = rope.reference(normed.unflatten(2, x.shape[2:]), double(cos[:, tokens]), double(sin[:, tokens]))
+        return is_as_accurate(ours[:, tokens], stock[:, tokens], truth)
 
     def kernel() -> torch.Tensor:
         from wan_patches.ops.triton.close import rms_norm_rope
@@ -165,28 +166,19 @@ def _no_less_accurate(norm: LayerNorm, scale: Modulation | None, shift: Modulati
         if not torch.equal(ours[0], h):
             return False
         tokens = _some(h.shape[1])
-        weight, bias = (None if tensor is None else _double(tensor) for tensor in (norm.weight, norm.bias))
-        truth = F.layer_norm(_double(h[:, tokens]), h.shape[-1:], weight, bias, norm.eps)
+        weight, bias = (None if tensor is None else double(tensor) for tensor in (norm.weight, norm.bias))
+        truth = F.layer_norm(double(h[:, tokens]), h.shape[-1:], weight, bias, norm.eps)
         if scale is not None and shift is not None:
-            factor, term = (_double(exact.as_tensor(rows, h)[:, tokens]) for rows in (scale, shift))
+            factor, term = (double(exact.as_tensor(rows, h)[:, tokens]) for rows in (scale, shift))
             truth = truth * (1 + factor) + term
-        return _is_as_accurate(ours[1][:, tokens], normed[:, tokens], truth)
+        return is_as_accurate(ours[1][:, tokens], normed[:, tokens], truth)
 
     return agree
 
 
-def _is_as_accurate(ours: torch.Tensor, stock: torch.Tensor, truth: torch.Tensor) -> bool:
-    errors = [(_double(found) - truth).abs().mean() for found in (ours, stock)]
-    return bool(errors[0] <= _MARGIN * errors[1])
-
-
 def _some(seq: int) -> slice:
     """Tokens from all over a sequence."""
-    return slice(None, None, max(1, seq // _SAMPLE))
-
-
-def _double(x: torch.Tensor) -> torch.Tensor:
-    return x.detach().cpu().double()
+    return slice(None, None, max(1, seq // SAMPLE))
 
 
 def _has_kernel(x: torch.Tensor, norm: LayerNorm, *modulations: Modulation) -> bool:
@@ -198,5 +190,7 @@ def _has_kernel(x: torch.Tensor, norm: LayerNorm, *modulations: Modulation) -> b
     return (
         x.shape[-1] <= MAX_DIM
         and not is_observed(x, *given)
-        and all(tensor.dtype in _DTYPES and tensor.device == x.device and tensor.is_contiguous() for tensor in given)
+        and all(
+            tensor.dtype in exact.DTYPES and tensor.device == x.device and tensor.is_contiguous() for tensor in given
+        )
     )

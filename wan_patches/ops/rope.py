@@ -18,7 +18,7 @@ import torch
 from wan_patches.fidelity import gate, signature
 from wan_patches.ops import triton as kernels
 from wan_patches.ops.npu import rope as npu
-from wan_patches.ops.tracing import is_observed
+from wan_patches.ops.tracing import is_observed, is_transformed
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _GRAIN = 32768  # at::internal::GRAIN_SIZE: elements below which ATen does not split an elementwise operation
@@ -198,13 +198,7 @@ def _is_fast(
 
 def _is_transformed(x: torch.Tensor) -> bool:
     """Whether something looks into the operations: autograd, a transform, a tracer, a tensor subclass."""
-    return (
-        (x.requires_grad and torch.is_grad_enabled())
-        or type(x) is not torch.Tensor
-        or torch._C._are_functorch_transforms_active()
-        or torch.jit.is_tracing()
-        or torch.autograd.forward_ad._current_level >= 0
-    )
+    return (x.requires_grad and torch.is_grad_enabled()) or type(x) is not torch.Tensor or is_transformed()
 
 
 @functools.lru_cache(maxsize=256)

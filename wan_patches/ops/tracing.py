@@ -14,11 +14,18 @@ def is_observed(*tensors: torch.Tensor) -> bool:
         torch.compiler.is_compiling()
         or any(type(tensor) not in _PLAIN for tensor in tensors)
         or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
-        or torch._C._are_functorch_transforms_active()
-        or torch.jit.is_tracing()
-        or torch.autograd.forward_ad._current_level >= 0
+        or is_transformed()
         or torch.is_autocast_enabled()
         or torch.is_autocast_enabled("cpu")
+    )
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func, a tracer or forward-mode autograd is at work."""
+    return (
+        torch._C._are_functorch_transforms_active()
+        or torch.jit.is_tracing()
+        or torch.autograd.forward_ad._current_level >= 0
     )
 
 

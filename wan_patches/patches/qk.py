@@ -136,15 +136,16 @@ def close_rotate_both(
     rotate: Callable[..., Any], norm_q: Any, norm_k: Any, query: Any, key: Any, *tables: Any
 ) -> tuple[Any, Any]:
     """`rotate_both`, after the norms that `close_qk_norm` has left to it."""
-    if not _is_left_to_rotation(norm_q, query) and not _is_left_to_rotation(norm_k, key):
+    left_q, left_k = _is_left_to_rotation(norm_q, query), _is_left_to_rotation(norm_k, key)
+    if not left_q and not left_k:
         return rotate_both(rotate, query, key, *tables)
-    return _normed_and_rotated(rotate, norm_q, query, tables), _normed_and_rotated(rotate, norm_k, key, tables)
+    return (
+        _normed_and_rotated(rotate, norm_q, query, tables) if left_q else rotate(query, *tables),
+        _normed_and_rotated(rotate, norm_k, key, tables) if left_k else rotate(key, *tables),
+    )
 
 
 def _normed_and_rotated(rotate: Callable[..., Any], norm: Any, x: Any, tables: tuple[Any, ...]) -> Any:
-    if not _is_left_to_rotation(norm, x):
-        return rotate(x, *tables)
-
     def plain() -> Any:
         return rotate(norm(x.flatten(2)).unflatten(2, x.shape[2:]), *tables)
 

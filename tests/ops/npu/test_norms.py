@@ -74,7 +74,7 @@ def test_the_exact_formulations_are_those_of_torch_in_float64(shape, dtype):
     """What errors are measured against."""
     x, weight, bias = draw(*shape, dtype=dtype), draw(shape[-1], seed=1), draw(shape[-1], seed=2)
     sampled = [norms._sample(tensor) for tensor in (x, weight, bias)]
-    every = x.double().flatten(0, -2)[:: max(1, x[..., 0].numel() // norms._SAMPLE)]
+    every = x.double().flatten(0, -2)[:: max(1, x[..., 0].numel() // norms.SAMPLE)]
     assert torch.equal(sampled[0], every)
     ours = norms._exact_rms_norm(sampled[0], sampled[1], 1e-6)
     torch.testing.assert_close(ours, F.rms_norm(every, shape[-1:], weight.double(), 1e-6), rtol=1e-12, atol=1e-12)
