@@ -36,7 +36,7 @@ def kernel(monkeypatch):
         weight, bias = (None if p is None else p.double() for p in (weight, bias))
         value = F.layer_norm(x.double(), x.shape[-1:], weight, bias, eps)
         if scale is not None:
-            rows = [r if border is None else TwoRows(r, border).dense(x.shape[1]) for r in (scale, shift)]
+            rows = [r if border is None else TwoRows(r, border, x.shape[1]).dense() for r in (scale, shift)]
             value = value * (1 + rows[0].double()) + rows[1].double()
         return (value + state.error).to(x.dtype)
 
@@ -44,7 +44,7 @@ def kernel(monkeypatch):
         if by is None:
             h = x + y
         else:
-            rows = by if border is None else TwoRows(by, border).dense(x.shape[1])
+            rows = by if border is None else TwoRows(by, border, x.shape[1]).dense()
             h = (x.float() + y.float() * rows).to(x.dtype)
         return h, normed(h, weight, bias, scale, shift, eps, border)
 
@@ -72,7 +72,7 @@ def _inputs(dtype, kind, dim=48, affine=False):
         torch.nn.init.normal_(parameter)
     x, y = torch.randn(2, 2, 9, dim).to(dtype)
     tensors = torch.randn(3, 2, {"row": 1, "token": 9, "two rows": 2}[kind], dim)
-    return norm, x, y, [TwoRows(tensor, 4) if kind == "two rows" else tensor for tensor in tensors]
+    return norm, x, y, [TwoRows(tensor, 4, x.shape[1]) if kind == "two rows" else tensor for tensor in tensors]
 
 
 def _all(norm, x, y, modulations):

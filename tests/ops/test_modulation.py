@@ -37,7 +37,7 @@ def cases(draw):
         if kind == "made when used":
             return RowPerToken(torch.randn(1, 3, dim)[:, 1:2], torch.randn(batch, seq, 3, dim).to(other)[:, :, 2])
         tensor = torch.randn(draw(st.sampled_from((1, batch))), 3 * rows, dim)[:, 1::3]  # as `chunk` leaves it
-        return TwoRows(tensor, border) if kind == "two rows" else tensor
+        return TwoRows(tensor, border, seq) if kind == "two rows" else tensor
 
     x = torch.randn(batch, seq, dim).to(dtype)
     if draw(st.booleans()):
@@ -172,7 +172,7 @@ def test_other_inputs_take_the_operations_of_stock(change, large, monkeypatch):
     elif change == "modulation dtype":
         scale, shift = scale.half(), shift.half()
     elif change == "other border":
-        scale, shift = TwoRows(torch.randn(2, 2, 8), 3), TwoRows(torch.randn(2, 2, 8), 4)
+        scale, shift = (TwoRows(torch.randn(2, 2, 8), border, x.shape[1]) for border in (3, 4))
     if change == "shape of y":
         y = y[:1]
     else:
@@ -198,8 +198,11 @@ def test_rows_of_two_kinds_become_the_modulations_of_a_block():
     table, rows = torch.randn(1, 6, 8), torch.randn(3, 2, 6, 8).bfloat16()
     temb = torch.cat((rows[:, :1].expand(-1, 4, -1, -1), rows[:, 1:].expand(-1, 5, -1, -1)), dim=1)
     expected = (table.unsqueeze(0) + temb.float()).chunk(6, dim=2)
-    for ours, stock in zip(TwoRows(rows, 4).added_to(table), expected, strict=True):
-        assert torch.equal(ours.dense(9), stock.squeeze(2))
+    two = TwoRows(rows, 4, 9)
+    assert torch.equal(two.float(), temb.float())
+    assert two.ndim == temb.ndim
+    for ours, stock in zip(two.added_to(table), expected, strict=True):
+        assert torch.equal(ours.dense(), stock.squeeze(2))
 
 
 @pytest.fixture
@@ -208,7 +211,7 @@ def kernels(monkeypatch):
     given = []
 
     def rows(tensor, x, border):
-        return tensor if border is None else _dense(TwoRows(tensor, border), x)
+        return tensor if border is None else _dense(TwoRows(tensor, border, x.shape[1]), x)
 
     def modulate(normed, scale, shift, dtype, border=None):
         given.append(("modulate", scale.shape, border))
@@ -242,7 +245,7 @@ def test_what_kernels_are_given_gives_the_bits_of_stock(dtype, kind, kernels):
     given, on_device = kernels
     x, y = torch.randn(2, 2, 9, 8).to(dtype)
     tensors = torch.randn(2, 2, 1 if kind == "row" else 2, 8)
-    scale, shift = tensors if kind == "row" else (TwoRows(tensor, 4) for tensor in tensors)
+    scale, shift = tensors if kind == "row" else (TwoRows(tensor, 4, x.shape[1]) for tensor in tensors)
     for _ in range(2):  # the second time without comparison
         assert torch.equal(ops.modulated_norm(on_device(x), _norm, scale, shift), _stock_norm(x, scale, shift))
         assert torch.equal(ops.gated_residual(on_device(x), y, shift), _stock_residual(x, y, shift))

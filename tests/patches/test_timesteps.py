@@ -154,10 +154,11 @@ def test_hooks_of_offloading_hand_it_on(offload, handed):
     assert all(isinstance(timestep, TwoTimesteps) for timestep in handed)
 
 
-def test_two_rows_and_timesteps_move_as_tensors_do():
-    rows = TwoRows(torch.randn(1, 2, 12), 3)
-    assert rows.ndim == 2
-    assert rows.unflatten(1, (6, -1)).rows.shape == (1, 2, 6, 2)
-    assert rows.unflatten(1, (6, -1)).ndim == 3
+def test_two_rows_and_timesteps_are_handed_on_as_tensors_are():
+    rows = TwoRows(torch.randn(1, 2, 12), 3, 7)
+    assert rows.ndim == rows.dense().ndim == 3
+    assert torch.equal(rows.unflatten(2, (6, -1)).dense(), rows.dense().unflatten(2, (6, -1)))
     assert rows.to("meta", non_blocking=True).rows.is_meta
-    assert TwoTimesteps(torch.zeros(2), 3).to("meta").values.is_meta
+    timesteps = TwoTimesteps(torch.tensor([0, 9]), 3, (2, 5))
+    assert timesteps.to("meta").values.is_meta
+    assert timesteps.flatten().tolist() == [0, 0, 0, 9, 9] * 2

@@ -169,7 +169,7 @@ def _no_less_accurate(norm: LayerNorm, scale: Modulation | None, shift: Modulati
         weight, bias = (None if tensor is None else double(tensor) for tensor in (norm.weight, norm.bias))
         truth = F.layer_norm(double(h[:, tokens]), h.shape[-1:], weight, bias, norm.eps)
         if scale is not None and shift is not None:
-            factor, term = (double(exact.as_tensor(rows, h)[:, tokens]) for rows in (scale, shift))
+            factor, term = (double(exact.as_tensor(rows)[:, tokens]) for rows in (scale, shift))
             truth = truth * (1 + factor) + term
         return is_as_accurate(ours[1][:, tokens], normed[:, tokens], truth)
 

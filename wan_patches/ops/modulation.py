@@ -35,57 +35,72 @@ Norm = Callable[[torch.Tensor], torch.Tensor]
 class TwoRows(NamedTuple):
     """A modulation for two kinds of tokens, as a value of its own: a tensor for each token cannot prove that it is one.
 
-    Models hand it on as they do a tensor for all tokens, `(batch, ...)`, and see it as such.
+    Models hand it on as they do the tensor that it stands for, `(1 or batch, seq, ...)`. Stock code, where a patch goes
+    away during a run, gets that tensor from `float`.
 
     rows: `(1 or batch, 2, ...)`, what the tokens before `border` get, and what the others do. The rest is `(dim,)`, or
         `(n, dim)` for `n` modulations in one.
-    border: a number of tokens.
+    border, seq: numbers of tokens.
     """
 
     rows: torch.Tensor
     border: int
+    seq: int
 
     @property
     def ndim(self) -> int:
-        """Axes, without that of the two kinds."""
-        return self.rows.dim() - 1
+        """Axes of the tensor."""
+        return self.rows.dim()
 
     def unflatten(self, dim: int, sizes: tuple[int, ...]) -> TwoRows:
-        """As of a tensor; `dim` is at least 1."""
-        return TwoRows(self.rows.unflatten(dim + 1, sizes), self.border)
+        """As of the tensor; `dim` is at least 2."""
+        return self._replace(rows=self.rows.unflatten(dim, sizes))
 
     def to(self, device: torch.device, non_blocking: bool = False) -> TwoRows:
         """As of a tensor: hooks of offloading ask for it."""
-        return TwoRows(self.rows.to(device, non_blocking=non_blocking), self.border)
+        return self._replace(rows=self.rows.to(device, non_blocking=non_blocking))
 
     def added_to(self, table: torch.Tensor) -> tuple[TwoRows, ...]:
         """The `n` modulations in this one, after `table`, `(1, n, dim)`, was added to each row."""
-        return tuple(TwoRows(rows, self.border) for rows in (table.unsqueeze(0) + self.rows).unbind(dim=2))
+        return tuple(self._replace(rows=rows) for rows in (table.unsqueeze(0) + self.rows).unbind(dim=2))
 
-    def dense(self, seq: int) -> torch.Tensor:
-        """A row for each token, `(batch, seq, dim)`."""
-        first, rest = self.rows.split(1, dim=1)
-        return torch.cat((first.expand(-1, self.border, -1), rest.expand(-1, seq - self.border, -1)), dim=1)
+    def float(self) -> torch.Tensor:
+        """The tensor in fp32."""
+        return self.dense().float()
+
+    def dense(self) -> torch.Tensor:
+        """The tensor, `(1 or batch, seq, ...)`."""
+        batch, _, *rest = self.rows.shape
+        counts = (self.border, self.seq - self.border)
+        return torch.cat([row.expand(batch, n, *rest) for row, n in zip(self.rows.split(1, dim=1), counts)], dim=1)
 
 
 class TwoTimesteps(NamedTuple):
-    """Timesteps of a batch whose tokens are of two kinds; models see it as one timestep for each sample.
+    """A timestep for each token, of which there are two.
 
     values: `(2,)`: of the tokens before `border`, and of the others.
     border: a number of tokens.
+    shape: `(batch, seq)`, of the tensor that this stands for, which stock code gets from `flatten`.
     """
 
     values: torch.Tensor
     border: int
+    shape: tuple[int, int]
 
     @property
     def ndim(self) -> int:
-        """As of timesteps that are not given for each token."""
-        return 1
+        """Axes of the tensor."""
+        return 2
 
     def to(self, device: torch.device, non_blocking: bool = False) -> TwoTimesteps:
         """As of a tensor: hooks of offloading ask for it."""
-        return TwoTimesteps(self.values.to(device, non_blocking=non_blocking), self.border)
+        return self._replace(values=self.values.to(device, non_blocking=non_blocking))
+
+    def flatten(self) -> torch.Tensor:
+        """The tensor, `(batch * seq,)`."""
+        batch, seq = self.shape
+        first, rest = self.values.split(1)
+        return torch.cat((first.expand(self.border), rest.expand(seq - self.border))).repeat(batch)
 
 
 class RowPerToken(NamedTuple):
@@ -177,12 +192,12 @@ def cast_norm(x: torch.Tensor, norm: Norm) -> torch.Tensor:
 
 def plain_modulated_norm(x: torch.Tensor, norm: Norm, scale: Modulation, shift: Modulation) -> torch.Tensor:
     """`modulated_norm` in stock's operations."""
-    return (norm(x.float()) * (1 + as_tensor(scale, x)) + as_tensor(shift, x)).type_as(x)
+    return (norm(x.float()) * (1 + as_tensor(scale)) + as_tensor(shift)).type_as(x)
 
 
 def plain_gated_residual(x: torch.Tensor, y: torch.Tensor, gate: Modulation, cast: bool = False) -> torch.Tensor:
     """`gated_residual` in stock's operations."""
-    return (x.float() + (y.float() if cast else y) * as_tensor(gate, x)).type_as(x)
+    return (x.float() + (y.float() if cast else y) * as_tensor(gate)).type_as(x)
 
 
 def plain_cast_norm(x: torch.Tensor, norm: Norm) -> torch.Tensor:
@@ -205,11 +220,9 @@ def plain_residual_norm(
     return h, plain_modulated_norm(h, norm, scale, shift)
 
 
-def as_tensor(modulation: Modulation, x: torch.Tensor) -> torch.Tensor:
-    """A modulation of `x` as stock has it: `(1 or batch, 1 or seq, dim)`."""
-    if isinstance(modulation, TwoRows):
-        return modulation.dense(x.shape[1])
-    return modulation.dense() if isinstance(modulation, RowPerToken) else modulation
+def as_tensor(modulation: Modulation) -> torch.Tensor:
+    """A modulation as stock has it: `(1 or batch, 1 or seq, dim)`."""
+    return modulation if isinstance(modulation, torch.Tensor) else modulation.dense()
 
 
 # CPUs: a few tokens at a time
@@ -367,6 +380,8 @@ def _fits(modulation: Modulation, x: torch.Tensor) -> bool:
         table, temb = modulation
         return table.shape == (1, 1, dim) and temb.shape == x.shape and {table.dtype, temb.dtype} <= set(DTYPES)
     rows = modulation.rows if isinstance(modulation, TwoRows) else modulation
+    if isinstance(modulation, TwoRows) and modulation.seq != seq:
+        return False
     known = (2,) if isinstance(modulation, TwoRows) else (1, seq)
     return (
         rows.dtype == torch.float32 and rows.shape[0] in (1, batch) and rows.shape[1] in known and rows.shape[2] == dim

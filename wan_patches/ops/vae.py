@@ -21,7 +21,8 @@ class FrameCaches(list):
     """The frames that each causal convolution has to remember, in the order in which the convolutions run.
 
     Takes the place of stock's list for one pass over a video. An entry is None until its convolution has run,
-    and `(batch, channels, 2, height, width)` from then on; frames before the first are zero.
+    and `(batch, channels, 2, height, width)` from then on; frames before the first are zero. Stock code, where patches
+    come or go during the pass, reads those frames as its own; what it leaves is understood here.
     """
 
     def __init__(self, convolutions: int) -> None:
@@ -42,6 +43,16 @@ class FrameCaches(list):
             self._memory = memory = None  # the old goes before the new comes
             self._memory = memory = torch.empty(size, dtype=like.dtype, device=like.device)
         return memory[:size].view(tuple(shape))
+
+    def history(self, index: int, x: torch.Tensor) -> torch.Tensor:
+        """The two frames that convolution number `index` of `x` remembers, `(batch, channels, 2, height, width)`."""
+        entry = self[index]
+        if not isinstance(entry, torch.Tensor) or entry.shape[2] != HISTORY:
+            batch, channels, _, height, width = x.shape
+            self[index] = x.new_zeros((batch, channels, HISTORY, height, width))
+            if isinstance(entry, torch.Tensor):  # stock's, of a single frame; or a word for none
+                self[index][:, :, -entry.shape[2] :] = entry
+        return self[index]
 
     def convolve(
         self,
@@ -69,9 +80,7 @@ class FrameCaches(list):
         """
         batch, channels, frames, height, width = x.shape
         above, left = padding
-        before = self[index]
-        if before is None:
-            before = self[index] = x.new_zeros((batch, channels, HISTORY, height, width))
+        before = self.history(index, x)
         edges = bands(height, least_rows(batch * channels * (HISTORY + frames)) if self.divided and above else height)
         carried = out = None
         loaded = 0

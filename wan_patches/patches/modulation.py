@@ -17,7 +17,7 @@ _PREFIX, _CLOSE = "_wan_patches_", "_wan_patches_close_"
 _RESIDUAL_NORM = "_wan_patches_residual_norm"
 _NORM, _RESIDUAL, _CAST = "_wan_patches_modulated_norm", "_wan_patches_gated_residual", "_wan_patches_cast_norm"
 _OF_MODEL, _OF_OUTPUT = "_wan_patches_two_rows", "_wan_patches_current_row"
-_OF_BLOCK, _OF_TOKENS = "_wan_patches_modulations", "_wan_patches_modulations_of_tokens"
+_TOKENS_FIRST, _OF_BLOCK = "_wan_patches_tokens_first", "_wan_patches_modulations"
 
 
 def _modulated(norm: str) -> Replace:
@@ -48,13 +48,12 @@ def _block(x: str, *fingerprints: str) -> tuple[Edit, ...]:
 
 
 _ROW_PER_TOKEN = (  # of Wan 2.2 TI2V and Helios
-    Replace("(TABLE.unsqueeze(0) + temb.float()).chunk(6, dim=2)", f"{_OF_TOKENS}(TABLE, temb)"),
+    Replace("(TABLE.unsqueeze(0) + temb.float()).chunk(6, dim=2)", f"{_OF_BLOCK}(TABLE, temb)"),
     Replace("MODULATION.squeeze(2)", "MODULATION", 6),
 )
 _PLAIN_BLOCK = _block("hidden_states", "f057115c0857cb05", "0f474dcbbe6d0913")
 _VACE_BLOCK = _block("control_hidden_states", "11672d88f6fc84c0", "a9ba2b4daf22ed6f")
-_TWO_ROWS = Replace("(TABLE + temb.float()).chunk(6, dim=1)", f"{_OF_BLOCK}(TABLE, temb)")
-_WAN_BLOCK = (*_PLAIN_BLOCK, *_ROW_PER_TOKEN, _TWO_ROWS)
+_WAN_BLOCK = (*_PLAIN_BLOCK, *_ROW_PER_TOKEN)
 _HELIOS_BLOCK = (
     _modulated("self.norm1"),
     _modulated("self.norm3"),
@@ -62,12 +61,12 @@ _HELIOS_BLOCK = (
     Replace("self.norm2(X.float()).type_as(X)", f"{_CAST}(self.norm2, X)", 2),
     _FEED_FORWARD,
     *_ROW_PER_TOKEN,
-    _TWO_ROWS,
 )
 _HELIOS_MODEL = (
     Replace(
         "torch.cat([timestep_proj_t0, timestep_proj], dim=2)", f"{_OF_MODEL}(self, timestep_proj_t0, timestep_proj)"
     ),
+    Replace("timestep_proj.permute(0, 2, 1, 3)", f"{_TOKENS_FIRST}(timestep_proj)"),
     Replace("torch.cat([temb_t0, temb], dim=1)", f"{_OF_OUTPUT}(self, temb_t0, temb)"),
 )
 
@@ -104,7 +103,7 @@ def _renamed(edit: Any) -> Any:
     return replace(edit, replacement=edit.replacement.replace(_PREFIX, _CLOSE))
 
 
-_CALLS = (_NORM, _RESIDUAL, _CAST, _RESIDUAL_NORM, _OF_MODEL, _OF_OUTPUT, _OF_BLOCK, _OF_TOKENS)
+_CALLS = (_NORM, _RESIDUAL, _CAST, _RESIDUAL_NORM, _OF_MODEL, _TOKENS_FIRST, _OF_OUTPUT, _OF_BLOCK)
 _OUTPUT = (_modulated("self.norm_out"),)
 
 _EXACT = (
@@ -200,22 +199,16 @@ def close_cast_norm(norm: Any, x: Any) -> Any:
 
 
 def modulations(table: Any, temb: Any) -> Any:
-    """What a block's table and the model's `temb`, `(batch, 6, dim)` or `TwoRows` of it, make: six modulations."""
-    from wan_patches.ops.modulation import TwoRows
+    """The six modulations that a block's table and a `temb` for each token make; `(batch, seq, 6, dim)`, or `TwoRows`.
 
-    if isinstance(temb, TwoRows):
-        return TwoRows(temb.rows.float(), temb.border).added_to(table)
-    return (table + temb.float()).chunk(6, dim=1)
-
-
-def modulations_of_tokens(table: Any, temb: Any) -> Any:
-    """The same of a `temb` for each token, `(batch, seq, 6, dim)`, where the third axis of the results is gone.
-
-    One row each where all tokens have the same memory; else `RowPerToken`, or stock's tensors for who looks into them.
+    The third axis of stock's is gone in all of them. They are `TwoRows`, one row each where all tokens have the same
+    memory, else `RowPerToken`, or stock's tensors for who looks into them.
     """
-    from wan_patches.ops.modulation import RowPerToken
+    from wan_patches.ops.modulation import RowPerToken, TwoRows
     from wan_patches.ops.tracing import is_observed
 
+    if isinstance(temb, TwoRows):
+        return temb._replace(rows=temb.rows.float()).added_to(table)
     if _is_repeated(temb, 1):
         temb = temb[:, :1]
     elif not is_observed(table, temb):
@@ -236,7 +229,15 @@ def two_rows(model: Any, history: Any, current: Any) -> Any:
         return torch.cat([history, current], dim=2)
     if history.shape[2] == 0:
         return current[:, :, 0]
-    return TwoRows(torch.stack((history[:, :, 0], current[:, :, 0]), dim=1), history.shape[2])
+    border, seq = history.shape[2], history.shape[2] + current.shape[2]
+    return TwoRows(torch.stack((history[:, :, 0], current[:, :, 0]), dim=1), border, seq)
+
+
+def tokens_first(temb: Any) -> Any:
+    """`(batch, 6, seq, dim)` to `(batch, seq, 6, dim)`, which `TwoRows` stand for already."""
+    from wan_patches.ops.modulation import TwoRows
+
+    return temb if isinstance(temb, TwoRows) else temb.permute(0, 2, 1, 3)
 
 
 def current_row(model: Any, history: Any, current: Any) -> Any:

@@ -14,14 +14,15 @@ from wan_patches.patches.modulation import calls, is_hooked, reason_against_two_
 from wan_patches.registry import Known, Patch, Target
 from wan_patches.rewrite import Replace
 
-_EMBED, _OF_OUTPUT = "_wan_patches_embed_timesteps", "_wan_patches_output_modulations"
+_FLATTEN, _EMBED = "_wan_patches_flattened_timesteps", "_wan_patches_embed_timesteps"
+_OF_OUTPUT = "_wan_patches_output_modulations"
 _OF_IMAGE, _OF_TEXT = "_wan_patches_image_timesteps", "_wan_patches_text_timesteps"
 _STOCK = "temp_ts.unsqueeze(0).expand(latents.shape[0], -1)"
 _ONES = "torch.ones(latents.shape, dtype=torch.float32, device=device)"
 
 
 def _patch(module: str, target: Target, requires: tuple[Known, ...] = ()) -> Patch:
-    names = (_EMBED, _OF_OUTPUT, _OF_IMAGE, _OF_TEXT)
+    names = (_FLATTEN, _EMBED, _OF_OUTPUT, _OF_IMAGE, _OF_TEXT)
     return Patch(
         name="timesteps",
         module=f"diffusers.{module}",
@@ -46,14 +47,16 @@ PATCHES = (
         Target(
             "WanTransformer3DModel.forward",
             (
+                Replace("timestep.flatten()", f"{_FLATTEN}(timestep)"),
                 Replace(
                     "self.condition_embedder(timestep, TEXT, IMAGE, timestep_seq_len=ts_seq_len)",
                     f"{_EMBED}(self.condition_embedder, timestep, TEXT, IMAGE, ts_seq_len)",
                 ),
                 Replace(
-                    "(self.scale_shift_table.to(temb.device) + temb.unsqueeze(1)).chunk(2, dim=1)",
+                    "(self.scale_shift_table.unsqueeze(0).to(temb.device) + temb.unsqueeze(2)).chunk(2, dim=2)",
                     f"{_OF_OUTPUT}(self.scale_shift_table, temb)",
                 ),
+                Replace("MODULATION.squeeze(2)", "MODULATION", 2),
             ),
         ),
     ),
@@ -89,7 +92,9 @@ def image_timesteps(pipe: Any, model: Any, of_tokens: Any, latents: Any) -> Any:
 
     if _reason_against(pipe, model) is not None:
         return of_tokens.unsqueeze(0).expand(latents.shape[0], -1)
-    return TwoTimesteps(torch.stack((of_tokens[0], of_tokens[-1])), of_tokens.shape[0] // latents.shape[2])
+    batch, _, frames, *_ = latents.shape
+    seq = of_tokens.shape[0]
+    return TwoTimesteps(torch.stack((of_tokens[0], of_tokens[-1])), seq // frames, (batch, seq))
 
 
 def text_timesteps(pipe: Any, model: Any, of_tokens: Any, latents: Any) -> Any:
@@ -99,6 +104,13 @@ def text_timesteps(pipe: Any, model: Any, of_tokens: Any, latents: Any) -> Any:
     return of_tokens[-1:].expand(latents.shape[0])
 
 
+def flattened_timesteps(timestep: Any) -> Any:
+    """One timestep after another; `TwoTimesteps` remain what they are."""
+    from wan_patches.ops.modulation import TwoTimesteps
+
+    return timestep if isinstance(timestep, TwoTimesteps) else timestep.flatten()
+
+
 def embed_timesteps(embedder: Any, timestep: Any, text: Any, image: Any, seq: int | None) -> Any:
     """The embeddings of timesteps, text and image; of `TwoTimesteps` those of the timesteps are `TwoRows`."""
     from wan_patches.ops.modulation import TwoRows, TwoTimesteps
@@ -106,17 +118,17 @@ def embed_timesteps(embedder: Any, timestep: Any, text: Any, image: Any, seq: in
     if not isinstance(timestep, TwoTimesteps):
         return embedder(timestep, text, image, timestep_seq_len=seq)
     temb, projected, *others = embedder(timestep.values, text, image)
-    return *(TwoRows(rows.unsqueeze(0), timestep.border) for rows in (temb, projected)), *others
+    return *(TwoRows(rows.unsqueeze(0), timestep.border, timestep.shape[1]) for rows in (temb, projected)), *others
 
 
 def output_modulations(table: Any, temb: Any) -> Any:
-    """Shift and scale of the output norm; `temb` is `(batch, dim)`, or `TwoRows` of it."""
+    """Shift and scale of the output norm; `temb` is `(batch, seq, dim)`, or `TwoRows` of it, and so are they."""
     from wan_patches.ops.modulation import TwoRows
 
-    table = table.to(temb.rows.device if isinstance(temb, TwoRows) else temb.device)
     if isinstance(temb, TwoRows):
-        return TwoRows(temb.rows.unsqueeze(2), temb.border).added_to(table)
-    return (table + temb.unsqueeze(1)).chunk(2, dim=1)
+        return temb._replace(rows=temb.rows.unsqueeze(2)).added_to(table.to(temb.rows.device))
+    modulations = (table.unsqueeze(0).to(temb.device) + temb.unsqueeze(2)).chunk(2, dim=2)
+    return tuple(modulation.squeeze(2) for modulation in modulations)
 
 
 def _reason_against(pipe: Any, model: Any) -> str | None:

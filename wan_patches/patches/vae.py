@@ -264,11 +264,10 @@ def _convolution(conv: Any, padding: Any = 0) -> Callable[[Any], Any]:
 
 def _upsample_time(conv: Any, x: Any, caches: Any, index: list[int]) -> Any:
     """`(batch, frames, 2, channels, height, width)`, or without the 2 in the first pass, which leaves time alone."""
-    from wan_patches.ops.vae import HISTORY, interleave
+    from wan_patches.ops.vae import interleave
 
     if caches[index[0]] is None:
-        batch, channels, _, height, width = x.shape
-        caches[index[0]] = x.new_zeros((batch, channels, HISTORY, height, width))
+        caches.history(index[0], x)
         index[0] += 1
         return x.transpose(1, 2)
     return interleave(_causal(conv, caches, index, x))

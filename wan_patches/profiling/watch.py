@@ -29,13 +29,13 @@ UNKNOWN = "unknown"
 _BOOKKEEPING = (
     ("wan_patches.patches.vae", "clear_cache"),
     ("wan_patches.patches.vae", "unchanged"),
-    *(
-        ("wan_patches.patches.modulation", name)
-        for name in ("modulations", "modulations_of_tokens", "two_rows", "current_row")
-    ),
+    *(("wan_patches.patches.modulation", name) for name in ("modulations", "two_rows", "tokens_first", "current_row")),
     *(
         ("wan_patches.patches.timesteps", name)
-        for name in ("embed_timesteps", "output_modulations", "image_timesteps", "text_timesteps")
+        for name in (
+            *("flattened_timesteps", "embed_timesteps", "output_modulations"),
+            *("image_timesteps", "text_timesteps"),
+        )
     ),
 )
 
