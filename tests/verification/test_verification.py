@@ -15,12 +15,13 @@ from typer.testing import CliRunner
 import wan_patches
 from wan_patches import Patch, Replace, Target, verify
 from wan_patches import __main__ as cli
-from wan_patches.bench.models import FAMILIES
+from wan_patches.bench.models import FAMILIES, available
 from wan_patches.ops import frames as frames_op
 from wan_patches.ops import rope as rope_op
+from wan_patches.ops.modulation import TwoRows
 from wan_patches.registry import Registry
 from wan_patches.verification.partings import compare_calls, first_parting, smallest
-from wan_patches.verification.trials import Event, Trial, ops_of
+from wan_patches.verification.trials import Event, Subject, Trial, ops_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -112,7 +113,20 @@ def test_everything_is_left_as_it_was(pipe):
     assert random.getstate() == before[2]
     assert np.random.get_state()[1].tolist() == before[3]
     assert [vars(part).keys() for part in (pipe, pipe.scheduler, pipe.vae)] == [part.keys() for part in held]
-    assert not any(module._forward_hooks for module in pipe.transformer.modules())
+    assert not any("__call__" in vars(kind) for kind in {type(module) for module in pipe.transformer.modules()})
+
+
+@pytest.mark.skipif("helios" not in available(), reason="this diffusers has none")
+def test_watched_blocks_are_handed_what_others_are(monkeypatch):
+    handed, added_to = [], TwoRows.added_to
+    monkeypatch.setattr(TwoRows, "added_to", lambda rows, table: handed.append(rows) or added_to(rows, table))
+    subject = Subject(FAMILIES["helios"].build(), FAMILIES["helios"].inputs(output_type="latent"), str)
+    with wan_patches.enabled():
+        run = subject.observe([], "patched")
+    assert run.error is None
+    of_blocks = [event for event in run.events if event.kind == "block"]
+    assert 0 < len(handed) <= len(of_blocks)  # the first chunk of a video has no history
+    assert {event.name for event in of_blocks} == {name for name, _ in subject.blocks}
 
 
 def test_without_a_generator_every_run_draws_the_same(pipe):
