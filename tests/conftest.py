@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
+import random
 import sys
 from pathlib import Path
 
@@ -33,6 +35,66 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def _at_calls_of_diffusers(then):
+    """`then()` runs before the body of each of its functions."""
+
+    def profile(frame, event, _):
+        if event == "call" and "/diffusers/" in frame.f_code.co_filename:
+            sys.setprofile(None)
+            then()
+            sys.setprofile(profile)
+
+    sys.setprofile(profile)
+    try:
+        yield
+    finally:
+        sys.setprofile(None)
+
+
+@pytest.fixture
+def toggled():
+    """What a function gives while patches come or go at a few of the calls in it, chosen by each seed.
+
+    `toggled(run, seeds, **options)`; `options` are those of `enable`.
+    """
+
+    def results(run, seeds, **options):
+        calls = 0
+
+        def count():
+            nonlocal calls
+            calls += 1
+
+        with _at_calls_of_diffusers(count):
+            run()
+        for seed in seeds:
+            yield one(run, calls, random.Random(seed), options)
+
+    def one(run, calls, pick, options):
+        points = set(pick.sample(range(calls), min(calls, pick.choice((1, 2, 6, 20)))))
+        nth, on = 0, pick.random() < 0.5
+
+        def switch():
+            wan_patches.enable(**options) if on else wan_patches.disable()
+
+        def call():
+            nonlocal nth, on
+            if nth in points:
+                on = not on
+                switch()
+            nth += 1
+
+        switch()
+        try:
+            with _at_calls_of_diffusers(call):
+                return run()
+        finally:
+            wan_patches.disable()
+
+    return results
 
 
 @pytest.fixture

@@ -71,3 +71,14 @@ def device(_device: Device, one_thread: None) -> Iterator[Device]:
     _device.reset()
     yield _device
     gate.reset()
+
+
+@pytest.fixture
+def deep_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Storages of the emulated device cannot be copied deeply, as diffusion forcing does with its scheduler."""
+    deeply: Any = torch.Tensor.__deepcopy__
+
+    def copied(self: torch.Tensor, memo: Any) -> Any:
+        return self.clone() if self.device.type == "npu" else deeply(self, memo)
+
+    monkeypatch.setattr(torch.Tensor, "__deepcopy__", copied)

@@ -19,7 +19,7 @@ import wan_patches
 from wan_patches.bench.models import FAMILIES, available
 from wan_patches.ops import step_loop as ops
 
-pytestmark = pytest.mark.npu_emulated
+pytestmark = [pytest.mark.npu_emulated, pytest.mark.usefixtures("deep_copies")]
 
 UPLOAD, READ = "copy to device", "aten::_local_scalar_dense"
 VERSION = tuple(map(int, diffusers.__version__.split(".")[:2]))
@@ -63,17 +63,6 @@ class Run:
     video: Any
     waits: Counter[str]
     uploads: Counter[int]
-
-
-@pytest.fixture(autouse=True)
-def _copies_stay_there(monkeypatch):
-    """Storages of the emulated device cannot be copied deeply, as diffusion forcing does with its scheduler."""
-    deeply = torch.Tensor.__deepcopy__
-
-    def copied(self, memo):
-        return self.clone() if self.device.type == "npu" else deeply(self, memo)
-
-    monkeypatch.setattr(torch.Tensor, "__deepcopy__", copied)
 
 
 @pytest.fixture

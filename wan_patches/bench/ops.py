@@ -150,10 +150,14 @@ def _cases(quick: bool) -> list[Case]:
     cases = [_rope((1, 4095, 40, 128)), _rope((1, 4095, 12, 128))]
     if not quick:
         cases.append(_rope((1, 32760, 12, 128)))
+    blocks = [_block((1, 4095, 1536)), _block((1, 4095, 1536), "a row per token")]
     if _has_helios():
         cases.append(_helios_rope((1, 4095, 40, 128)))
+        blocks.append(_block((1, 4095, 1536), "Helios, two rows", border=2559))
     return [
         *cases,
+        *(blocks if quick else [_block((1, 4095, 5120)), *blocks]),
+        _qk_norms((1, 4095, 1536)),
         _rope((1, 4095, 12, 44), "rope, odd head size"),
         _rope((1, 64, 2, 32), "rope, tiny"),
         _rope((1, 4095, 12, 128), "rope, view of a fused projection", fused=True),
@@ -218,6 +222,87 @@ def _helios_rope(shape: tuple[int, int, int, int]) -> Case:
         return lambda: stock(x, both), lambda: patched(x, both)
 
     return Case("rope, Helios", _by(shape), make)
+
+
+def _block(shape: tuple[int, int, int], kind: str = "", *, border: int | None = None) -> Case:
+    """A block whose attention and feed-forward layers do nothing: modulated norms, gated residuals and casts.
+
+    kind: of the modulation; one row for all tokens if empty. border: of two rows.
+    """
+
+    def make(device: torch.device, dtype: torch.dtype) -> tuple[Call, Call]:
+        from wan_patches.ops.modulation import TwoRows
+
+        _, seq, dim = shape
+        name = "WanTransformerBlock" if border is None else "HeliosTransformerBlock"
+        module: Any = importlib.import_module(f"diffusers.models.transformers.transformer_{name[:-16].lower()}")
+        stock, patched = _both(lambda: _method(getattr(module, name), "forward"))
+        around = _block_without_layers(dim, device)
+        x = torch.randn(shape).to(device, dtype)
+        of_stock: Any = torch.randn(1, 6, dim).to(device, dtype)
+        of_patched: Any = of_stock
+        if border is not None:
+            of_patched = TwoRows(torch.randn(1, 2, 6, dim).to(device, dtype), border, seq)
+            of_stock = of_patched.dense()
+        elif kind:
+            of_patched = of_stock = torch.randn(1, seq, 6, dim).to(device, dtype)
+        return lambda: stock(around, x, None, of_stock, None), lambda: patched(around, x, None, of_patched, None)
+
+    return Case(", ".join(filter(None, ("block without its layers", kind))), _by(shape), make)
+
+
+def _block_without_layers(dim: int, device: torch.device) -> SimpleNamespace:
+    from diffusers.models.normalization import FP32LayerNorm
+
+    plain = FP32LayerNorm(dim, 1e-6, elementwise_affine=False)
+    affine = FP32LayerNorm(dim, 1e-6, elementwise_affine=True).to(device)
+
+    def same(x: torch.Tensor, *more: Any) -> torch.Tensor:
+        return x
+
+    return SimpleNamespace(
+        **{"norm1": plain, "norm2": affine, "norm3": plain, "attn1": same, "attn2": same, "ffn": same},
+        **{"guidance_cross_attn": False, "scale_shift_table": (torch.randn(1, 6, dim) / dim**0.5).to(device)},
+    )
+
+
+def _qk_norms(shape: tuple[int, int, int]) -> Case:
+    """A processor around projections and an attention that do nothing, without rotation: the norms of q and k."""
+
+    def make(device: torch.device, dtype: torch.dtype) -> tuple[Call, Call]:
+        module: Any = importlib.import_module("diffusers.models.transformers.transformer_wan")
+        normed: list[torch.Tensor] = []
+
+        def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **_: Any) -> torch.Tensor:
+            normed[:] = query, key
+            return value
+
+        def take() -> types.FunctionType:
+            code = inspect.unwrap(module.WanAttnProcessor.__call__).__code__
+            return types.FunctionType(code, {**vars(module), "dispatch_attention_fn": attend}, argdefs=(None,) * 3)
+
+        def same(x: torch.Tensor) -> torch.Tensor:
+            return x
+
+        stock, patched = _both(take)
+        _, _, dim = shape
+        x, norm = torch.randn(shape).to(device, dtype), torch.nn.RMSNorm(dim, eps=1e-6).to(device, dtype)
+        around = SimpleNamespace(
+            **{"heads": dim // 128, "add_k_proj": None, "fused_projections": False, "is_cross_attention": False},
+            **{"to_q": same, "to_k": same, "to_v": same, "norm_q": norm, "norm_k": norm, "to_out": [same, same]},
+        )
+        processor = SimpleNamespace(_attention_backend=None, _parallel_config=None)
+
+        def call(attention: types.FunctionType) -> Call:
+            def norms() -> list[torch.Tensor]:
+                attention(processor, around, x)
+                return list(normed)
+
+            return norms
+
+        return call(stock), call(patched)
+
+    return Case("RMS norms of q and k", _by(shape), make)
 
 
 def _condition_mask(device: torch.device, dtype: torch.dtype) -> tuple[Call, Call]:
