@@ -303,12 +303,18 @@ def test_helios_without_a_timestep_of_its_own_for_history_has_one_row(fast_forms
     assert seen[:2] == [(1, 1, 48)] * 2
 
 
-@pytest.mark.parametrize("why", ["hook", "kind", "gradients"])
-def test_helios_hands_out_what_stock_does_where_someone_could_look(why, handed):
-    model, request = _helios(), _request()
+@pytest.mark.parametrize("why", ["hook", "global hook", "kind", "gradients"])
+def test_helios_hands_out_what_stock_does_where_someone_could_look(why, handed, request):
+    model, request, finish = _helios(), _request(), request.addfinalizer
     shapes = []
     if why == "hook":
         model.blocks[0].register_forward_pre_hook(lambda _, args: shapes.append(args[2].shape))
+    elif why == "global hook":
+        block = type(model.blocks[0])
+        hook = torch.nn.modules.module.register_module_forward_pre_hook(
+            lambda module, args: shapes.append(args[2].shape) if type(module) is block else None
+        )
+        finish(hook.remove)
     elif why == "kind":
 
         class Own(type(model.blocks[0])):

@@ -274,6 +274,8 @@ def reason_against_two_kinds(model: Any, block: str) -> str | None:
         return "it is being compiled"
     if torch.is_grad_enabled():
         return "gradients are enabled"
+    if torch.nn.modules.module._has_any_global_hook():
+        return "there are global module hooks"
     for module in model.blocks:
         if type(module).__name__ != block or is_hooked(module):
             return "a block is another, or has hooks"
