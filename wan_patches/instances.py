@@ -1,9 +1,24 @@
-"""Other behaviour for one object, by another class for it: nothing is wrapped, and its holders notice nothing."""
+"""What one object does other than its class: behaviour given to it by another class, or methods of its own."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any
+
+
+def own_methods(instance: Any) -> set[str]:
+    """Names of the methods that an object has in itself, in the place of its class's.
+
+    Not what libraries leave behind that have wrapped a method and undone it: the class's own, bound to the object.
+    """
+    cls = type(instance)
+    return {
+        name
+        for name, value in vars(instance).items()
+        if callable(value)
+        and hasattr(cls, name)
+        and (getattr(value, "__self__", None) is not instance or value.__func__ is not getattr(cls, name))
+    }
 
 
 def exchange_class(instance: Any, members: Mapping[str, Any]) -> Callable[[], None]:
