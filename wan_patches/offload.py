@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from wan_patches.instances import own_methods
 from wan_patches.patches.offload import Streams, making, streams_on
 
 __all__ = ["LEVELS", "Estimate", "OffloadPlan", "Placement", "disable_offload", "enable_offload"]
@@ -198,11 +199,12 @@ def enable_offload(
             "%s may not fit %s: %s of weights, and %s of room, of which %s are reserved; see the plan",
             plan.pipeline, plan.device, _bytes(plan.peak), _bytes(plan.budget or 0), _bytes(plan.reserve),
         )  # fmt: skip
-    _before.setdefault(pipe, _Before(pipe))
+    now = _Before(pipe)
     try:
         host.apply(plan)
+        _before.setdefault(pipe, now)  # what an earlier call has noted is where `disable_offload` goes back to
     except BaseException:
-        _before.pop(pipe).restore(pipe)
+        now.restore(pipe)
         raise
     return plan
 
@@ -210,17 +212,20 @@ def enable_offload(
 def disable_offload(pipe: Any) -> None:
     """Undoes `enable_offload`: no hooks, every component on the device that it was on before.
 
-    Weights that were copied on a stream stay in pinned host memory until they are moved.
+    A call of the pipeline may have been interrupted before; if this one is, call it again. Weights that were copied on
+    a stream stay in pinned host memory until they are moved, as those are that an interrupted call has left on the
+    device.
 
     Raises ValueError for a pipeline that `enable_offload` has not touched.
     """
     try:
-        before = _before.pop(pipe, None)
+        before = _before.get(pipe)
     except TypeError:  # nothing that could have been there
         before = None
     if before is None:
         raise ValueError(f"this {type(pipe).__name__} is not offloaded by enable_offload")
     before.restore(pipe)
+    del _before[pipe]
 
 
 # What there is
@@ -585,15 +590,20 @@ def _choose(host: _Host, possible: list[Estimate], room: int | None) -> tuple[Es
 
 
 class _Before:
-    """Where the components of a pipeline were."""
+    """Where the components of a pipeline were, and which of their parts had a `forward` in themselves."""
 
     def __init__(self, pipe: Any) -> None:
-        tensors = {name: next(iter(_tensors(module)), None) for name, module in _modules(pipe).items()}
+        modules = _modules(pipe)
+        tensors = {name: next(iter(_tensors(module)), None) for name, module in modules.items()}
         self.devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
         self.attributes = {name: vars(pipe).get(name, _ABSENT) for name in ("_offload_gpu_id", "_offload_device")}
+        parts = (part for module in modules.values() for part in module.modules())
+        self.with_forward = weakref.WeakSet(part for part in parts if "forward" in vars(part))
 
     def restore(self, pipe: Any) -> None:
         modules = _modules(pipe)
+        for module in modules.values():
+            _wait_for_copies(module)
         if any(hasattr(module, "_hf_hook") for module in modules.values()):
             pipe.remove_all_hooks()
         for name, value in self.attributes.items():
@@ -605,8 +615,19 @@ class _Before:
             for registry in list(_registries(module)):
                 for hook in _HOOKS:
                     registry.remove_hook(hook, recurse=False)
+            for part in module.modules():
+                if "forward" in vars(part).keys() - own_methods(part) and part not in self.with_forward:
+                    del part.forward  # the class's own, which whoever removes a hook puts there
             if name in self.devices and not _of_bitsandbytes(module):
                 module.to(self.devices[name])
+
+
+def _wait_for_copies(module: nn.Module) -> None:
+    """A call that was interrupted leaves the copy of its next group under way: there is no weight to move yet."""
+    for registry in _registries(module):
+        hook = registry.get_hook("group_offloading")
+        if hook is not None and hook.group.stream is not None:
+            hook.group.stream.synchronize()
 
 
 _ABSENT = object()

@@ -181,6 +181,7 @@ def test_diffusers_before_group_offloading_gets_sequential_offload(whole, device
     assert all(tensor.is_meta for tensor in pipe.transformer.parameters())
     disable_offload(pipe)
     assert not any(tensor.is_meta for tensor in weights(pipe))
+    assert not any("forward" in vars(module) for module in pipe.transformer.modules())
     assert np.array_equal(call(pipe.to("npu")), whole("wan22_i2v"))
 
 
@@ -430,6 +431,7 @@ def test_back_where_it_was(before, level, whole, runtime):
         assert not hasattr(module, "_hf_hook")
         registry = getattr(module, "_diffusers_hook", None)
         assert registry is None or not registry.hooks
+        assert "forward" not in vars(module)  # which would look like a patch of that one module
     assert {*vars(pipe)} - attributes <= {"_all_hooks"}
     runtime.journal.clear()
     with runtime.watching():
@@ -437,6 +439,108 @@ def test_back_where_it_was(before, level, whole, runtime):
     assert not any(entry.stream for entry in runtime.journal.entries)
     with pytest.raises(ValueError, match="not offloaded by enable_offload"):
         disable_offload(pipe)
+
+
+def test_a_forward_of_its_own_is_kept(runtime):
+    pipe = build()
+    patched, bound = pipe.transformer.blocks[0].attn1.to_q, pipe.transformer.blocks[1].attn1.to_q
+    patched.forward = lambda x: torch.nn.functional.linear(x, patched.weight, patched.bias)
+    bound.forward = bound.forward  # as other libraries leave behind
+    own = [vars(module)["forward"] for module in (patched, bound)]
+    enable_offload(pipe, "npu", level="leaf")
+    with runtime.watching():
+        call(pipe)
+    disable_offload(pipe)
+    assert [vars(module)["forward"] for module in (patched, bound)] == own
+
+
+class Interrupted(BaseException):
+    """As `KeyboardInterrupt`, but nobody else's."""
+
+
+def under_way(pipe: Any) -> list[torch.Tensor]:
+    """Weights whose copies to the device have not arrived."""
+    return [t for t in weights(pipe) if t.device.type == "npu" and t.is_floating_point() and t.cpu().isnan().any()]
+
+
+def interrupt(pipe: Any) -> None:
+    """A call that ends in the first block, when the next group is being copied."""
+
+    def raises(*_: Any) -> None:
+        raise Interrupted
+
+    with pipe.transformer.blocks[0].attn1.to_q.register_forward_pre_hook(raises), pytest.raises(Interrupted):
+        call(pipe)
+    assert under_way(pipe)
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize("level", ["group", "leaf"])
+@pytest.mark.parametrize("before", ["cpu", "npu"])
+def test_back_after_an_interrupted_call_with_every_weight(before, level, low_cpu_mem_usage, runtime):
+    pipe = build().to(before)
+    values = [tensor.cpu() for tensor in weights(pipe)]
+    enable_offload(pipe, "npu", level=level, low_cpu_mem_usage=low_cpu_mem_usage)
+    with runtime.watching():
+        call(pipe)  # the order of groups is known from here on
+        interrupt(pipe)
+        disable_offload(pipe)
+    assert {tensor.device.type for tensor in weights(pipe)} == {before}
+    for tensor, value in zip(weights(pipe), values, strict=True):
+        assert torch.equal(tensor.cpu(), value)
+
+
+@pytest.mark.parametrize("calls_before", [0, 1])
+def test_back_after_an_interrupted_copy_of_a_group(calls_before, runtime):
+    """Some of its weights have been asked for, the others have not."""
+    pipe = build()
+    values = [tensor.clone() for tensor in weights(pipe)]
+    enable_offload(pipe, "npu", level="group")
+    group = list(pipe.transformer.blocks[1].parameters())
+
+    def interrupts(op: str) -> None:
+        if len({parameter.device for parameter in group}) > 1:
+            raise Interrupted
+
+    with runtime.watching():
+        for _ in range(calls_before):
+            call(pipe)
+    with runtime.watching(interrupts), pytest.raises(Interrupted):
+        call(pipe)
+    assert bool(under_way(pipe)) == bool(calls_before)  # the first call waits for each
+    disable_offload(pipe)
+    for tensor, value in zip(weights(pipe), values, strict=True):
+        assert torch.equal(tensor, value)
+
+
+@pytest.mark.parametrize("level", ["group", "leaf"])
+def test_a_call_after_an_interrupted_one_has_the_same_bits(level, whole, runtime):
+    pipe = build()
+    enable_offload(pipe, "npu", level=level)
+    with runtime.watching():
+        call(pipe)
+        interrupt(pipe)
+        assert np.array_equal(call(pipe), whole("wan22_i2v"))
+
+
+def test_going_back_can_be_interrupted_and_done_again(runtime, monkeypatch):
+    pipe = build()
+    values = [tensor.clone() for tensor in weights(pipe)]
+    enable_offload(pipe, "npu", level="group")
+
+    def raises(*_: Any) -> None:
+        raise Interrupted
+
+    with runtime.watching():
+        call(pipe)
+        interrupt(pipe)
+        with monkeypatch.context() as patch:
+            patch.setattr(type(pipe.transformer), "to", raises)
+            with pytest.raises(Interrupted):
+                disable_offload(pipe)
+        disable_offload(pipe)
+    for tensor, value in zip(weights(pipe), values, strict=True):
+        assert torch.equal(tensor, value)
 
 
 def test_one_level_after_another(whole, runtime):
@@ -463,6 +567,21 @@ def test_what_raises_leaves_the_pipeline_as_it_was(whole, runtime):
     enable_offload(pipe, "npu", level="group")  # it is not taken for one that is offloaded
     with runtime.watching():
         assert np.array_equal(call(pipe), whole("wan22_i2v"))
+
+
+def test_what_raises_leaves_it_where_an_earlier_level_has_put_it(runtime, monkeypatch):
+    pipe = build()
+    enable_offload(pipe, "npu", level="none")
+
+    def refuse(*_: Any, **options: Any) -> None:
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(type(pipe.transformer_2), "enable_group_offload", refuse)
+    with pytest.raises(RuntimeError, match="no"):
+        enable_offload(pipe, "npu", level="group")
+    assert {tensor.device.type for tensor in weights(pipe)} == {"npu"}
+    disable_offload(pipe)
+    assert {tensor.device.type for tensor in weights(pipe)} == {"cpu"}
 
 
 def test_a_dry_run_moves_nothing(runtime, device):
