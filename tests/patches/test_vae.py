@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import logging
+import pickle
 import weakref
 
 import pytest
@@ -125,6 +126,24 @@ def test_real_channels_are_divided_and_bit_identical(dtype, monkeypatch):
     assert divided == [True] * 4  # in the first pass, to know early, and in the second
 
 
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("what", ["image", "video", "latents", "weights"])
+@torch.no_grad()
+def test_channels_last(what):
+    """Stock's convolutions go on in that layout, with other bits: a PIL image becomes a tensor of it."""
+    vae = _build(REAL, torch.bfloat16)
+    latents, video = _latents(vae, 2, 6, 6), _video(vae, 1 if what == "image" else 5, 6, 6)
+    if what == "weights":
+        for parameter in vae.parameters():
+            if parameter.dim() == 5:
+                parameter.data = parameter.data.to(memory_format=torch.channels_last_3d)
+    elif what == "latents":
+        latents = latents.to(memory_format=torch.channels_last_3d)
+    else:
+        video = video.to(memory_format=torch.channels_last_3d)
+    _compare(vae, latents, video)
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize(("channels", "kernel"), [((256, 128), 1), ((512, 256), 1), ((1024, 512), 1), ((96, 96), 3)])
 @torch.no_grad()
@@ -233,7 +252,14 @@ def _other_module(vae):
     return calls
 
 
-@pytest.mark.parametrize("change", [_hooked, _own_forward, _other_module])
+def _own_convolution(vae):
+    calls, conv = [], vae.decoder.conv_out
+    convolve = conv._conv_forward
+    conv._conv_forward = lambda *args: (calls.append(1), convolve(*args) + 0.25)[1]
+    return calls
+
+
+@pytest.mark.parametrize("change", [_hooked, _own_forward, _other_module, _own_convolution])
 def test_a_changed_module_is_called_as_often_as_by_stock(change):
     vae = _build(SMALL)
     calls = change(vae)
@@ -245,6 +271,57 @@ def test_a_changed_module_is_called_as_often_as_by_stock(change):
     assert expected > 0
     assert len(calls) == 2 * expected
     assert all(map(torch.equal, stock, patched))
+
+
+def test_seamless_padding_is_kept():
+    vae = _build(SMALL)
+    for module in vae.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.padding_mode = "circular"
+    _compare(vae, _latents(vae, 2, 4, 4), _video(vae, 5, 4, 4))
+
+
+@pytest.mark.parametrize("cls", ["WanCausalConv3d", "WanRMS_norm", "WanUpsample", "Conv2d", "Conv3d", "SiLU"])
+def test_classes_that_are_changed_later_are_called(cls, monkeypatch):
+    from diffusers.models.autoencoders import autoencoder_kl_wan as wan
+
+    kind = getattr(wan, cls, None) or getattr(torch.nn, cls)
+    vae, forward, calls = _build(SMALL), kind.forward, []
+    with wan_patches.enabled(["vae"]):
+        monkeypatch.setattr(kind, "forward", lambda *args, **more: (calls.append(1), forward(*args, **more))[1])
+        patched = _both(vae, _latents(vae, 2, 4, 4), _video(vae, 5, 4, 4))
+        count = len(calls)
+    stock = _both(vae, _latents(vae, 2, 4, 4), _video(vae, 5, 4, 4))
+    assert count > 0
+    assert len(calls) == 2 * count
+    assert all(map(torch.equal, stock, patched))
+
+
+def test_weights_of_several_dtypes_get_stock_code():
+    vae = _build(SMALL)
+    vae.post_quant_conv.bfloat16()
+    vae.decoder.conv_in.bfloat16()
+    latents = _latents(vae, 2, 4, 4).bfloat16()
+    with torch.no_grad():
+        stock = vae.decode(latents).sample
+        with wan_patches.enabled(["vae"]):
+            assert torch.equal(vae.decode(latents).sample, stock)
+
+
+def test_fake_tensors_have_shapes_to_be_asked_for():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(), torch.no_grad(), wan_patches.enabled(["vae"]):
+        vae = AutoencoderKLWan(**{**SMALL, "base_dim": 48})
+        assert vae.decode(torch.empty(1, 4, 2, 16, 16)).sample.shape == (1, 3, 5, 128, 128)
+
+
+def test_a_saved_autoencoder_does_without_this_package():
+    vae = _build(SMALL)
+    with wan_patches.enabled(["vae"]), torch.no_grad():
+        vae.decode(_latents(vae, 1, 4, 4))
+        assert type(vae._feat_map) is FrameCaches
+        assert b"wan_patches" not in pickle.dumps(vae)
 
 
 def test_only_the_changed_half_keeps_stock_code():
@@ -292,7 +369,7 @@ def test_who_keeps_stock_code_can_be_read_in_the_log(caplog):
         vae.decode(_latents(vae, 2, 4, 4))
         vae.decode(_latents(vae, 2, 4, 4))
     said = [record.getMessage() for record in caplog.records if "stock code" in record.getMessage()]
-    assert said == ["AutoencoderKLWan runs stock code: a WanCausalConv3d has hooks or a forward of its own"]
+    assert said == ["AutoencoderKLWan runs stock code: a WanCausalConv3d has hooks or methods of its own"]
 
 
 @pytest.mark.parametrize("part", ["decoder", "encoder"])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -28,7 +29,11 @@ class FrameCaches(list):
     def __init__(self, convolutions: int) -> None:
         super().__init__([None] * convolutions)
         self.divided = False  # whether convolutions may see a part of their rows at a time
+        self.declined = False  # whether the pass is stock's, which takes this for its own list
         self._memory: torch.Tensor | None = None
+
+    def __reduce__(self) -> Any:
+        return list, (list(self),)  # whoever loads an autoencoder need not have this package
 
     def divide(self) -> None:
         """From now on convolutions see a part of their rows at a time; memory for whole frames is given back."""

@@ -11,13 +11,15 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
+import math
 from collections.abc import Callable
-from types import SimpleNamespace
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
 from wan_patches.codeswap import STOCK
+from wan_patches.instances import own_methods
 from wan_patches.registry import Known, Patch, Target
-from wan_patches.rewrite import Body, Replace, fingerprint
+from wan_patches.rewrite import Body, Replace, Unknown, fingerprint
 
 logger = logging.getLogger("wan_patches")
 
@@ -122,8 +124,10 @@ def decode(stock: Callable[..., Any], vae: Any, z: Any, return_dict: bool = True
     vae.clear_cache()
     if vae.use_tiling or not _is_fast(vae._feat_map):
         return stock(vae, z, return_dict)
+    latents = vae.post_quant_conv(z)
+    if _reason_against_input(latents) is not None:
+        return stock(vae, z, return_dict)
     try:
-        latents = vae.post_quant_conv(z)
         frames = latents.shape[2]
         video: Any = None
         first: Any = None
@@ -152,7 +156,7 @@ def decode_chunk(
     stock: Callable[..., Any], decoder: Any, x: Any, feat_cache: Any, feat_idx: list[int], first_chunk: bool
 ) -> Any:
     """One latent frame to its frames. What follows the last upsampling in time goes a few frames at a time."""
-    if not _is_fast(feat_cache):
+    if not _begins_fast(feat_cache, x):
         return stock(decoder, x, feat_cache=feat_cache, feat_idx=feat_idx, first_chunk=first_chunk)
     blocks = list(decoder.up_blocks)
     temporal = [i for i, block in enumerate(blocks) if _changes_frames(block)]
@@ -174,7 +178,7 @@ def decode_chunk(
 
 def encode_chunk(stock: Callable[..., Any], encoder: Any, x: Any, feat_cache: Any, feat_idx: list[int]) -> Any:
     """One or four frames to a latent frame. What precedes the first downsampling in time goes a few at a time."""
-    if not _is_fast(feat_cache):
+    if not _begins_fast(feat_cache, x):
         return stock(encoder, x, feat_cache=feat_cache, feat_idx=feat_idx)
     blocks = list(encoder.down_blocks)
     temporal = [i for i, block in enumerate(blocks) if _changes_frames(block)]
@@ -483,7 +487,29 @@ def _cancelling(conv: Any, shape: Any, dtype: Any) -> tuple[Any, Any]:
 def _is_fast(feat_cache: Any) -> bool:
     from wan_patches.ops.vae import FrameCaches
 
-    return type(feat_cache) is FrameCaches
+    return type(feat_cache) is FrameCaches and not feat_cache.declined
+
+
+def _begins_fast(feat_cache: Any, x: Any) -> bool:
+    """Whether a chunk `x` goes the short way; if not, what follows it in the same pass does not either."""
+    if not _is_fast(feat_cache):
+        return False
+    reason = _reason_against_input(x)
+    if reason is not None:
+        feat_cache.declined = True
+        _tell("A pass over a video", reason)
+    return reason is None
+
+
+def _reason_against_input(x: Any) -> str | None:
+    import torch
+
+    if type(x) is not torch.Tensor:
+        return f"it is a {type(x).__name__}"
+    if x.stride(1) == 1 and (x.stride(-1) != 1 or math.prod(x.shape[2:]) > 1):
+        # ATen goes on with channels last, and convolutions that add up in another order
+        return "its channels lie next to each other"
+    return None
 
 
 def _reason_against(coder: Any) -> str | None:
@@ -500,6 +526,13 @@ def _reason_against(coder: Any) -> str | None:
         return "a transform of torch.func is at work"
     if torch.nn.modules.module._has_any_global_hook():
         return "there are global module hooks"
+    if torch._C._len_torch_dispatch_stack() > 0:
+        return "a dispatch mode looks on"
+    if len({parameter.dtype for parameter in coder.parameters()}) > 1:
+        return "its weights are of several dtypes"
+    for cls, name in _passed_over():
+        if not _is_known(cls, name):
+            return f"{cls.__name__}.{name} is another than it was"
     return next(filter(None, map(_peculiarity, coder.modules())), None)
 
 
@@ -510,22 +543,57 @@ def _peculiarity(module: Any) -> str | None:
     name = type(module).__name__
     if type(module) not in _kinds():
         return f"it has a {name} in it"
-    if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
-        return f"a {name} has hooks or a forward of its own"
+    if own_methods(module) or module._forward_hooks or module._forward_pre_hooks:
+        return f"a {name} has hooks or methods of its own"
     if module._compiled_call_impl is not None:
         return f"a {name} is compiled"
     if isinstance(module, torch.nn.Dropout) and module.training and module.p:
         return "dropout is on"
+    if getattr(module, "padding_mode", "zeros") != "zeros":
+        return f"a {name} pads otherwise than with zeros"
     for parameter in filter(_is_given, module._parameters.values()):
         if type(parameter) is not torch.nn.Parameter:
             return f"the weights of a {name} are not plain tensors"
         if parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16):  # stock upsamples others in fp32
             return f"the weights of a {name} are {parameter.dtype}"
+        if parameter.dim() > 3 and (parameter.stride(-1) != 1 or not parameter.is_contiguous()):
+            return f"the weights of a {name} lie in another order"
     return None
 
 
 def _is_given(parameter: Any) -> bool:
     return parameter is not None
+
+
+@functools.lru_cache(maxsize=1)
+def _passed_over() -> tuple[tuple[type, str], ...]:
+    """Methods that the short way does without: whoever replaces one means stock's way."""
+    from diffusers.models.autoencoders import autoencoder_kl_wan as wan
+    from torch import nn
+
+    own = [getattr(wan, name) for name in ("WanCausalConv3d", "WanRMS_norm", "WanUpsample", "WanUpBlock")]
+    torchs = (nn.Conv2d, nn.Conv3d, nn.Dropout, nn.Identity, nn.Sequential, nn.SiLU, nn.ZeroPad2d)
+    return (
+        *((cls, "forward") for cls in (*own, *torchs)),
+        *((cls, "_conv_forward") for cls in (nn.Conv2d, nn.Conv3d)),
+        (nn.Module, "__call__"),
+    )
+
+
+def _is_known(cls: type, name: str) -> bool:
+    """Whether a method is what it was when the patch was made, or torch's own."""
+    import torch
+
+    method: Any = getattr(cls, name)
+    if not isinstance(method, FunctionType):
+        return False
+    if not cls.__module__.startswith("diffusers."):
+        return method.__code__.co_filename.startswith(torch.__path__[0])
+    (known,) = (known for known in PATCHES[0].requires if known.qualname == f"{cls.__name__}.{name}")
+    try:
+        return fingerprint(method) in known.fingerprints
+    except Unknown:
+        return False
 
 
 @functools.lru_cache(maxsize=1)
