@@ -127,12 +127,13 @@ def test_real_channels_are_divided_and_bit_identical(dtype, monkeypatch):
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("what", ["image", "video", "latents", "weights"])
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize("what", ["image", "video", "batch", "latents", "weights"])
 @torch.no_grad()
-def test_channels_last(what):
-    """Stock's convolutions go on in that layout, with other bits: a PIL image becomes a tensor of it."""
-    vae = _build(REAL, torch.bfloat16)
-    latents, video = _latents(vae, 2, 6, 6), _video(vae, 1 if what == "image" else 5, 6, 6)
+def test_channels_last(what, dtype):
+    """Stock's convolutions go on in that layout, here and there, with other bits: PIL images become tensors of it."""
+    vae = _build(REAL, dtype)
+    latents, video = _latents(vae, 2, 6, 6), _video(vae, 1 if what == "image" else 5, 6, 7, 1 + (what == "batch"))
     if what == "weights":
         for parameter in vae.parameters():
             if parameter.dim() == 5:
