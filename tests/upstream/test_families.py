@@ -29,8 +29,8 @@ def _frames(pipe, name, **more):
     return video
 
 
-def _compare(name, *, dtype=torch.float32, vae_dtype=torch.float32, head_dim=32, fuse=False, **more):
-    pipe = FAMILIES[name].build(dtype=dtype, vae_dtype=vae_dtype, head_dim=head_dim)
+def _compare(name, *, dtype=torch.float32, vae_dtype=torch.float32, head_dim=32, fuse=False, vae=None, **more):
+    pipe = FAMILIES[name].build(dtype=dtype, vae_dtype=vae_dtype, head_dim=head_dim, vae=vae or {})
     pipe.set_progress_bar_config(disable=True)
     if fuse:
         for model in (pipe.transformer, getattr(pipe, "transformer_2", None)):
@@ -63,6 +63,17 @@ def test_final_videos_are_bit_identical(name, dtype):
 @pytest.mark.parametrize("output_type", ["np", "pil"])
 def test_half_precision_decoders(name, dtype, output_type):
     _compare(name, dtype=dtype, vae_dtype=dtype, output_type=output_type)
+
+
+FROM_PICTURES = ("wan22_i2v", "wan_v2v", "wan_vace", "wan_animate", "helios_i2v", "helios_v2v")
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in FROM_PICTURES else pytest.param(n, marks=pytest.mark.slow) for n in available()]
+)
+def test_autoencoders_with_the_published_channels(name):
+    """Their convolutions take ways that depend on the layout, which pictures have another of."""
+    _compare(name, dtype=torch.bfloat16, vae_dtype=torch.bfloat16, vae={"base_dim": 96})
 
 
 @pytest.mark.parametrize("name", available())
