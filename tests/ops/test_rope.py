@@ -170,6 +170,60 @@ def test_autograd_and_transforms_see_plain_torch():
         assert rope.apply_rotary_emb(torch.empty(1, 3000, 4, 64), *[t.to("meta") for t in half]).is_meta
 
 
+@pytest.mark.parametrize("learnt", [("cos",), ("sin",), ("cos", "sin"), ("x", "cos", "sin")], ids=" ".join)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tables_that_are_learnt_have_the_gradients_of_stock(dtype, learnt):
+    torch.manual_seed(0)
+    cos, sin = _tables(600, 64)
+    inputs = {"x": torch.randn(1, 600, 4, 64).to(dtype), "cos": cos, "sin": sin}
+
+    def gradients(rotate):
+        of = {name: value.clone().requires_grad_(name in learnt) for name, value in inputs.items()}
+        rotate(**of).float().square().sum().backward()
+        return [of[name].grad for name in learnt]
+
+    stock = _stock_wan()
+    expected = gradients(lambda x, cos, sin: stock(x, cos, sin))
+    halves = gradients(lambda x, cos, sin: rope.apply_rotary_emb(x, cos[..., 0::2], sin[..., 1::2]))
+    assert all(map(torch.equal, halves, expected))
+    both = gradients(lambda x, cos, sin: rope.apply_rotary_emb_qk(x.detach(), x, cos[..., 0::2], sin[..., 1::2])[1])
+    assert all(map(torch.equal, both, expected))
+
+
+def test_a_helios_table_that_is_learnt_has_the_gradients_of_stock():
+    helios = pytest.importorskip("diffusers.models.transformers.transformer_helios")
+    import wan_patches
+
+    torch.manual_seed(0)
+    x, table = torch.randn(1, 600, 4, 64), torch.cat(_tables(600, 64), dim=-1).squeeze(2).requires_grad_()
+
+    def gradient():
+        (found,) = torch.autograd.grad(helios.apply_rotary_emb_transposed(x, table).square().sum(), table)
+        return found
+
+    expected = gradient()
+    with wan_patches.enabled(["rope"]):
+        assert torch.equal(gradient(), expected)
+
+
+def test_tables_of_another_kind_see_plain_torch():
+    class Watched(torch.Tensor):
+        seen = 0
+
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            Watched.seen += function is torch.Tensor.mul
+            return super().__torch_function__(function, types, args, kwargs)
+
+    x, (cos, sin) = torch.randn(1, 600, 4, 64), _tables(600, 64)
+    with _fast_calls() as calls:
+        rotated = rope.apply_rotary_emb(x, cos[..., 0::2].as_subclass(Watched), sin[..., 1::2])
+    assert type(rotated) is Watched
+    assert not calls
+    assert Watched.seen == 2
+    assert torch.equal(rotated.as_subclass(torch.Tensor), _stock_wan()(x, cos, sin))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_default_dtype_and_device_do_not_matter(dtype):
     x, (cos, sin) = torch.randn(1, 3000, 4, 64).to(dtype), _tables(3000, 64)
@@ -222,3 +276,4 @@ def test_input_that_the_kernel_is_not_for_takes_the_plain_formulation(shape, tab
     small, table = torch.randn(1, 2, 4, 64, dtype=torch.bfloat16), torch.randn(1, 2, 1, 32)
     assert rope.has_kernel(small, table, table)  # or the above would say nothing
     assert not rope.has_kernel(small, table.bfloat16(), table)
+    assert not rope.has_kernel(small, table.clone().requires_grad_(), table)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -256,6 +257,44 @@ def test_modes_see_every_operation(mode):
     with mode():
         assert maker.makes(calls=3) == 3
     assert maker.makes(calls=3) == 0
+
+
+@pytest.fixture(params=["set", "with"])
+def on_device(request):
+    """A default device, given in one of two ways."""
+
+    @contextlib.contextmanager
+    def setting(device: str) -> Iterator[None]:
+        torch.set_default_device(device)
+        try:
+            yield
+        finally:
+            torch.set_default_device(None)
+
+    return setting if request.param == "set" else torch.device
+
+
+def test_a_default_device_looks_at_nothing(on_device):
+    maker = Maker()
+    with on_device("cpu"):
+        assert maker.makes(calls=5) == 2
+        with Doubling():
+            assert maker.makes(calls=3) == 3
+        assert maker.makes() == 0
+
+
+def test_tables_made_on_another_default_device_are_others(on_device):
+    source = torch.ones(3)
+
+    def made() -> list[str]:
+        return [kept(lambda: torch.zeros(3), (source,), "zeros", 2).device.type for _ in range(3)]
+
+    assert made() == ["cpu"] * 3
+    with on_device("meta"):
+        assert made() == ["meta"] * 3
+        with torch.device("cpu"):
+            assert made() == ["cpu"] * 3
+    assert made() == ["cpu"] * 3
 
 
 def test_autocast():

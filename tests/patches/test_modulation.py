@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import importlib
@@ -160,6 +161,38 @@ def test_a_norm_that_someone_watches_is_called_as_stock_calls_it(fast_forms):
     assert fast_forms == {"_residual_norm_in_chunks": 1, "_gated_residual_in_chunks": 1}  # the third norm
 
 
+@torch.no_grad()
+def test_norms_whose_class_has_another_forward_are_called_as_stock_calls_them(fast_forms, monkeypatch):
+    module = "transformer_wan"
+    block, inputs, seen = _block(module, torch.bfloat16), _inputs(module, torch.bfloat16), []
+    norm = type(block.norm1)
+    stock = norm.forward
+
+    def forward(self, x):
+        seen.append(x.shape)
+        return stock(self, x) - x.mean()  # of all that it is called with
+
+    monkeypatch.setattr(norm, "forward", forward)
+    expected, shapes = block(*inputs), seen.copy()
+    seen.clear()
+    with wan_patches.enabled(["modulation"]):
+        assert torch.equal(block(*inputs), expected)
+    assert seen == shapes == [(2, SEQ, DIM)] * 3
+    assert fast_forms == {"_gated_residual_in_chunks": 1}
+
+
+@torch.no_grad()
+def test_norms_that_had_a_hook_are_called_a_few_tokens_at_a_time(fast_forms):
+    module = "transformer_wan"
+    block, inputs = _block(module, torch.bfloat16), _inputs(module, torch.bfloat16)
+    expected = block(*inputs)
+    for norm in (block.norm1, block.norm2, block.norm3):
+        norm.forward = norm.forward  # what removed hooks leave
+    with wan_patches.enabled(["modulation"]):
+        assert torch.equal(block(*inputs), expected)
+    assert sum(fast_forms.values()) == 4
+
+
 @pytest.mark.parametrize("module", ["transformer_wan", "transformer_helios"])
 @torch.no_grad()
 def test_compiled_blocks_are_one_graph_with_the_result_of_stock(module, fast_forms):
@@ -303,33 +336,147 @@ def test_helios_without_a_timestep_of_its_own_for_history_has_one_row(fast_forms
     assert seen[:2] == [(1, 1, 48)] * 2
 
 
-@pytest.mark.parametrize("why", ["hook", "global hook", "kind", "gradients"])
-def test_helios_hands_out_what_stock_does_where_someone_could_look(why, handed, request):
-    model, request, finish = _helios(), _request(), request.addfinalizer
-    shapes = []
-    if why == "hook":
-        model.blocks[0].register_forward_pre_hook(lambda _, args: shapes.append(args[2].shape))
-    elif why == "global hook":
-        block = type(model.blocks[0])
-        hook = torch.nn.modules.module.register_module_forward_pre_hook(
-            lambda module, args: shapes.append(args[2].shape) if type(module) is block else None
-        )
-        finish(hook.remove)
-    elif why == "kind":
+def _look_by_torch(module, look, finish):
+    module.register_forward_pre_hook(lambda _, args: look(*args))
 
-        class Own(type(model.blocks[0])):
-            def forward(self, hidden_states, encoder_hidden_states, temb, *args):
-                shapes.append(temb.shape)
-                return super().forward(hidden_states, encoder_hidden_states, temb, *args)
 
-        model.blocks[0].__class__ = Own
-    with torch.set_grad_enabled(why == "gradients"):
+def _look_by_torch_everywhere(module, look, finish):
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(
+        lambda other, args: look(*args) if other is module else None
+    )
+    finish.callback(hook.remove)
+
+
+def _look_in_the_object(module, look, finish):
+    forward = module.forward
+    module.forward = lambda *args: look(*args) or forward(*args)
+
+
+def _look_in_the_class(module, look, finish):
+    stock = type(module).forward
+
+    @functools.wraps(stock)
+    def forward(self, *args):
+        if self is module:
+            look(*args)
+        return stock(self, *args)
+
+    type(module).forward = forward
+    finish.callback(setattr, type(module), "forward", stock)
+
+
+def _look_in_a_subclass(module, look, finish):
+    class Own(type(module)):
+        def forward(self, *args):
+            look(*args)
+            return super().forward(*args)
+
+    Own.__name__ = type(module).__name__
+    module.__class__ = Own
+
+
+def _look_by_diffusers(module, look, finish):
+    from diffusers.hooks import HookRegistry, ModelHook
+
+    class Looking(ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            look(*args)
+            return args, kwargs
+
+    HookRegistry.check_if_exists_or_initialize(module).register_hook(Looking(), "looking")
+
+
+def _look_by_accelerate(module, look, finish):
+    hooks = pytest.importorskip("accelerate.hooks")
+
+    class Looking(hooks.ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            look(*args)
+            return args, kwargs
+
+    hooks.add_hook_to_module(module, Looking())
+
+
+LOOKS = [
+    _look_by_torch, _look_by_torch_everywhere, _look_in_the_object, _look_in_the_class, _look_in_a_subclass,
+    _look_by_diffusers, _look_by_accelerate,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("at", ["block", "output norm"])
+@pytest.mark.parametrize("look_in", LOOKS)
+@torch.no_grad()
+def test_helios_hands_out_what_stock_does_where_someone_looks(look_in, at, handed):
+    model, request, seen = _helios(), _request(), []
+
+    def look(*args):
+        temb = args[2] if at == "block" else args[1]
+        seen.append((temb.shape, temb[:, -3:].clone()))
+
+    with contextlib.ExitStack() as finish:
+        look_in(model.blocks[1] if at == "block" else model.norm_out, look, finish)
         expected = model(**request)[0]
         with wan_patches.enabled(["modulation"]):
             actual = model(**request)[0]
     assert torch.equal(actual, expected)
-    assert len(set(shapes)) <= 1
+    (shape, rows), (same_shape, same_rows) = seen
+    assert shape == same_shape
+    assert torch.equal(rows, same_rows)
     assert not any(isinstance(value, TwoRows) for value in handed)
+
+
+def test_helios_hands_out_what_stock_does_for_gradients(handed):
+    model, request = _helios(), _request()
+    expected = model(**request)[0]
+    with wan_patches.enabled(["modulation"]):
+        assert torch.equal(model(**request)[0], expected)
+    assert handed
+    assert not any(isinstance(value, TwoRows) for value in handed)
+
+
+@pytest.mark.parametrize("config", [{}, {"zero_history_timestep": False}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_helios_has_the_gradients_of_stock(dtype, config, fast_forms):
+    model, request = _helios(**config).to(dtype), _request(2, True, dtype)
+
+    def gradients():
+        model.zero_grad()
+        model(**request)[0].float().square().mean().backward()
+        return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+    expected = gradients()
+    with wan_patches.enabled(["modulation"]):
+        actual = gradients()
+    assert [name for name, gradient in actual.items() if not torch.equal(gradient, expected[name])] == []
+    assert fast_forms == {}
+
+
+def _move_by_groups(model):
+    with pytest.MonkeyPatch.context() as patch:  # up to 0.40 diffusers asks for one, streams or not
+        patch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cpu"))
+        model.enable_group_offload(torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1)
+
+
+def _move_by_leaves(model):
+    pytest.importorskip("accelerate").cpu_offload(model, torch.device("cpu"))
+
+
+def _move_by_align(model):
+    hooks = pytest.importorskip("accelerate.hooks")
+    for module in (model, *model.blocks, model.norm_out):
+        hooks.add_hook_to_module(module, hooks.AlignDevicesHook("cpu", io_same_device=True))
+
+
+@pytest.mark.parametrize("move", [_move_by_groups, _move_by_leaves, _move_by_align])
+@torch.no_grad()
+def test_hooks_of_offloading_hand_two_rows_on(move, handed):
+    model, request = _helios(), _request()
+    expected = model(**request)[0]
+    move(model)
+    with wan_patches.enabled(["modulation"]):
+        assert torch.equal(model(**request)[0], expected)
+    assert len(handed) == 2
+    assert all(isinstance(value, TwoRows) for value in handed)
 
 
 @torch.no_grad()

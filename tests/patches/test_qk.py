@@ -82,7 +82,7 @@ def test_keys_of_images_too(module, fast_forms):
     assert len(fast_forms) == 3
 
 
-@pytest.mark.parametrize("other", ["hook", "own forward", "other kind", "global hook"])
+@pytest.mark.parametrize("other", ["hook", "own forward", "other kind", "global hook", "compiled"])
 def test_a_norm_that_is_not_torchs_alone_is_called(other, fast_forms):
     module = "transformer_wan"
     attention, seen = _attention(module), []
@@ -96,6 +96,9 @@ def test_a_norm_that_is_not_torchs_alone_is_called(other, fast_forms):
         handle = torch.nn.modules.module.register_module_forward_hook(
             lambda norm, *args: seen.append(1) if norm is attention.norm_q else None
         )
+    elif other == "compiled":
+        forward = attention.norm_q.forward
+        attention.norm_q._compiled_call_impl = lambda x: seen.append(1) or forward(x)
     else:
 
         class Own(torch.nn.RMSNorm):
@@ -113,6 +116,27 @@ def test_a_norm_that_is_not_torchs_alone_is_called(other, fast_forms):
             handle.remove()
     assert seen == [1, 1]
     assert len(fast_forms) == (0 if other == "global hook" else 1)
+
+
+@pytest.mark.parametrize("fidelity", ["exact", "close"])
+def test_norms_whose_class_has_another_forward_are_called(fidelity, fast_forms, monkeypatch):
+    attention, seen, stock = _attention("transformer_wan"), [], torch.nn.RMSNorm.forward
+    monkeypatch.setattr(torch.nn.RMSNorm, "forward", lambda self, x: seen.append(1) or stock(self, x) / 2)
+    expected = _call(attention, "transformer_wan")
+    with wan_patches.enabled(["qk"], fidelity=fidelity):
+        assert torch.equal(_call(attention, "transformer_wan"), expected)
+    assert seen == [1] * 4
+    assert fast_forms == []
+
+
+def test_norms_that_had_a_hook_are_torchs_own(fast_forms):
+    attention = _attention("transformer_wan")
+    expected = _call(attention, "transformer_wan")
+    for norm in (attention.norm_q, attention.norm_k):
+        norm.forward = norm.forward  # what removed hooks leave
+    with wan_patches.enabled(["qk"]):
+        assert torch.equal(_call(attention, "transformer_wan"), expected)
+    assert fast_forms == [1, 1]
 
 
 @pytest.fixture

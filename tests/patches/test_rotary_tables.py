@@ -149,6 +149,15 @@ def test_stock_makes_them_twice_for_a_grid(kind, patched, count):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_stock_makes_them_twice_under_a_default_device_too(kind, patched, count):
+    rope = make_rope(kind)
+    with torch.device("cpu"):
+        same(rope(hidden(GRIDS[0])), stocks(lambda: rope(hidden(GRIDS[0]))))
+        assert [count.of(lambda: rope(hidden(GRIDS[0]))) for _ in range(4)] == [1, 0, 0, 0]
+        same(rope(hidden(GRIDS[0])), stocks(lambda: rope(hidden(GRIDS[0]))))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_few_grids_are_kept(kind, patched):
     rope = make_rope(kind)
     for grid in GRIDS * 3:

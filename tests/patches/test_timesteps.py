@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -137,8 +139,70 @@ def test_stock_is_left_alone(why, handed):
     assert len(handed) == (0 if why == "exact" else 4)
 
 
-@pytest.mark.parametrize("offload", ["model", "sequential"])
-def test_hooks_of_offloading_hand_it_on(offload, handed):
+def _look_in_the_object(module, look):
+    forward = module.forward
+    module.forward = lambda *args, **kwargs: look(*args, **kwargs) or forward(*args, **kwargs)
+
+
+def _look_in_the_class(module, look):
+    stock = type(module).forward
+
+    @functools.wraps(stock)
+    def forward(self, *args, **kwargs):
+        look(*args, **kwargs)
+        return stock(self, *args, **kwargs)
+
+    type(module).forward = forward
+    return lambda: setattr(type(module), "forward", stock)
+
+
+def _look_by_diffusers(module, look):
+    from diffusers.hooks import HookRegistry, ModelHook
+
+    class Looking(ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            look(*args, **kwargs)
+            return args, kwargs
+
+    HookRegistry.check_if_exists_or_initialize(module).register_hook(Looking(), "looking")
+
+
+def _look_by_accelerate(module, look):
+    hooks = pytest.importorskip("accelerate.hooks")
+
+    class Looking(hooks.ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            look(*args, **kwargs)
+            return args, kwargs
+
+    hooks.add_hook_to_module(module, Looking())
+
+
+@pytest.mark.parametrize("at", ["model", "embedder", "block"])
+@pytest.mark.parametrize("look_in", [_look_in_the_object, _look_in_the_class, _look_by_diffusers, _look_by_accelerate])
+def test_stock_is_left_alone_where_someone_looks(look_in, at, handed, request):
+    pipe, seen = _pipeline("image"), []
+    model = pipe.transformer
+
+    def look(*args, timestep=None, timestep_seq_len=None, **kwargs):
+        value = {"model": timestep, "embedder": args and args[0], "block": args and args[-2]}[at]
+        seen.append((value.shape, value[..., -1] / 1000, timestep_seq_len))
+
+    finish = look_in({"model": model, "embedder": model.condition_embedder, "block": model.blocks[0]}[at], look)
+    if finish is not None:
+        request.addfinalizer(finish)
+    stock, before = _latents(pipe), seen.copy()
+    seen.clear()
+    with wan_patches.enabled(["modulation", "timesteps"], fidelity="close"):
+        assert torch.equal(_latents(pipe), stock)
+    assert [(shape, seq) for shape, _, seq in seen] == [(shape, seq) for shape, _, seq in before]
+    assert all(torch.equal(value, other) for (_, value, _), (_, other, _) in zip(seen, before, strict=True))
+    assert len(handed) == 4
+    assert not any(isinstance(timestep, TwoTimesteps) for timestep in handed)
+
+
+@pytest.mark.parametrize("offload", ["model", "sequential", "groups"])
+def test_hooks_of_offloading_hand_it_on(offload, handed, monkeypatch):
     accelerate = pytest.importorskip("accelerate")
     pipe = _pipeline("image")
     stock = _latents(pipe)
@@ -146,8 +210,14 @@ def test_hooks_of_offloading_hand_it_on(offload, handed):
         accelerate.hooks.add_hook_to_module(
             pipe.transformer, accelerate.hooks.AlignDevicesHook("cpu", io_same_device=True)
         )
-    else:
+    elif offload == "sequential":
         accelerate.cpu_offload(pipe.transformer, torch.device("cpu"))
+    else:
+        with monkeypatch.context() as patch:  # up to 0.40 diffusers asks for one, streams or not
+            patch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cpu"))
+            pipe.transformer.enable_group_offload(
+                torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1
+            )
     with wan_patches.enabled(["modulation", "timesteps"], fidelity="close"):
         ours = _latents(pipe)
     torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-4)

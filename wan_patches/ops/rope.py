@@ -39,7 +39,7 @@ def apply_rotary_emb(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> t
     Returns:
         A new tensor like `x`. EXACT: the bits of the strided assignment (`reference`).
     """
-    if torch.compiler.is_compiling() or _is_transformed(x):
+    if torch.compiler.is_compiling() or _is_transformed(x, cos, sin):
         return stacked(x, cos, sin)
     if x.is_cpu:
         if x.numel() < _SMALL or not _is_fast(
@@ -196,9 +196,13 @@ def _is_fast(
     return _step(seq, heads, dim // 2, threads) > 0 and _is_exact(dtype, heads, dim, threads)
 
 
-def _is_transformed(x: torch.Tensor) -> bool:
+def _is_transformed(*tensors: torch.Tensor) -> bool:
     """Whether something looks into the operations: autograd, a transform, a tracer, a tensor subclass."""
-    return (x.requires_grad and torch.is_grad_enabled()) or type(x) is not torch.Tensor or is_transformed()
+    return (
+        any(type(tensor) is not torch.Tensor for tensor in tensors)
+        or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+        or is_transformed()
+    )
 
 
 @functools.lru_cache(maxsize=256)

@@ -11,6 +11,8 @@ from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
 import torch
+from torch.overrides import _get_current_function_mode_stack as _function_modes
+from torch.utils._device import DeviceContext
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from wan_patches.ops.tracing import is_observed
@@ -27,7 +29,8 @@ def kept(make: Callable[[], Tables], sources: tuple[torch.Tensor, ...], key: Has
     `_reason_against`), `make()` is called.
 
     Args:
-        make: takes nothing; returns new tensors, no views of `sources`, that depend on `sources` and `key` only.
+        make: takes nothing; returns new tensors, no views of `sources`, that depend on `sources`, `key` and the default
+            device only.
         sources: tensors of one device, any dtype and shape. What was made of them lives no longer than the first.
         key: hashable.
         limit: how many keys are remembered for the same sources; past it, what was asked for longest ago is forgotten.
@@ -37,7 +40,7 @@ def kept(make: Callable[[], Tables], sources: tuple[torch.Tensor, ...], key: Has
     """
     if _reason_against(sources) is not None:
         return make()
-    key = (key, _stream(sources[0].device))
+    key = (key, _stream(sources[0].device), *(mode.device for mode in _function_modes()))
     state = _state(sources)
     with _lock:
         memory = _memories.get(sources[0])
@@ -94,8 +97,10 @@ _lock = threading.RLock()  # what is freed inside may run code of anybody's
 def _reason_against(sources: tuple[torch.Tensor, ...]) -> str | None:
     """Why nothing is kept of such sources; None where it can be."""
     device = sources[0].device
-    if is_observed(*sources) or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
-        return "a compiler, autograd, autocast, a transform or a mode looks into the operations"
+    if is_observed(*sources):
+        return "a compiler, autograd, autocast or a transform looks into the operations"
+    if torch._C._len_torch_dispatch_stack() or any(type(mode) is not DeviceContext for mode in _function_modes()):
+        return "a mode does, and it is not that of a default device"
     if any(s.is_inference() or s.device != device or s.layout != torch.strided for s in sources):
         return "the sources cannot tell whether they were written to, or are not plain tensors of one device"
     if device.type == "meta" or torch.is_autocast_enabled(device.type):

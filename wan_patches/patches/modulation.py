@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from wan_patches.fidelity import Fidelity
+from wan_patches.patches.forwards import is_untouched, runs
 from wan_patches.registry import Patch, Target
 from wan_patches.rewrite import Block, Edit, Replace
 
@@ -209,15 +209,15 @@ def modulations(table: Any, temb: Any) -> Any:
 
     if isinstance(temb, TwoRows):
         return temb._replace(rows=temb.rows.float()).added_to(table)
-    if _is_repeated(temb, 1):
+    if not is_observed(table, temb):
+        if not _is_repeated(temb, 1):
+            return tuple(map(RowPerToken, table.split(1, dim=1), temb.unbind(dim=2)))
         temb = temb[:, :1]
-    elif not is_observed(table, temb):
-        return tuple(map(RowPerToken, table.split(1, dim=1), temb.unbind(dim=2)))
     return tuple(modulation.squeeze(2) for modulation in (table.unsqueeze(0) + temb.float()).chunk(6, dim=2))
 
 
 def two_rows(model: Any, history: Any, current: Any) -> Any:
-    """What Helios hands its blocks: `TwoRows`, or stock's `(batch, 6, seq, dim)` where a block may not know them.
+    """What Helios hands its blocks: `TwoRows`, or stock's `(batch, 6, seq, dim)` where others' code may look at it.
 
     history, current: `(batch, 6, tokens, dim)` of the tokens before and of those that are generated.
     """
@@ -261,9 +261,11 @@ def _is_repeated(tensor: Any, dim: int) -> bool:
 
 def _reason_against_rows(model: Any) -> str | None:
     """Why a Helios model hands its blocks and its output norm what stock does; None where it need not."""
-    if type(model.norm_out).__name__ != "HeliosOutputNorm" or is_hooked(model.norm_out):
-        return "its output norm is another, or has hooks"
-    return reason_against_two_kinds(model, "HeliosTransformerBlock")
+    if (reason := reason_against_two_kinds(model, "HeliosTransformerBlock")) is not None:
+        return reason
+    if type(model.norm_out).__name__ != "HeliosOutputNorm" or not _is_patched(model.norm_out, _NORM):
+        return "its output norm is another, or does not run what is patched here alone"
+    return None
 
 
 def reason_against_two_kinds(model: Any, block: str) -> str | None:
@@ -277,22 +279,14 @@ def reason_against_two_kinds(model: Any, block: str) -> str | None:
     if torch.nn.modules.module._has_any_global_hook():
         return "there are global module hooks"
     for module in model.blocks:
-        if type(module).__name__ != block or is_hooked(module):
-            return "a block is another, or has hooks"
-        if not calls(type(module).forward, _OF_BLOCK, _OF_BLOCK.replace(_PREFIX, _CLOSE)):
-            return "a block does not run what is patched here"
+        if type(module).__name__ != block or not _is_patched(module, _OF_BLOCK):
+            return "a block is another, or does not run what is patched here alone"
     return None
 
 
-def calls(function: Any, *names: str) -> bool:
-    """Whether a function, which anybody may have put there, calls one of these names."""
-    code = getattr(inspect.unwrap(function), "__code__", None)
-    return not set(names).isdisjoint(getattr(code, "co_names", ()))
-
-
-def is_hooked(module: Any) -> bool:
-    """Whether torch calls something before or after the forward of `module`."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+def _is_patched(module: Any, name: str) -> bool:
+    """Whether a module runs what calls `name`, in one of its two forms."""
+    return runs(module, name, name.replace(_PREFIX, _CLOSE))
 
 
 def _reason_against_norm(norm: Any) -> str | None:
@@ -304,8 +298,8 @@ def _reason_against_norm(norm: Any) -> str | None:
         return "it is being compiled"
     if type(norm) is not FP32LayerNorm:
         return f"the norm is {type(norm).__name__}"
-    if "forward" in vars(norm) or is_hooked(norm) or torch.nn.modules.module._has_any_global_hook():
-        return "the norm has hooks or a forward of its own"
+    if not is_untouched(norm):
+        return "the norm has hooks, or a forward that is not diffusers'"
     if norm.weight is not None and torch.is_grad_enabled():
         return "gradients are enabled"
     return None

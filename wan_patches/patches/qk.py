@@ -10,6 +10,7 @@ from typing import Any
 
 from wan_patches.fidelity import Fidelity
 from wan_patches.patches import rope
+from wan_patches.patches.forwards import is_untouched
 from wan_patches.registry import Patch, Target
 from wan_patches.rewrite import Block, Edit, Replace
 
@@ -181,12 +182,7 @@ def _is_torchs_own(norm: Any, x: Any) -> bool:
     import torch
 
     return not torch.compiler.is_compiling() and (
-        type(norm) is torch.nn.RMSNorm
-        and "forward" not in vars(norm)
-        and not norm._forward_hooks
-        and not norm._forward_pre_hooks
-        and not torch.nn.modules.module._has_any_global_hook()
-        and norm.normalized_shape == (x.shape[2:].numel(),)
+        type(norm) is torch.nn.RMSNorm and is_untouched(norm) and norm.normalized_shape == (x.shape[2:].numel(),)
     )
 
 

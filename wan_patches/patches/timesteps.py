@@ -10,7 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 from wan_patches.fidelity import Fidelity
-from wan_patches.patches.modulation import calls, is_hooked, reason_against_two_kinds
+from wan_patches.patches.forwards import forward_of, runs
+from wan_patches.patches.modulation import reason_against_two_kinds
 from wan_patches.registry import Known, Patch, Target
 from wan_patches.rewrite import Replace
 
@@ -136,10 +137,12 @@ def _reason_against(pipe: Any, model: Any) -> str | None:
     known = type(pipe).__name__ in ("WanImageToVideoPipeline", "WanPipeline")
     if not known or not type(pipe).__module__.startswith("diffusers.") or "prepare_latents" in vars(pipe):
         return "the pipeline is another, or makes latents in its own way"
-    if type(model).__name__ != "WanTransformer3DModel" or is_hooked(model) or model._compiled_call_impl is not None:
-        return "the model is another, has hooks, or is compiled"
+    if type(model).__name__ != "WanTransformer3DModel" or model._compiled_call_impl is not None:
+        return "the model is another, or is compiled"
     if getattr(model, "_parallel_config", None) is not None:
         return "devices share the sequence"
-    if not calls(type(model).forward, _EMBED):
-        return "the model does not run what is patched here"
-    return reason_against_two_kinds(model, "WanTransformerBlock")
+    if (reason := reason_against_two_kinds(model, "WanTransformerBlock")) is not None:
+        return reason
+    if not runs(model, _EMBED) or forward_of(model.condition_embedder) is None:
+        return "the model does not run what is patched here alone, or its embedder what diffusers has"
+    return None

@@ -1,0 +1,102 @@
+"""What a call of a module runs, and whether anybody's code stands before it.
+
+Patches ask here that call a module otherwise than stock does, or hand it another value.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import FunctionType, MethodType
+from typing import Any
+
+from wan_patches.instances import own_methods
+
+#: Hooks that move and cast tensors, and look into none: modules, and classes that they define.
+_MOVING = {
+    "accelerate.hooks": ("AlignDevicesHook", "CpuOffload"),
+    "diffusers.hooks.group_offloading": (
+        "GroupOffloadingHook",
+        "LazyPrefetchGroupOffloadingHook",
+        "LayerExecutionTrackerHook",
+    ),
+    "diffusers.hooks.layerwise_casting": ("LayerwiseCastingHook",),
+}
+
+
+def forward_of(module: Any) -> FunctionType | None:
+    """The library's function that a call of `module` comes to with its arguments as they are.
+
+    None where others' code may look at them first. Hooks of offloading and of layerwise casting, and decorators that
+    the library itself has put on its function, do not.
+    """
+    if is_hooked(module):
+        return None
+    forward = module.forward
+    while type(forward) is functools.partial:
+        forward = _behind_hook(module, forward)
+    # exact types and identity: proxies answer as what they stand for
+    is_method = type(forward) is MethodType and forward.__self__ is module
+    function: Any = forward.__func__ if is_method else None
+    if function is not type(module).forward:
+        return None
+    while _is_librarys(function):
+        if not hasattr(function, "__wrapped__"):
+            return function  # type: ignore[no-any-return]
+        function = function.__wrapped__
+    return None
+
+
+def runs(module: Any, *names: str) -> bool:
+    """Whether `forward_of(module)` is a function that calls one of these names."""
+    function = forward_of(module)
+    return function is not None and not set(names).isdisjoint(function.__code__.co_names)
+
+
+def is_untouched(module: Any) -> bool:
+    """Whether a call of `module` is its class's forward as the library has it, without hooks of any kind."""
+    import torch
+
+    return not (
+        is_hooked(module)
+        or torch.nn.modules.module._has_any_global_hook()
+        or module._compiled_call_impl is not None
+        or ("forward" in vars(module) and "forward" in own_methods(module))
+        or not _is_librarys(type(module).forward)
+    )
+
+
+def is_hooked(module: Any) -> bool:
+    """Whether torch calls something before or after the forward of `module`."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _is_librarys(function: Any) -> bool:
+    """Whether a function is torch's or diffusers' own, with code from where it is defined; a patched one is."""
+    if type(function) is not FunctionType:
+        return False
+    module = function.__globals__
+    is_there = function.__code__.co_filename == module.get("__file__")
+    return is_there and module["__name__"].startswith(("torch.", "diffusers."))
+
+
+def _behind_hook(module: Any, forward: functools.partial[Any]) -> Any:
+    """What is called by what a library has put in the place of a forward; None where its hook may look at tensors."""
+    function: Any = forward.func
+    if type(function) is not FunctionType or not forward.args or forward.args[0] is not module:
+        return None
+    library = function.__globals__.get("__name__")
+    if library == "accelerate.hooks":
+        hook, behind = getattr(module, "_hf_hook", None), getattr(module, "_old_forward", None)
+    elif library == "diffusers.hooks.hooks" and function.__code__.co_freevars == ("function_reference",):
+        (reference,) = (cell.cell_contents for cell in function.__closure__ or ())
+        hook, behind = getattr(reference.pre_forward, "__self__", None), reference.forward
+    else:
+        return None
+    return behind if behind is not forward and _only_moves(hook) else None
+
+
+def _only_moves(hook: Any) -> bool:
+    cls = type(hook)
+    if (cls.__module__, cls.__name__) == ("accelerate.hooks", "SequentialHook"):
+        return all(map(_only_moves, hook.hooks))
+    return cls.__name__ in _MOVING.get(cls.__module__, ())
