@@ -213,22 +213,25 @@ def test_npu(monkeypatch, torch_npu, ascend, home, state, text):
 
 
 def test_patches():
-    def report(name, state, module="diffusers.a", reason=""):
-        return {"name": name, "module": module, "state": state, "reason": reason}
+    def report(name, state, module="diffusers.a", reason="", fidelity="exact"):
+        return {"name": name, "module": module, "state": state, "reason": reason, "fidelity": fidelity}
 
     facts = {
         "reports": [
             report("rope", "active"),
             report("rope", "skipped", "diffusers.b", "its text is not known"),
             report("frames", "waiting for import"),
+            report("rope", "off", fidelity="close"),
+            report("timesteps", "off", fidelity="close"),
             report("plugin", "skipped", "theirs.patches:PATCHES", "raised ImportError: no"),
         ],
         "errors": {},
         "functions": {"rope": 3},
     }
-    active, absent, skipped, plugin = doctor._find_patches(Answer(facts), [])
+    active, absent, close, skipped, plugin = doctor._find_patches(Answer(facts), [])
     assert active == Finding("patches", OK, "rope: active in 3 functions of 1 module")
     assert absent == Finding("patches", OK, "frames: not in this version of diffusers")
+    assert close == Finding("patches", OK, "timesteps: off: only enable(fidelity='close') takes it")
     assert skipped.state == plugin.state == WARNING
     assert "diffusers.b: its text is not known" in skipped.text
     assert "plugin" in plugin.remedy

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import subprocess
 import sys
 
@@ -48,7 +50,7 @@ def test_status_prints_the_table():
 def test_a_missing_extra_is_named_in_one_sentence(command, extra, monkeypatch):
     monkeypatch.setitem(cli._NEEDS, extra, ("transformers", "a_package_that_is_not_there"))
     done = _run(*command)
-    assert done.exit_code == 1
+    assert done.exit_code == 2
     assert done.output.splitlines() == [
         f'Error: a_package_that_is_not_there must be installed for this: pip install "wan-patches[{extra}]"'
     ]
@@ -64,7 +66,7 @@ def test_a_missing_extra_is_named_in_one_sentence(command, extra, monkeypatch):
 )
 def test_what_the_user_can_mend_is_said_without_a_traceback(arguments, message):
     done = _run("demo", "--device", "cpu", *arguments)
-    assert done.exit_code == 1
+    assert done.exit_code == 2
     assert message in done.output
     assert isinstance(done.exception, SystemExit)
 
@@ -94,3 +96,104 @@ def test_bench_ops_fails_where_a_bit_differs(monkeypatch):
     done = _run("bench", "ops")
     assert done.exit_code == 1
     assert "NOT bit-identical: rope 1x2." in done.output
+
+
+@pytest.fixture(scope="module")
+def broken_torch(tmp_path_factory):
+    """What `pip install torch_npu` leaves on a machine without CANN: `import torch` fails."""
+    folder = tmp_path_factory.mktemp("broken")
+    package, info = folder / "torch_npu", folder / "torch_npu-2.13.0.dist-info"
+    package.mkdir()
+    info.mkdir()
+    (package / "__init__.py").write_text("raise ImportError('libhccl.so: cannot open shared object file')\n")
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: torch_npu\nVersion: 2.13.0\n")
+    (info / "entry_points.txt").write_text("[torch.backends]\ntorch_npu = torch_npu:_autoload\n")
+    (folder / "script.py").write_text("print('ran')\n")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("command", "autoload", "what"),
+    [
+        (["verify", "tiny:wan_t2v"], "1", "torch"),
+        (["verify", "tiny:wan_t2v"], "0", "diffusers"),
+        (["demo"], "1", "torch"),
+        (["bench", "ops"], "1", "torch"),
+        (["profile", "script.py"], "1", "torch"),
+    ],
+)
+def test_a_broken_torch_is_said_in_one_line(command, autoload, what, broken_torch):
+    environment = os.environ | {"PYTHONPATH": str(broken_torch), "TORCH_DEVICE_BACKEND_AUTOLOAD": autoload}
+    done = subprocess.run(
+        [sys.executable, "-m", "wan_patches", *command],
+        cwd=broken_torch, env=environment, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    line = done.stderr.splitlines()[-1]  # libraries may have said something before
+    assert line.startswith(f"Error: {what} cannot be imported: ")
+    assert "Traceback" not in done.stderr
+    assert "libhccl.so: cannot open shared object file" in line
+    assert line.endswith("; run `wan-patches doctor`")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["bench", "overhead", "--json", "/nowhere/rows.json"],
+        ["bench", "ops", "--json", "/proc/rows.json"],
+        ["bench", "transport", "--json", "/"],
+        ["bench", "vae", "--json", "/proc/rows.json"],
+        ["bench", "block", "--json", "/proc/rows.json"],
+        ["bench", "sharding", "--json", "/proc/rows.json"],
+        ["bench", "compatibility", "--json", "/proc/records"],
+        ["verify", "tiny:wan_t2v", "--json", "/"],
+        ["verify", "tiny:wan_t2v", "--report", "/proc/report.html"],
+        ["demo", "--out", "/proc/demo"],
+    ],
+)
+def test_what_cannot_be_written_is_said_before_anything_runs(command, monkeypatch):
+    monkeypatch.setattr(cli, "_import", lambda *modules: pytest.fail("it has begun"))
+    done = _run(*command)
+    assert done.exit_code == 2, done.output
+    assert done.output.startswith("Error: ")
+
+
+def test_rows_that_cannot_be_written_are_printed_all_the_same(tmp_path, monkeypatch):
+    from wan_patches.bench import overhead
+
+    def measure(repeats):
+        (tmp_path / "folder").rmdir()
+        return [overhead.Row(*(["0"] * len(dataclasses.fields(overhead.Row))))]
+
+    (tmp_path / "folder").mkdir()
+    monkeypatch.setattr(overhead, "measure", measure)
+    monkeypatch.setattr(overhead, "table", lambda rows: f"{len(rows)} rows")
+    done = _run("bench", "overhead", "--json", str(tmp_path / "folder" / "rows.json"))
+    assert done.exit_code == 2
+    first, second = done.output.splitlines()
+    assert first == "1 rows"
+    assert second.startswith("Error: ")
+    assert "rows.json was not written: " in second
+
+
+def test_a_difference_counts_more_than_a_file(monkeypatch, tmp_path):
+    from wan_patches.bench import ops
+
+    rows = [ops.Row("rope", "1x2", "bf16", 2.0, 1.0, None, None, exact=False)]
+    monkeypatch.setattr(ops, "measure", lambda *args, **kwargs: rows)
+    monkeypatch.setattr(ops, "write_json", lambda path, *more: path.mkdir(exist_ok=False, parents=False))
+    (tmp_path / "rows.json").touch()
+    done = _run("bench", "ops", "--json", str(tmp_path / "rows.json"))
+    assert done.exit_code == 1
+    assert "was not written" in done.output
+    assert "NOT bit-identical: rope 1x2." in done.output
+
+
+@pytest.mark.parametrize("command", [["run", "script.py"], ["profile", "script.py"], ["verify", "tiny:wan_t2v"]])
+@pytest.mark.parametrize("option", [["--patches", "rpoe"], ["--fidelity", "near"]])
+def test_misspelt_patches_and_fidelities_have_one_status(command, option):
+    name, *rest = command
+    done = _run(name, *option, *rest)
+    assert done.exit_code == 2
+    assert f"unknown {'patch' if 'rpoe' in option else 'fidelity'}" in done.output

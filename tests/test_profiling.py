@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import cProfile
 import json
 import subprocess
 import sys
@@ -179,7 +180,7 @@ def test_the_vae_says_why_it_runs_stock(pipe):
     finally:
         hook.remove()
     assert {row.op for row in profile.ops} >= {"decode", "decode_chunk", "residual_block"}
-    why = "a WanCausalConv3d has hooks or a forward of its own"
+    why = "a WanCausalConv3d has hooks or methods of its own"
     for row in profile.ops:
         assert (row.fast, row.reasons) == (0, {why: row.calls}), row
 
@@ -329,6 +330,50 @@ def test_a_profiler_that_was_set_comes_back(pipe):
         assert sys.getprofile() is other
     finally:
         sys.setprofile(before)
+
+
+def test_cprofile_rests_and_comes_back(pipe):
+    cprofile = cProfile.Profile()
+    cprofile.enable()
+    try:
+        on = sys.getprofile()
+        with wan_patches.profile() as profile:
+            call(pipe)
+        assert sys.getprofile() is on
+    finally:
+        cprofile.disable()
+    assert [row.calls for row in profile.pipelines] == [1]
+    assert not any("another profiler" in note for note in profile.notes)
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="cProfile takes the place of no other there")
+def test_a_profiler_that_takes_over_is_noted_and_nothing_is_left_behind(pipe):
+    def on_step(pipe, step, timestep, given):
+        with cProfile.Profile():
+            return given
+
+    call(pipe)
+    before = [sorted(vars(owner)) for owner in (pipe, pipe.scheduler, pipe.vae)]
+    with wan_patches.enabled(["vae"]), wan_patches.profile() as profile:
+        call(pipe, callback_on_step_end=on_step)
+    assert [sorted(vars(owner)) for owner in (pipe, pipe.scheduler, pipe.vae)] == before
+    (row,) = profile.pipelines
+    assert (row.calls, row.failed) == (1, 0)
+    assert row.seconds["text"] > 0
+    assert "another profiler was set meanwhile" in str(profile)
+    with wan_patches.profile() as profile, cProfile.Profile():
+        pass
+    assert "no pipeline was called" not in str(profile)
+
+
+def test_a_profile_within_a_profile_is_noted(pipe):
+    with wan_patches.profile() as outer:
+        with wan_patches.profile() as inner:
+            call(pipe)
+        call(pipe)
+    assert [row.calls for row in (*outer.pipelines, *inner.pipelines)] == [1, 1]
+    assert "another profiler was set meanwhile" in str(outer)
+    assert "another profiler was set meanwhile" not in str(inner)
 
 
 def test_torchs_profiler_is_left_alone_where_it_is_on():
@@ -496,19 +541,37 @@ def test_a_file_that_cannot_be_written_does_not_hide_the_end_of_the_script(tmp_p
     ("arguments", "message"),
     [
         (["--json", "nowhere/p.json", "script.py"], "there is no folder"),
+        (["--json", ".", "script.py"], "is a folder"),
         (["--patches", "rope,nope", "script.py"], "unknown patch nope"),
+        (["--fidelity", "near", "script.py"], "unknown fidelity 'near'"),
     ],
 )
 def test_what_cannot_work_is_said_before_the_script_runs(arguments, message):
     done = CliRunner().invoke(cli.app, ["profile", *arguments])
-    assert done.exit_code == 1
+    assert done.exit_code == 2
     assert message in done.output
+
+
+def test_the_command_takes_what_run_takes(monkeypatch):
+    with pytest.raises(cli._Outside):
+        cli.app(["profile", "--fidelity", "close", "--no-gate", "script.py"], standalone_mode=False)
+    choice = wan_patches._registry.chosen()
+    assert (choice.fidelity, choice.gate) == (wan_patches.Fidelity.CLOSE, False)
+
+
+def test_what_keeps_a_profile_from_beginning_is_raised(monkeypatch):
+    def fail(*args):
+        raise ImportError("no torch here")
+
+    monkeypatch.setattr(profiling, "recorder", fail)
+    with pytest.raises(ImportError, match="no torch here"):
+        profiling.run("script.py")
 
 
 def test_a_missing_matplotlib_is_said_before_the_script_runs(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: None)
     done = CliRunner().invoke(cli.app, ["profile", "--chart", "p.png", "script.py"])
-    assert done.exit_code == 1
+    assert done.exit_code == 2
     assert 'pip install "wan-patches[demo]"' in done.output
 
 

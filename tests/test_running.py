@@ -286,8 +286,8 @@ def test_a_process_of_a_module_finds_it(toy):
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        (["--patches", "nope", "script.py"], 1, "Error: unknown patch nope; known: "),
-        (["--fidelity", "nope", "script.py"], 1, "Error: unknown fidelity 'nope'; known: 'exact', 'close'"),
+        (["--patches", "nope", "script.py"], 2, "Error: unknown patch nope; known: "),
+        (["--fidelity", "nope", "script.py"], 2, "Error: unknown fidelity 'nope'; known: 'exact', 'close'"),
         (["--nope", "script.py"], 2, "--nope"),
         ([], 2, "Missing argument"),
         (["nope.py"], 2, "wan-patches: can't open file '{folder}/nope.py': No such file or directory"),

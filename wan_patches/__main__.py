@@ -13,9 +13,11 @@ from typing import Annotated, Any, NoReturn, Optional
 import typer
 
 import wan_patches
+from wan_patches.outputs import check_file, check_folder
 from wan_patches.tables import text
 
 # Commands import torch and diffusers when they run: `--help` must be fast.
+# Status 1 is a finding (bits differ, there is a problem), 2 that there is none: what is asked for cannot be done.
 
 app = typer.Typer(
     name="wan-patches", help="Faster Wan and Helios pipelines, with the same bits.", no_args_is_help=True,
@@ -101,11 +103,7 @@ def run(
     """
     from wan_patches.running import run as run_script
 
-    names = None if patches is None else [name.strip() for name in patches.split(",") if name.strip()]
-    try:
-        wan_patches.enable(names, fidelity=fidelity, gate=gate)
-    except ValueError as error:
-        _fail(str(error))
+    _enable(_names(patches), fidelity, gate)
     raise _Outside(lambda: run_script(script, arguments or (), module=module))
 
 
@@ -117,6 +115,10 @@ def profile(
     patches: Annotated[
         Optional[str], typer.Option(help='Names with commas between them; "" for stock, by default all.')  # noqa: UP045
     ] = None,
+    fidelity: Annotated[str, typer.Option(help="exact, or close to allow patches that move rounding.")] = "exact",
+    gate: Annotated[
+        bool, typer.Option("--gate/--no-gate", help="On accelerators: compare with stock at first sight.")
+    ] = True,
     json: Annotated[Optional[Path], typer.Option(help="Write the profile here.")] = None,  # noqa: UP045
     chart: Annotated[Optional[Path], typer.Option(help="Draw it here, as PNG.")] = None,  # noqa: UP045
     trace: Annotated[
@@ -135,11 +137,8 @@ def profile(
 
     if wrong := obstacle(chart, json, trace):
         _fail(wrong)
-    names = None if patches is None else [name.strip() for name in patches.split(",") if name.strip()]
-    try:
-        wan_patches.enable(names)
-    except ValueError as error:
-        _fail(str(error))
+    _enable(_names(patches), fidelity, gate)
+    _import("torch")
     given: dict[str, Any] = {"json": json, "chart": chart, "trace": trace, "copies": copies}
     raise _Outside(lambda: run_script(script, arguments or (), module=module, **given))
 
@@ -184,6 +183,7 @@ def demo(
     single bit differs.
     """
     width_height = _size(size)
+    _check(check_folder, out)
     with _errors("demo"):
         from wan_patches.bench import demo as run
         from wan_patches.bench.measure import device_of, dtype_of
@@ -200,7 +200,7 @@ def demo(
     typer.echo(text(run.table(comparisons)))
     typer.echo(f"Videos and contact-sheet.png are in {out}")
     if wrong := run.verdict(comparisons):
-        _fail(wrong)
+        _fail(wrong, 1)
 
 
 @app.command()
@@ -224,14 +224,12 @@ def verify(
 ) -> None:
     """Run a model stock and patched: equal bits of operations, blocks, stages and video; time and memory.
 
-    Exits with status 0 if every bit is the same, 1 if not (and names the patch), 2 if it could not be found out.
+    Exits with status 0 if every bit is the same, 1 if not (and names the patch), 2 if it could not be found out: an
+    error, stock code that does not repeat itself, or no patch in force.
     """
-    width_height = _size(size)
-    names = None if patches is None else [name.strip() for name in patches.split(",") if name.strip()]
-    for path in (json, report):
-        if path is not None and not path.absolute().parent.is_dir():  # said before hours of work
-            _fail(f"There is no folder {path.parent} for {path.name}: make it, or give another place.", 2)
-    with _errors("verify", 2):
+    width_height, names = _size(size), _names(patches)
+    _check(check_file, json, report)
+    with _errors("verify"):
         from rich.console import Console
 
         from wan_patches.bench.demo import open_image
@@ -244,22 +242,23 @@ def verify(
             with wan_patches.enabled(names, fidelity=fidelity):  # what is misspelt is said before a model is loaded
                 pass
         except ValueError as error:
-            _fail(str(error), 2)
+            _fail(str(error))
         choice: dict[str, Any] = {"prompt": prompt, "size": width_height, "frames": frames, "steps": steps}
         with Console(stderr=True).status("loading") as shown:
             found = subject(model, photo, on, precision, seed=seed, **choice)
             try:
                 verification = wan_patches.verify(
-                    found.pipe, patches=names, fidelity=fidelity, repeat=repeat, report=report,
+                    found.pipe, patches=names, fidelity=fidelity, repeat=repeat,
                     on_run=lambda purpose: shown.update(purpose), **found.arguments(),
                 )  # fmt: skip
             except Exception as error:  # of the pipeline itself, with stock code
-                _fail(f"{type(error).__name__}: {error}. Does this model run with these arguments at all?", 2)
+                _fail(f"{type(error).__name__}: {error}. Does this model run with these arguments at all?")
     typer.echo(str(verification))
-    if json is not None:
-        verification.save_json(json)
-    if not verification.exact:
+    written = _write((json, verification.save_json), (report, verification.save_html))
+    if verification.verdict == "different":
         raise typer.Exit(1)
+    if verification.undecided or not written:
+        raise typer.Exit(2)
 
 
 @bench.command()
@@ -271,16 +270,15 @@ def ops(
     threads: Annotated[Optional[int], typer.Option(min=1, help="Threads of torch on the CPU.")] = None,  # noqa: UP045
 ) -> None:
     """Each operation by itself: time, memory, equal bits. Exits with status 1 if a single bit differs."""
+    _check(check_file, json)
     with _errors("bench"):
         from wan_patches.bench import ops as run
         from wan_patches.bench.measure import device_of, dtype_of
 
         rows = run.measure(device_of(device), dtype_of(dtype), quick=quick, threads=threads)
         typer.echo(text(run.table(rows)))
-        if json is not None:
-            run.write_json(json, rows, device_of(device), threads)
-    if different := [f"{row.op} {row.shape}" for row in rows if not row.exact]:
-        _fail(f"NOT bit-identical: {'; '.join(different)}.")
+    different = [f"{row.op} {row.shape}" for row in rows if not row.exact]
+    _end(different, (json, lambda path: run.write_json(path, rows, device_of(device), threads)))
 
 
 @bench.command()
@@ -289,13 +287,13 @@ def overhead(
     repeats: Annotated[int, typer.Option(min=1, help="Fresh processes per row.")] = 5,
 ) -> None:
     """What enable() costs, and the dispatch of one call."""
+    _check(check_file, json)
     with _errors("bench"):
         from wan_patches.bench import overhead as run
 
         rows = run.measure(repeats)
         typer.echo(text(run.table(rows)))
-        if json is not None:
-            run.write_json(json, rows)
+    _end([], (json, lambda path: run.write_json(path, rows)))
 
 
 @bench.command()
@@ -304,15 +302,14 @@ def transport(
     quick: Annotated[bool, typer.Option("--quick", help="An eighth of the size, shorter runs.")] = False,
 ) -> None:
     """Results from one process to another. Exits with status 1 if a value does not arrive as it was."""
+    _check(check_file, json)
     with _errors("bench"):
         from wan_patches.bench import transport as run
 
         rows = run.measure(quick=quick)
         typer.echo(text(run.table(rows)))
-        if json is not None:
-            run.write_json(json, rows)
-    if different := [f"{row.case} through {row.transport}" for row in rows if not row.equal]:
-        _fail(f"NOT what was sent: {'; '.join(different)}.")
+    different = [f"{row.case} through {row.transport}" for row in rows if not row.equal]
+    _end(different, (json, lambda path: run.write_json(path, rows)), finding="NOT what was sent")
 
 
 @bench.command()
@@ -325,6 +322,7 @@ def vae(
     parallel: Annotated[bool, typer.Option(help="Also tiles shared by two processes, on two cores.")] = True,
 ) -> None:
     """The video autoencoder: time, memory, equal bits. Exits with status 1 if a single bit differs."""
+    _check(check_file, json)
     with _errors("bench"):
         from wan_patches.bench import vae as run
         from wan_patches.bench.measure import device_of, dtype_of
@@ -332,12 +330,9 @@ def vae(
         on = device_of(device)
         rows, shared = run.measure(on, dtype_of(dtype), quick=quick, threads=threads, parallel=parallel)
         typer.echo(text(run.table(rows, shared)))
-        if json is not None:
-            run.write_json(json, rows, shared, on, threads)
     different = [f"{row.op} {row.shape}" for row in rows if not row.exact]
     different += [f"{row.case.operation} in tiles" for row in shared if not row.equal]
-    if different:
-        _fail(f"NOT bit-identical: {'; '.join(different)}.")
+    _end(different, (json, lambda path: run.write_json(path, rows, shared, on, threads)))
 
 
 # What `bench block`, `model` and `pipeline` take
@@ -409,26 +404,26 @@ def _ways(
     name: str, shape: dict[str, Any], device: str, dtype: str, compiled: bool | None, json: Path | None,
     chart: Path | None, **options: Any,
 ) -> None:  # fmt: skip
+    from wan_patches.profiling import obstacle
+
+    if wrong := obstacle(chart, json):
+        _fail(wrong)
     with _errors("bench"):
         from wan_patches.bench import ways
         from wan_patches.bench.measure import device_of, dtype_of
         from wan_patches.bench.shapes import shape_of
-        from wan_patches.profiling import obstacle
 
-        if wrong := obstacle(chart, json):
-            _fail(wrong)
         on, precision = device_of(device), dtype_of(dtype)
         wanted = shape_of(device=on, **shape)
         run = importlib.import_module(f"wan_patches.bench.{name}")
         compiled = on.type != "cpu" if compiled is None else compiled
         found = run.measure(wanted, on, precision, compiled=compiled, **options)
         typer.echo(text(ways.table(found)))
-        if json is not None:
-            ways.write_json(json, found, on, options["threads"])
-        if chart is not None:
-            ways.chart(found, on).savefig(chart)
-    if different := found.different():
-        _fail(f"NOT bit-identical: {'; '.join(different)}.")
+    _end(
+        found.different(),
+        (json, lambda path: ways.write_json(path, found, on, options["threads"])),
+        (chart, lambda path: ways.chart(found, on).savefig(path)),
+    )
 
 
 @bench.command()
@@ -440,16 +435,15 @@ def sharding(
     quick: Annotated[bool, typer.Option("--quick", help="A tiny model.")] = False,
 ) -> None:
     """Memory of weights that are divided among ranks. Exits with status 1 if a single bit differs."""
+    _check(check_file, json)
     with _errors("bench"):
         from wan_patches.bench import sharding as run
         from wan_patches.bench.measure import device_of, dtype_of
 
         rows = run.measure(device_of(device), dtype_of(dtype), ranks=ranks, quick=quick)
         typer.echo(text(run.table(rows)))
-        if json is not None:
-            run.write_json(json, rows, device_of(device))
-    if different := [row.way for row in rows if not row.exact]:
-        _fail(f"NOT bit-identical: {'; '.join(different)}.")
+    different = [row.way for row in rows if not row.exact]
+    _end(different, (json, lambda path: run.write_json(path, rows, device_of(device))))
 
 
 @bench.command()
@@ -460,31 +454,90 @@ def compatibility(
     ] = None,
 ) -> None:
     """Each pipeline, small: the patches that it gets, equal bits. Exits with status 1 if a single bit differs."""
+    _check(check_folder, json)
     with _errors("bench"):
         from wan_patches.bench import compatibility as run
 
         rows = run.measure(families or ())
         typer.echo(text(run.table(rows)))
-        if json is not None:
-            run.write_json(json, rows)
-    if different := [row.family for row in rows if not row.identical]:
-        _fail(f"NOT bit-identical: {', '.join(different)}.")
+    different = [row.family for row in rows if not row.identical]
+    _end(different, (json, lambda path: run.write_json(path, rows)))
+
+
+# What commands share
+
+
+def _names(patches: str | None) -> list[str] | None:
+    return None if patches is None else [name.strip() for name in patches.split(",") if name.strip()]
+
+
+def _enable(names: list[str] | None, fidelity: str, gate: bool) -> None:
+    try:
+        wan_patches.enable(names, fidelity=fidelity, gate=gate)
+    except ValueError as error:
+        _fail(str(error))
+
+
+def _check(check: Callable[[Path], None], *paths: Path | None) -> None:
+    """What could not be written is said before long work."""
+    try:
+        for path in paths:
+            if path is not None:
+                check(path)
+    except OSError as error:
+        _fail(str(error))
 
 
 @contextlib.contextmanager
-def _errors(extra: str, status: int = 1) -> Iterator[None]:
+def _errors(extra: str) -> Iterator[None]:
     """What the user can mend, in one sentence and without a traceback."""
     if missing := [package for package in _NEEDS[extra] if importlib.util.find_spec(package) is None]:
-        _fail(f'{" and ".join(missing)} must be installed for this: pip install "wan-patches[{extra}]"', status)
+        _fail(f'{" and ".join(missing)} must be installed for this: pip install "wan-patches[{extra}]"')
+    _import("torch", "diffusers.pipelines.pipeline_utils")  # both import torch_npu where it is installed
     from wan_patches.bench.measure import MeasurementError
 
     try:
         yield
     except MeasurementError as error:
-        _fail(str(error), status)
+        _fail(str(error))
 
 
-def _fail(message: str, status: int = 1) -> NoReturn:
+def _import(*modules: str) -> None:
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # not only ImportError: a backend that torch loads may raise anything
+            from wan_patches.doctor.probes import chain
+
+            reason = ", caused by ".join(line.rstrip(".") for line in chain(error))
+            _fail(f"{module.partition('.')[0]} cannot be imported: {reason}; run `wan-patches doctor`")
+
+
+def _write(*files: tuple[Path | None, Callable[[Path], object]]) -> bool:
+    """Whether all could be written; which not, and why, is said."""
+    written = True
+    for path, write in files:
+        try:
+            if path is not None:
+                write(path)
+        except (OSError, ValueError) as error:  # a full disk; a kind of picture that nobody knows
+            typer.echo(f"Error: {path} was not written: {error}", err=True)
+            written = False
+    return written
+
+
+def _end(
+    different: list[str], *files: tuple[Path | None, Callable[[Path], object]], finding: str = "NOT bit-identical"
+) -> None:
+    """The end of a measurement that has been printed: files, what is `different`, and the status."""
+    written = _write(*files)
+    if different:
+        _fail(f"{finding}: {'; '.join(different)}.", 1)
+    if not written:
+        raise typer.Exit(2)
+
+
+def _fail(message: str, status: int = 2) -> NoReturn:
     typer.echo(f"Error: {message}", err=True)
     raise typer.Exit(status)
 

@@ -67,9 +67,12 @@ def status_table(status: Status) -> list[object]:
         table.add_row(report.name, report.module.rpartition("diffusers.")[2], targets, state)
     count = Counter(report.state for report in status.reports)
     lines: list[object] = [table, "  " + ", ".join(f"{n} {state}" for state, n in count.items())]
-    for name, report in {report.name: report for report in status.reports}.items():
-        runs = "; ".join(f"{what} on {device}" for device, what in report.implementations.items())
-        lines.append(f"  {name} ({report.fidelity.value}): {runs}")
+    running: dict[tuple[str, str], dict[str, None]] = {}
+    for report in status.reports:
+        if report.state != "off":
+            runs = running.setdefault((report.name, report.fidelity.value), {})
+            runs |= {f"{what} on {device}": None for device, what in report.implementations.items()}
+    lines += [f"  {name} ({fidelity}): {'; '.join(runs)}" for (name, fidelity), runs in running.items()]
     judged = Counter((v.op, v.fidelity.value if v.exact else f"stock used, {v.reason}") for v in status.verdicts)
     for (op, verdict), n in judged.items():
         lines.append(f"  gate: {op}: {verdict} ({n} kinds of input)")

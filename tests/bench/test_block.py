@@ -132,7 +132,7 @@ def test_what_the_user_can_mend_is_said_before_anything_is_measured(name, argume
     done = CliRunner().invoke(
         cli.app, ["bench", name, *(["--device", "cpu"] * ("--device" not in arguments)), *arguments]
     )
-    assert done.exit_code == 1
+    assert done.exit_code == 2
     assert message in done.output.replace("\n", " ")
 
 

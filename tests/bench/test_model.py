@@ -69,7 +69,7 @@ def test_the_attention_backend_is_that_of_all_ways_and_of_the_floor():
     assert done.exit_code == 0, done.output
     assert "model tiny: 72 tokens, bf16, _native_math" in done.output
     done = CliRunner().invoke(cli.app, [*arguments, "telepathy"])
-    assert done.exit_code == 1
+    assert done.exit_code == 2
     assert "The attention backend 'telepathy' cannot be used: " in done.output
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import cProfile
+import dataclasses
+import itertools
 import json
 import random
+import shutil
 import sys
 from dataclasses import dataclass
 
@@ -21,6 +25,7 @@ from wan_patches.ops import rope as rope_op
 from wan_patches.ops.modulation import TwoRows
 from wan_patches.registry import Registry
 from wan_patches.verification.partings import compare_calls, first_parting, smallest
+from wan_patches.verification.report import page
 from wan_patches.verification.trials import Event, Subject, Trial, ops_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -227,6 +232,19 @@ def test_a_patch_that_raises_is_named(pipe):
     assert found.video is None
 
 
+def test_what_the_gate_gives_at_first_is_not_held_against_close_patches(pipe):
+    runs = []
+
+    def first_as_stock(x):
+        return x.float() if runs[-1] == "patched, to warm up" else x.float() * (1 + 1e-3)
+
+    patch = theirs(first_as_stock, fidelity=wan_patches.Fidelity.CLOSE)
+    found = verify(pipe, patches=[patch], fidelity="close", repeat=1, on_run=runs.append, **inputs())
+    assert found.patched_repeats
+    assert found.verdict == "different"
+    assert not any("differ from each other" in note for note in found.notes)
+
+
 def test_patches_that_differ_only_together_are_found_together():
     def differs(patches):
         tried.append(len(patches))
@@ -285,10 +303,51 @@ class Anything:
 
 
 def test_anything_that_can_be_called_can_be_verified():
-    found = verify(Anything(torch.ones(3)))
-    assert found.exact
+    from diffusers.video_processor import VideoProcessor
+
+    video = torch.rand(1, 3, 2, 16, 16)
+    found = verify(Anything(lambda: VideoProcessor().postprocess_video(video)))
+    assert found.exact, found
     assert [stage.name for stage in found.stages] == ["call"]
-    assert any("No patched function was seen to run" in note for note in found.notes)
+
+
+def test_where_no_patched_function_runs_nothing_is_verified():
+    found = verify(Anything(torch.ones(3)), repeat=0)
+    assert (found.exact, found.verdict, found.undecided) == (False, "unknown", "no patched function was seen to run")
+    assert str(found).startswith("NOT verified: no patched function was seen to run (Anything on cpu, patches: ")
+    assert any("patches do not apply to this pipeline" in note for note in found.notes)
+
+
+def test_where_no_patch_is_in_force_nothing_is_verified(pipe):
+    found = verify(pipe, patches="timesteps", repeat=0, **inputs())
+    assert (found.exact, found.verdict, found.undecided) == (False, "unknown", "no patch was in force")
+    assert "Not in force: timesteps, which is only for fidelity='close'." in found.notes
+    assert "NOT verified: no patch was in force (WanPipeline on cpu, patches: none)" in str(found)
+    assert "Every bit" not in str(found) + found._repr_html_() + page(found)
+    content = json.loads(found.to_json())
+    assert (content["exact"], content["verdict"]) == (False, "unknown")
+    assert content["undecided"] == "no patch was in force"
+
+
+def test_a_patch_that_is_skipped_verifies_nothing(pipe):
+    target = Target("FP32LayerNorm.forward", (Replace("what is not there", "_theirs(inputs)"),))
+    patch = Patch("theirs", "diffusers.models.normalization", (target,), {"_theirs": torch.neg})
+    found = verify(pipe, patches=[patch], repeat=0, **inputs())
+    assert found.undecided == "no patch was in force"
+    assert any(note.startswith("Not in force: theirs in diffusers.models.normalization, ") for note in found.notes)
+
+
+def test_a_patch_for_what_was_not_imported_verifies_nothing(pipe):
+    patch = Patch("theirs", "a_module_that_is_not_there", (Target("f", ()),), {})
+    found = verify(pipe, patches=[patch], repeat=0, **inputs())
+    assert found.undecided == "no patch was in force"
+    assert "Not in force: theirs, as no module that it is for was imported." in found.notes
+
+
+def test_a_patch_beside_one_that_is_not_in_force_is_verified(pipe):
+    found = verify(pipe, patches=["frames", "timesteps"], repeat=0, **inputs())
+    assert (found.exact, found.undecided) == (True, "")
+    assert "Not in force: timesteps, which is only for fidelity='close'." in found.notes
 
 
 def test_a_pipeline_that_does_not_repeat_itself_is_not_judged():
@@ -297,13 +356,83 @@ def test_a_pipeline_that_does_not_repeat_itself_is_not_judged():
     assert not found.exact
     assert not found.stock_repeats
     assert found.culprits == ()
-    assert "NOT comparable" in str(found)
+    assert found.undecided == "runs of stock code differ from each other"
+
+
+def stateful(calls):
+    """A callback that makes every run another one."""
+
+    def on_step(pipe, step, timestep, given):
+        given["latents"] = given["latents"] + 1e-2 * next(calls)
+        return given
+
+    return on_step
+
+
+def test_patches_are_not_blamed_for_what_stock_does(pipe):
+    found = verify(pipe, repeat=0, **inputs(callback_on_step_end=stateful(itertools.count(1))))
+    assert not found.exact
+    assert (found.verdict, found.undecided) == ("unknown", "runs of stock code differ from each other")
+    assert found.culprits == ()
+    assert any(note.startswith("Runs of stock code differ") for note in found.notes)
+    for shown in (str(found), found._repr_html_(), page(found)):
+        assert "NOT verified: runs of stock code differ from each other" in shown
+        assert "The first difference" not in shown
+        assert "Runs of patched code differ" not in shown
+        assert "No set of patches" not in shown
+
+
+def test_cprofile_rests_meanwhile(pipe):
+    cprofile = cProfile.Profile()
+    cprofile.enable()
+    try:
+        on = sys.getprofile()
+        found = verify(pipe, repeat=0, **inputs())
+        assert sys.getprofile() is on
+    finally:
+        cprofile.disable()
+    assert found.exact, found
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="cProfile takes the place of no other there")
+def test_a_profiler_that_takes_over_is_noted(pipe):
+    def on_step(pipe, step, timestep, given):
+        with cProfile.Profile():
+            return given
+
+    found = verify(pipe, patches="frames", repeat=0, **inputs(callback_on_step_end=on_step))
+    assert found.exact, found
+    assert not any(op.patched_calls for op in found.ops)
+    assert any(note.startswith("Another profiler was set") for note in found.notes)
+    assert not any("No patched function was seen" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("path", ["nowhere/report.html", "."])
+def test_where_no_report_can_be_written_nothing_runs(path, tmp_path):
+    with pytest.raises(OSError, match=r"there is no folder|is a folder"):
+        verify(Anything(lambda: pytest.fail("it ran")), report=tmp_path / path)
+
+
+def test_a_report_that_cannot_be_written_after_all_loses_nothing(tmp_path, caplog):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+
+    def result():
+        shutil.rmtree(folder, ignore_errors=True)
+        return torch.ones(1)
+
+    found = verify(Anything(result), repeat=0, report=folder / "report.html")
+    assert found.result.exact
+    assert found.notes[-1].startswith("The report was not written to ")
+    assert "The report was not written to " in caplog.text
 
 
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
         ({"repeat": -1}, ValueError, "repeat is -1"),
+        ({"repeat": "2"}, TypeError, "repeat is '2'; give a whole number"),
+        ({"repeat": 1.5}, TypeError, "repeat is 1.5; give a whole number"),
         ({"patches": ["rpoe"]}, ValueError, "unknown patch rpoe; known: "),
         ({"fidelity": "exactly"}, ValueError, "unknown fidelity 'exactly'"),
     ],
@@ -338,6 +467,7 @@ def test_json_has_it_all_and_is_json(pipe, broken_frames, tmp_path):
 
     read = json.loads((tmp_path / "found.json").read_text(), parse_constant=refuse)
     assert read["exact"] is False
+    assert (read["verdict"], read["undecided"]) == ("different", "")
     assert read["culprits"][0]["patches"][0]["name"] == "frames"
     assert read["inputs"]["prompt"] == "'A <fox>'"
     assert read["stages"][0]["stock_seconds"] > 0
@@ -379,8 +509,10 @@ def test_the_command_exits_with_1_and_names_the_patch(broken_rope):
         (["tiny:wan_t2v", "--fidelity", "near"], "unknown fidelity 'near'"),
         (["tiny:wan_t2v", "--size", "47x"], "WIDTHxHEIGHT"),
         (["tiny:wan_t2v", "--size", "47x31"], "Does this model run with these arguments at all?"),
-        (["tiny:wan_t2v", "--report", "no-such-folder/report.html"], "There is no folder no-such-folder"),
+        (["tiny:wan_t2v", "--report", "no-such-folder/report.html"], "there is no folder no-such-folder"),
+        (["tiny:wan_t2v", "--json", "."], "is a folder"),
         (["tiny:wan_t2v", "--dtype", "fp7"], "Unknown dtype 'fp7'"),
+        ([*TINY, "--patches", "timesteps"], "NOT verified: no patch was in force"),
         (["tiny:wan22_i2v", "--image", "no-such-photo.png"], "Cannot read the image"),
     ],
 )
@@ -388,6 +520,34 @@ def test_the_command_exits_with_2_where_nothing_could_be_found_out(arguments, me
     done = run(*arguments, "--device", "cpu")
     assert done.exit_code == 2
     assert message in " ".join(done.output.replace("│", " ").split())
+
+
+def test_the_command_exits_with_2_where_stock_does_not_repeat_itself(monkeypatch):
+    from wan_patches.bench import verification
+
+    def subject(*args, **kwargs):
+        found, calls = build(*args, **kwargs), itertools.count(1)
+        given = {**found.arguments(), "callback_on_step_end": stateful(calls)}
+        return dataclasses.replace(found, arguments=lambda: given)
+
+    build = verification.subject
+    monkeypatch.setattr(verification, "subject", subject)
+    done = run(*TINY)
+    assert done.exit_code == 2
+    assert "NOT verified: runs of stock code differ from each other" in done.output
+
+
+def test_files_that_cannot_be_written_after_all_do_not_hide_what_was_found(monkeypatch, tmp_path):
+    def fail(found, path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(wan_patches.Verification, "save_html", fail)
+    report, rows = tmp_path / "report.html", tmp_path / "rows.json"
+    done = run(*TINY, "--patches", "frames", "--report", str(report), "--json", str(rows))
+    assert done.exit_code == 2
+    assert "Every bit is the same" in done.output
+    assert "report.html was not written: [Errno 28] No space left on device" in done.output
+    assert json.loads(rows.read_text())["exact"] is True
 
 
 def test_the_command_takes_a_folder_and_says_what_else_it_needs(tmp_path):

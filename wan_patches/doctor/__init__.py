@@ -415,6 +415,9 @@ def _find_patches(answer: Answer, cann: Sequence[str]) -> Iterator[Finding]:
             n, m = functions.get(name, 0), states["active"]
             text = f"{name}: active in {n} function{'s' * (n != 1)} of {m} module{'s' * (m != 1)}"
             yield Finding("patches", OK, text)
+        elif all(report["fidelity"] == "close" for report in reports if report["name"] == name):
+            if set(states) == {"off"}:
+                yield Finding("patches", OK, f"{name}: off: only enable(fidelity='close') takes it")
         elif set(states) <= {"off", "waiting for import"} and not answer.facts["errors"]:
             yield Finding("patches", OK, f"{name}: not in this version of diffusers")
     for report in reports:

@@ -69,11 +69,12 @@ def _answer() -> None:
     try:
         answer: dict[str, Any] = {"facts": globals()[sys.argv[2]](), "errors": []}
     except Exception as error:
-        answer = {"facts": None, "errors": _chain(error)}
+        answer = {"facts": None, "errors": chain(error)}
     print(f"\n{_MARK}{json.dumps(answer)}", flush=True)
 
 
-def _chain(error: BaseException | None) -> list[str]:
+def chain(error: BaseException | None) -> list[str]:
+    """An error and what caused it, each in a line."""
     lines: list[str] = []
     while error is not None and len(lines) < 8:
         message = " ".join(str(error).split())
@@ -107,7 +108,7 @@ def _device_names(torch: Any, kind: str) -> list[str]:
         count = 1 if kind == "mps" else backend.device_count()
         return [backend.get_device_name(n) if hasattr(backend, "get_device_name") else kind for n in range(count)]
     except Exception as error:
-        return [_chain(error)[0]]
+        return [chain(error)[0]]
 
 
 def patch_facts() -> dict[str, Any]:
@@ -121,9 +122,15 @@ def patch_facts() -> dict[str, Any]:
         except Exception as error:
             missing = error.name if isinstance(error, ModuleNotFoundError) else None
             if missing is None or not f"{report.module}.".startswith(f"{missing}."):  # else: not in this version
-                errors[report.module] = _chain(error)
+                errors[report.module] = chain(error)
     reports = [
-        {"name": report.name, "module": report.module, "state": report.state, "reason": report.reason}
+        {
+            "name": report.name,
+            "module": report.module,
+            "state": report.state,
+            "reason": report.reason,
+            "fidelity": report.fidelity.value,
+        }
         for report in wan_patches.status().reports
     ]
     functions = Counter(place.patch.name for place in wan_patches._registry.places())

@@ -39,7 +39,7 @@ def forward_of(module: Any) -> FunctionType | None:
     function: Any = forward.__func__ if is_method else None
     if function is not type(module).forward:
         return None
-    while _is_librarys(function):
+    while is_librarys(function):
         if not hasattr(function, "__wrapped__"):
             return function  # type: ignore[no-any-return]
         function = function.__wrapped__
@@ -61,7 +61,7 @@ def is_untouched(module: Any) -> bool:
         or torch.nn.modules.module._has_any_global_hook()
         or module._compiled_call_impl is not None
         or ("forward" in vars(module) and "forward" in own_methods(module))
-        or not _is_librarys(type(module).forward)
+        or not is_librarys(type(module).forward)
     )
 
 
@@ -70,7 +70,7 @@ def is_hooked(module: Any) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
-def _is_librarys(function: Any) -> bool:
+def is_librarys(function: Any) -> bool:
     """Whether a function is torch's or diffusers' own, with code from where it is defined; a patched one is."""
     if type(function) is not FunctionType:
         return False

@@ -13,13 +13,14 @@ import itertools
 import logging
 import math
 from collections.abc import Callable
-from types import FunctionType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 from wan_patches.codeswap import STOCK
 from wan_patches.instances import own_methods
+from wan_patches.patches.forwards import is_librarys
 from wan_patches.registry import Known, Patch, Target
-from wan_patches.rewrite import Body, Replace, Unknown, fingerprint
+from wan_patches.rewrite import Body, Replace, fingerprint
 
 logger = logging.getLogger("wan_patches")
 
@@ -531,8 +532,8 @@ def _reason_against(coder: Any) -> str | None:
     if len({parameter.dtype for parameter in coder.parameters()}) > 1:
         return "its weights are of several dtypes"
     for cls, name in _passed_over():
-        if not _is_known(cls, name):
-            return f"{cls.__name__}.{name} is another than it was"
+        if not is_librarys(getattr(cls, name)):
+            return f"{cls.__name__}.{name} is not the library's own"
     return next(filter(None, map(_peculiarity, coder.modules())), None)
 
 
@@ -578,22 +579,6 @@ def _passed_over() -> tuple[tuple[type, str], ...]:
         *((cls, "_conv_forward") for cls in (nn.Conv2d, nn.Conv3d)),
         (nn.Module, "__call__"),
     )
-
-
-def _is_known(cls: type, name: str) -> bool:
-    """Whether a method is what it was when the patch was made, or torch's own."""
-    import torch
-
-    method: Any = getattr(cls, name)
-    if not isinstance(method, FunctionType):
-        return False
-    if not cls.__module__.startswith("diffusers."):
-        return method.__code__.co_filename.startswith(torch.__path__[0])
-    (known,) = (known for known in PATCHES[0].requires if known.qualname == f"{cls.__name__}.{name}")
-    try:
-        return fingerprint(method) in known.fingerprints
-    except Unknown:
-        return False
 
 
 @functools.lru_cache(maxsize=1)

@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import wan_patches
-from wan_patches.observation import observing
+from wan_patches.observation import Observation, observing
+from wan_patches.outputs import check_file
 from wan_patches.profiling.crossings import Crossing, count_crossings, has_accelerator, recorder
 from wan_patches.profiling.watch import Observer, OpProfile, PipelineProfile
 from wan_patches.registry import ACTIVE
@@ -146,7 +147,8 @@ def profile(pipe: Any = None, *, trace: bool | None = None) -> Iterator[Profile]
     Enables nothing: with `enable()` before, it tells which calls of patched operations took the fast way; without, only
     the stages of stock. Watching costs time in Python code, and on accelerators it waits for the device at
     the ends of stages and operations, which therefore do not overlap as they otherwise would; counters of peak
-    memory are reset. Afterwards nothing is left of it. Code that `torch.compile` has taken over is not seen.
+    memory are reset. Afterwards nothing is left of it. Code that `torch.compile` has taken over is not seen. Nor is
+    what runs under another profiler that is set within the block (cProfile, another `profile`): a note tells of it.
 
     Args:
         pipe: the pipeline whose calls are watched, or any other object with a `__call__` in Python; None is every
@@ -170,14 +172,16 @@ def profile(pipe: Any = None, *, trace: bool | None = None) -> Iterator[Profile]
     torchs = recorder(found.notes, trace)
     observer = Observer(pipe, marks=torchs is not None)
     found.pipelines, found.ops = observer.pipelines, observer.ops
+    observation = Observation()
     try:
         with torchs or contextlib.nullcontext():
             start = time.perf_counter()
             try:
-                with observing(observer.wants, on_call=observer.enter, on_return=observer.leave):
+                with observing(observer.wants, on_call=observer.enter, on_return=observer.leave) as observation:
                     yield found
             finally:
                 found.seconds = time.perf_counter() - start - observer.preparing
+                observer.close()
     finally:
         ran = {row.patch for row in found.ops}
         found.active = tuple(sorted(before | _active() | ran))
@@ -186,7 +190,7 @@ def profile(pipe: Any = None, *, trace: bool | None = None) -> Iterator[Profile]
         if torchs is not None:
             found._recorder = torchs
             found.crossings = count_crossings(torchs, found.notes)
-        _remark(found, pipe)
+        _remark(found, pipe, observation.displaced)
 
 
 def run(
@@ -213,13 +217,13 @@ def run(
     """
     from wan_patches.running import run as run_script
 
-    process = os.getpid()
+    process, found = os.getpid(), None
     try:
         with profile(trace=True if trace is not None else None if copies else False) as found:
             run_script(target, arguments, module=module)
     finally:
         rank = os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or "0"
-        if os.getpid() == process and rank == "0":  # not in a child that the script has forked
+        if found is not None and os.getpid() == process and rank == "0":  # not in a child that the script has forked
             _deliver(found, [(json, found.save_json), (chart, found.save_chart), (trace, found.save_trace)])
 
 
@@ -230,8 +234,11 @@ def obstacle(chart: Path | None, *others: Path | None) -> str | None:
 
         return NO_MATPLOTLIB
     for path in (chart, *others):
-        if path is not None and not path.absolute().parent.is_dir():
-            return f"there is no folder {path.absolute().parent} for {path.name}: make it first"
+        try:
+            if path is not None:
+                check_file(path)
+        except OSError as error:
+            return str(error)
     return None
 
 
@@ -256,8 +263,13 @@ def _active() -> set[str]:
     return {report.name for report in wan_patches.status().reports if report.state == ACTIVE}
 
 
-def _remark(found: Profile, pipe: Any) -> None:
-    if not found.pipelines:
+def _remark(found: Profile, pipe: Any, displaced: bool) -> None:
+    if displaced:
+        found.notes.append(
+            "another profiler was set meanwhile (such as cProfile, or a profile within this one): what ran under it "
+            "was not seen"
+        )
+    elif not found.pipelines:
         what = "no pipeline was" if pipe is None else "the pipeline was not"
         found.notes.append(f"{what} called in this thread of this process: there are no stages")
     choice = wan_patches._registry.chosen()

@@ -44,7 +44,8 @@ _BOOKKEEPING = (
 class PipelineProfile:
     """The calls of pipelines of one class on one device, in sum.
 
-    calls: how many; `failed` of them ended with an exception, and have the stages that had ended.
+    calls: how many; `failed` of them ended with an exception. Those, and calls whose end was not seen, have the stages
+        that had ended.
     seconds: by stage, in the order in which a pipeline goes through them.
     peak_bytes: by stage, the most memory held beyond what was held when the call began: of torch's allocator on
         accelerators, of the process on CPUs. None where nobody counts.
@@ -233,6 +234,15 @@ class Observer:
             if verdict is not None and not verdict.exact:
                 self._calls[-1].reason = f"the first-sight gate, {verdict.op}: {verdict.reason}"
 
+    def close(self) -> None:
+        """Takes off what was put on pipelines whose calls were not seen to end, because another profiler was set."""
+        while self._calls:
+            call = self._calls.pop()
+            if call.mark is not None:
+                call.mark.__exit__(None, None, None)
+        while self._running:
+            self._end_pipeline(self._running.pop(), whole=False)
+
     # Operations
 
     def _enter_op(self, frame: FrameType, op: _Op) -> None:
@@ -285,7 +295,9 @@ class Observer:
         return next((device for device in found if device.type != "cpu"), torch.device("cpu"))
 
     def _reason(self, call: _Call, op: _Op) -> str:
-        reason = call.reason or self._standing.get(op.module) or _afterwards(call.frame)
+        around = [outer.reason for outer in self._calls if outer.op is not None and outer.op.module == op.module]
+        reason = next(filter(None, (call.reason, *reversed(around), self._standing.get(op.module))), None)
+        reason = reason or _afterwards(call.frame)
         return reason or ("stock's loop over parts, which are counted by themselves" if call.parts else UNKNOWN)
 
     # Pipelines
@@ -314,13 +326,18 @@ class Observer:
         self.preparing += time.perf_counter() - start
 
     def _leave_pipeline(self, call: _PipelineCall, value: Any) -> None:
+        failed = value is None and _is_pipeline(call.pipe)  # none of them returns that: an exception has left it
+        call.row.failed += failed
+        self._end_pipeline(call, whole=not failed)
+
+    def _end_pipeline(self, call: _PipelineCall, whole: bool) -> None:
+        """With the stages that have ended, and if it is `whole`, with the last."""
         call.row.calls += 1
-        if value is None and _is_pipeline(call.pipe):  # none of them returns that: an exception has left it
-            call.row.failed += 1
+        if whole:
+            call.watched.close()
+        else:
             error = RuntimeError()
             call.watched.__exit__(type(error), error, None)
-        else:
-            call.watched.close()
         for stage, seconds in call.watch.seconds.items():
             call.row.seconds[stage] = call.row.seconds.get(stage, 0.0) + seconds
 

@@ -18,6 +18,7 @@ import importlib.util
 import json
 import logging
 import math
+import operator
 import platform
 import statistics
 from collections import defaultdict
@@ -31,7 +32,8 @@ import torch
 from PIL import Image
 
 from wan_patches.fidelity import Fidelity
-from wan_patches.registry import Patch, Status
+from wan_patches.outputs import check_file
+from wan_patches.registry import ACTIVE, SKIPPED, WAITING, Patch, Status
 from wan_patches.stages import CALL, POSTPROCESS, STAGES
 from wan_patches.verification.bits import Difference, difference
 from wan_patches.verification.partings import (
@@ -46,6 +48,9 @@ from wan_patches.verification.partings import (
 )
 from wan_patches.verification.pictures import Strips, Video, compare_videos
 from wan_patches.verification.trials import Choice, Measured, Subject, copied, message, ops_of
+
+#: What `Verification.verdict` says.
+SAME, DIFFERENT, UNKNOWN = "same", "different", "unknown"
 
 __all__ = ["Compared", "Culprit", "Parting", "Stage", "Strips", "Suspect", "Verification", "Video", "verify"]
 
@@ -96,6 +101,8 @@ class Verification:
     repeat: measured runs of each.
     status: the patches, as `wan_patches.status()` gives them. facts: versions and the machine.
     notes: what else is worth knowing.
+    undecided: why nothing can be said about the patches; empty where something can. Stock does not repeat itself, or no
+        patch was in force, or no patched function was seen to run though nothing is compiled.
     """
 
     pipeline: str
@@ -117,20 +124,25 @@ class Verification:
     status: Status
     facts: Mapping[str, str]
     notes: tuple[str, ...]
+    undecided: str = ""
     strips: Strips | None = field(default=None, repr=False, compare=False)
 
     @property
     def exact(self) -> bool:
-        """Whether everything that could be compared has the same bits, the result above all."""
+        """Whether everything that could be compared has the same bits, the result above all.
+
+        False also where nothing can be said (`undecided`): use `verdict` to tell the two apart.
+        """
+        return self.verdict == SAME
+
+    @property
+    def verdict(self) -> str:
+        """`"same"`, `"different"` (also where patched code raises), or `"unknown"` (`undecided` says why)."""
+        if self.undecided:
+            return UNKNOWN
         same = all(stage.difference is None or stage.difference.exact for stage in self.stages)
-        return (
-            self.result.exact
-            and same
-            and self.parting is None
-            and not self.error
-            and self.stock_repeats
-            and self.patched_repeats
-        )
+        same = same and self.result.exact and self.parting is None
+        return SAME if same and not self.error and self.patched_repeats else DIFFERENT
 
     def __str__(self) -> str:
         from wan_patches.tables import text
@@ -146,7 +158,7 @@ class Verification:
 
     def to_json(self) -> str:
         """Everything but the pictures. Numbers that JSON lacks, such as an infinite PSNR, are null."""
-        return json.dumps({"exact": self.exact, **_plain(self)}, indent=2, allow_nan=False)
+        return json.dumps({"exact": self.exact, "verdict": self.verdict, **_plain(self)}, indent=2, allow_nan=False)
 
     def save_json(self, path: str | Path) -> None:
         """Writes `to_json()` to a file."""
@@ -186,22 +198,30 @@ def verify(
             then exactly those are in force; None means all that are registered.
         fidelity: as for `wan_patches.enable`.
         repeat: measured runs of each, stock and patched in turns; 0 leaves out time and memory.
-        report: where to write a report in HTML.
+        report: where to write a report in HTML. Whether that can be is tried before the runs; should it fail after
+            them all the same, it is logged and noted, and nothing else is lost.
         on_run: called before every run with what it is for.
         **inputs: the arguments of the pipeline.
 
     Returns:
-        What was found; `.exact` says whether every bit is the same.
+        What was found; `.exact` says whether every bit is the same, `.undecided` why nothing could be found out.
 
     Raises:
         ValueError: for an unknown patch or fidelity, or a negative `repeat`.
-        TypeError: `pipe` cannot be called, or returns nothing that could be compared.
+        TypeError: `pipe` cannot be called, or returns nothing that could be compared; `repeat` is no whole number.
+        OSError: `report` cannot be written there.
         Exception: whatever the pipeline itself raises with stock code.
     """
     if not callable(pipe):
         raise TypeError(f"verify takes a pipeline, not {type(pipe).__name__}; give it one that can be called")
+    try:
+        repeat = operator.index(repeat)
+    except TypeError:
+        raise TypeError(f"repeat is {repeat!r}; give a whole number of measured runs, 0 or more") from None
     if repeat < 0:
         raise ValueError(f"repeat is {repeat}; give 0 or more measured runs")
+    if report is not None:
+        check_file(report)
     subject = Subject(pipe, inputs, on_run or (lambda text: logger.info("verify: %s", text)))
     choice = Choice(patches, fidelity)
     try:
@@ -209,7 +229,12 @@ def verify(
     finally:
         subject.put_back()
     if report is not None:
-        found.save_html(report)
+        try:
+            found.save_html(report)
+        except OSError as error:  # such as a full disk: what has been found is worth more
+            unwritten = f"The report was not written to {report}: {error}"
+            logger.error("verify: %s", unwritten)
+            found = dataclasses.replace(found, notes=(*found.notes, unwritten))
     return found
 
 
@@ -222,7 +247,9 @@ def _verify(subject: Subject, choice: Choice, repeat: int) -> Verification:
     error = ""
     with choice.patched():
         try:
-            digests[True].append(subject.result("patched, to warm up"))
+            first = subject.result("patched, to warm up")
+            if choice.fidelity is Fidelity.EXACT:  # else what the gate gives at first is not what comes later
+                digests[True].append(first)
         except Exception as raised:  # it is seen again below, with what came before it
             error = message(raised)
     outputs: dict[str, list[Any]] = defaultdict(list)
@@ -265,11 +292,20 @@ def _verify(subject: Subject, choice: Choice, repeat: int) -> Verification:
     stock_repeats, patched_repeats = (len(set(digests[which])) <= 1 for which in (False, True))
     compared = compare_calls(stock, patched, ops)
     parting = first_parting(stock, patched, compared)
-    culprits: list[Culprit] = []
-    if parting is not None and stock_repeats:
-        culprits = find_culprits(subject, choice, ops, stock, patched, parting)
     with choice.patched():
         status = choice.registry.status()
+    in_force = tuple(dict.fromkeys(report.name for report in status.reports if report.state == ACTIVE))
+    displaced = stock.displaced or patched.displaced
+    undecided = ""
+    if not in_force:
+        undecided = "no patch was in force"
+    elif not error and not stock_repeats:
+        undecided = "runs of stock code differ from each other"
+    elif parting is None and not (_patched_calls(compared) or subject.compiled or displaced):
+        undecided = "no patched function was seen to run"
+    culprits: list[Culprit] = []
+    if parting is not None and stock_repeats and not undecided:
+        culprits = find_culprits(subject, choice, ops, stock, patched, parting)
     result = apart[POSTPROCESS][0] if patched.error is None else Difference(False, reason=error)
     video, strips = None, None
     if subject.inputs.get("output_type") != "latent" and patched.error is None:
@@ -278,7 +314,7 @@ def _verify(subject: Subject, choice: Choice, repeat: int) -> Verification:
         pipeline=type(subject.pipe).__name__,
         device=str(subject.device),
         fidelity=choice.fidelity,
-        patches=tuple(dict.fromkeys(report.name for report in status.reports if report.state == "active")),
+        patches=in_force,
         inputs={name: _in_words(value) for name, value in subject.inputs.items()},
         result=result,
         ops=tuple(one for (kind, _), one in compared.items() if kind == "op"),
@@ -293,7 +329,13 @@ def _verify(subject: Subject, choice: Choice, repeat: int) -> Verification:
         repeat=len(measured[True]),
         status=status,
         facts=_facts(subject),
-        notes=tuple(_notes(subject, compared, status, video, parting, culprits, stock_repeats, patched_repeats)),
+        notes=(
+            *_notes_on_runs(subject, stock_repeats, patched_repeats, displaced),
+            *_notes_on_calls(subject, compared, displaced),
+            *_notes_on_patches(choice, status),
+            *_notes_on_results(video, parting, culprits, undecided),
+        ),
+        undecided=undecided,
         strips=strips,
     )
 
@@ -327,39 +369,61 @@ def _stages(apart: Mapping[str, list[Difference]], measured: Mapping[bool, list[
     )
 
 
-def _notes(
-    subject: Subject,
-    compared: Mapping[tuple[str, str], Compared],
-    status: Status,
-    video: Video | None,
-    parting: Parting | None,
-    culprits: Sequence[Culprit],
-    stock_repeats: bool,
-    patched_repeats: bool,
-) -> Iterator[str]:
+def _patched_calls(compared: Mapping[tuple[str, str], Compared]) -> int:
+    """How many calls of patched functions were seen, with the patches in force."""
+    return sum(one.patched_calls for (kind, _), one in compared.items() if kind == "op")
+
+
+def _notes_on_runs(subject: Subject, stock_repeats: bool, patched_repeats: bool, displaced: bool) -> Iterator[str]:
     if not stock_repeats:
         yield (
             "Runs of stock code differ from each other, so nothing can be said about patches. Give a generator, "
             "torch.use_deterministic_algorithms(True), and no callback that keeps state."
         )
-    if not patched_repeats:
+    elif not patched_repeats:
         yield "Runs of patched code differ from each other; please report this with the HTML report."
-    if not any(one.patched_calls for (kind, _), one in compared.items() if kind == "op"):
+    if displaced:
         yield (
-            "No patched function was seen to run: either patches do not apply to this pipeline, or it is compiled. "
-            "See the states of the patches."
+            "Another profiler was set during the runs that are watched (by a callback, perhaps): patched functions "
+            "that ran under it were not seen."
         )
+    if subject.compiled:
+        yield f"Compiled, so that its blocks are not seen: {', '.join(subject.compiled)}."
+
+
+def _notes_on_calls(subject: Subject, compared: Mapping[tuple[str, str], Compared], displaced: bool) -> Iterator[str]:
+    if not _patched_calls(compared) and not displaced:
+        why = "what runs them is compiled" if subject.compiled else "patches do not apply to this pipeline"
+        yield f"No patched function was seen to run: {why}. See the states of the patches."
     if any(
         kind == "op" and one.reason not in ("", NOTHING) and one.patched_calls for (kind, _), one in compared.items()
     ):
         yield "Where calls were not compared, what came of them is: by block, by stage and in the result."
+
+
+def _notes_on_patches(choice: Choice, status: Status) -> Iterator[str]:
     for left in status.skipped():
         yield f"Not in force: {left.name} in {left.module}, {left.reason}."
+    for name in dict.fromkeys(choice.names or ()):
+        reports = status.of(name)
+        states = {report.state for report in reports}
+        if states & {ACTIVE, SKIPPED}:
+            continue
+        if not any(choice.fidelity.allows(report.fidelity) for report in reports):
+            why = "which is only for fidelity='close'"
+        elif WAITING in states:
+            why = "as no module that it is for was imported"
+        else:
+            why = "which is not for this version of diffusers"
+        yield f"Not in force: {name}, {why}."
     for op, reason in dict.fromkeys((one.op, one.reason) for one in status.verdicts if not one.exact):
         yield f"Here the first-sight gate has stock's code run for {op}: {reason}."
-    if subject.compiled:
-        yield f"Compiled, so that its blocks are not seen: {', '.join(subject.compiled)}."
-    if parting is not None and stock_repeats and not culprits:
+
+
+def _notes_on_results(
+    video: Video | None, parting: Parting | None, culprits: Sequence[Culprit], undecided: str
+) -> Iterator[str]:
+    if parting is not None and not undecided and not culprits:
         yield "No set of patches that makes results differ was found; what differs may not repeat."
     if video is not None and video.ssim is None and importlib.util.find_spec("skimage") is None:
         yield 'For SSIM by frame: pip install "wan-patches[verify]"'

@@ -34,9 +34,10 @@ _MIB = 1 << 20
 
 def renderables(found: Verification) -> list[object]:
     """The verification as things that `rich` prints."""
-    shown: list[object] = [Text(_verdict(found), style="bold green" if found.exact else "bold red")]
+    colour = {"same": "green", "different": "red", "unknown": "yellow"}[found.verdict]
+    shown: list[object] = [Text(_verdict(found), style=f"bold {colour}")]
     shown += [Text(f"  {culprit}", style="red") for culprit in found.culprits]
-    if found.parting is not None and not found.culprits:
+    if found.parting is not None and not found.culprits and not found.undecided:
         shown.append(Text(f"  The first difference: {found.parting}", style="red"))
     shown += [_stage_table(found), _table("patched function", found.ops, "patch")]
     if found.blocks:
@@ -49,12 +50,12 @@ def renderables(found: Verification) -> list[object]:
 
 def _verdict(found: Verification) -> str:
     what = f"{found.pipeline} on {found.device}, patches: {', '.join(found.patches) or 'none'}"
+    if found.undecided:
+        return f"NOT verified: {found.undecided} ({what})"
     if found.error:
         return f"FAILED with patches: {found.error} ({what})"
     if found.exact:
         return f"Every bit is the same ({what})"
-    if not found.stock_repeats:
-        return f"NOT comparable, runs of stock code differ from each other ({what})"
     return f"NOT the same bits ({what})"
 
 

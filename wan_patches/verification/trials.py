@@ -39,11 +39,15 @@ class Event:
 
 @dataclass
 class Trial:
-    """One watched call: what ended in it, in order, and what it returned or raised."""
+    """One watched call: what ended in it, in order, and what it returned or raised.
+
+    displaced: another profiler was set meanwhile, and patched functions that ran under it were not seen.
+    """
 
     events: list[Event] = field(default_factory=list)
     result: Any = None
     error: Exception | None = None
+    displaced: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,7 @@ class Subject:
         with contextlib.ExitStack() as stack:
             stack.enter_context(_watching_blocks(self.blocks, functools.partial(tell, "block")))
             stack.enter_context(watching(self.pipe, self.device, on_stage=stage))
-            stack.enter_context(
+            observation = stack.enter_context(
                 observing(
                     [code for op in ops for code in op.codes()],
                     on_return=lambda frame, value: tell("op", names[id(frame.f_code)], value),
@@ -107,6 +111,7 @@ class Subject:
                 run.result = self._call()
             except Exception as error:
                 run.error = error
+        run.displaced = observation.displaced
         if run.error is None:
             run.events.append(Event("result", "result", self._digest(run.result)))
         return run
@@ -245,7 +250,7 @@ def copied(value: Any) -> Any:
 
 
 class Choice:
-    """The patches to verify, and how to have them or not."""
+    """The patches to verify, and how to have them or not. `names`: of those that were asked for; None means all."""
 
     def __init__(self, patches: Iterable[str | Patch] | None, fidelity: Fidelity | str) -> None:
         patches = [patches] if isinstance(patches, (str, Patch)) else None if patches is None else list(patches)
@@ -254,6 +259,7 @@ class Choice:
             raise ValueError("patches are given by their names or as Patch values, not both; give all as one kind")
         self.registry = Registry(values) if values else wan_patches._registry
         self._names = None if patches is None or values else [str(name) for name in patches]
+        self.names = [patch.name for patch in values] if values else self._names
         with wan_patches.enabled((), fidelity=fidelity):  # tells what fidelities there are
             self.fidelity = Fidelity(fidelity)
 
