@@ -66,6 +66,13 @@ def _compare(vae, latents, video):
     assert _same(stock[1], patched[1])
 
 
+def _tile(vae):
+    scale = vae.config.patch_size or 1
+    sizes = {"min": 32 * scale, "stride": 24 * scale}
+    sides = "height", "width"
+    vae.enable_tiling(**{f"tile_sample_{what}_{side}": sizes[what] for what in sizes for side in sides})
+
+
 @pytest.fixture
 def taken(monkeypatch):
     """How many passes took the short way."""
@@ -97,14 +104,28 @@ def test_batches_slices_and_tiles(kind, slicing, tiling):
     vae = _build(KINDS[kind])
     vae.use_slicing = slicing
     if tiling:
-        scale = vae.config.patch_size or 1
-        sizes = {
-            f"tile_sample_{what}_{side}": size * scale
-            for what, size in (("min", 32), ("stride", 24))
-            for side in ("height", "width")
-        }
-        vae.enable_tiling(**sizes)
+        _tile(vae)
     _compare(vae, _latents(vae, 2, 7, 6, batch=2), _video(vae, 5, 7, 6, batch=2))
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("rounds", [4, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["sliced", "tiled", "residual", "divided"])
+@torch.no_grad()
+def test_patches_may_come_and_go_in_the_middle_of_a_pass(kind, rounds, toggled):
+    vae = _build({"residual": RESIDUAL, "divided": REAL}.get(kind, SMALL))
+    vae.use_slicing = kind == "sliced"
+    if kind == "tiled":
+        _tile(vae)
+    latents = _latents(vae, 2, 15, 6) if kind == "divided" else _latents(vae, 3, 6, 7, batch=2)
+
+    def run():
+        video = vae.decode(latents).sample
+        return torch.cat((video.flatten(), vae.encode(video).latent_dist.parameters.flatten()))
+
+    stock = run()
+    for seed, found in enumerate(toggled(run, range(rounds))):
+        assert torch.equal(found, stock), seed
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -10,7 +10,6 @@ import functools
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -21,6 +20,7 @@ import wan_patches
 from wan_patches.bench import ways
 from wan_patches.bench.floor import Copy
 from wan_patches.bench.measure import generator, identical, in_turns, using_threads
+from wan_patches.bench.parts import AttentionWithoutLayers
 from wan_patches.bench.shapes import Shape, build, inputs
 
 _ROTARY = 3  # which argument of a block the tables are
@@ -79,25 +79,12 @@ def _rope(
     drawing = generator(device)
     size = (1, shape.tokens, width)
     query, key = (randn_tensor(size, generator=drawing, device=device, dtype=dtype) for _ in range(2))
-    rotated: list[torch.Tensor] = []
-
-    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **_: Any) -> torch.Tensor:
-        rotated[:] = query, key
-        return value
-
-    def same(x: torch.Tensor) -> torch.Tensor:
-        return x
-
-    around = SimpleNamespace(
-        **{"heads": attention.heads, "add_k_proj": None, "fused_projections": False, "is_cross_attention": False},
-        **{"is_amplify_history": False, "norm_q": same, "norm_k": same, "to_out": [same, same]},
-        **{"to_q": lambda x: query, "to_k": lambda x: key, "to_v": same},
-    )
+    around = AttentionWithoutLayers(attention.heads, query, key)
 
     @contextlib.contextmanager
     def of(choice: tuple[str, ...] | None) -> Iterator[None]:
         module = sys.modules[type(attention.processor).__module__]
-        with wan_patches.enabled(choice), mock.patch.object(module, "dispatch_attention_fn", attend):
+        with wan_patches.enabled(choice), mock.patch.object(module, "dispatch_attention_fn", around.attend):
             yield
 
     def call(tables: Any) -> Callable[[], Any]:
@@ -112,7 +99,7 @@ def _rope(
             calls[name] = call(args[_ROTARY])
             calls[name]()  # on accelerators the first call returns what the first-sight gate got from stock
             calls[name]()
-            results.append(list(rotated))
+            results.append(list(around.attended))
     copy = Copy(device, 2 * query.nbytes)
     copy()
     turns = in_turns({**calls, "copy": copy}, device, around=contexts, seconds=seconds)

@@ -26,6 +26,7 @@ from rich.table import Table
 import wan_patches
 from wan_patches.bench.measure import DTYPES, identical, interleaved, machine, peak_extra_bytes, using_threads
 from wan_patches.bench.models import images
+from wan_patches.bench.parts import AttentionWithoutLayers, block_without_layers
 from wan_patches.codeswap import with_code
 
 CALM = 0.25  # cores
@@ -234,10 +235,10 @@ def _block(shape: tuple[int, int, int], kind: str = "", *, border: int | None = 
         from wan_patches.ops.modulation import TwoRows
 
         _, seq, dim = shape
-        name = "WanTransformerBlock" if border is None else "HeliosTransformerBlock"
-        module: Any = importlib.import_module(f"diffusers.models.transformers.transformer_{name[:-16].lower()}")
-        stock, patched = _both(lambda: _method(getattr(module, name), "forward"))
-        around = _block_without_layers(dim, device)
+        family = "Wan" if border is None else "Helios"
+        module = importlib.import_module(f"diffusers.models.transformers.transformer_{family.lower()}")
+        stock, patched = _both(lambda: _method(getattr(module, f"{family}TransformerBlock"), "forward"))
+        around = block_without_layers(dim, device)
         x = torch.randn(shape).to(device, dtype)
         of_stock: Any = torch.randn(1, 6, dim).to(device, dtype)
         of_patched: Any = of_stock
@@ -251,55 +252,29 @@ def _block(shape: tuple[int, int, int], kind: str = "", *, border: int | None = 
     return Case(", ".join(filter(None, ("block without its layers", kind))), _by(shape), make)
 
 
-def _block_without_layers(dim: int, device: torch.device) -> SimpleNamespace:
-    from diffusers.models.normalization import FP32LayerNorm
-
-    plain = FP32LayerNorm(dim, 1e-6, elementwise_affine=False)
-    affine = FP32LayerNorm(dim, 1e-6, elementwise_affine=True).to(device)
-
-    def same(x: torch.Tensor, *more: Any) -> torch.Tensor:
-        return x
-
-    return SimpleNamespace(
-        **{"norm1": plain, "norm2": affine, "norm3": plain, "attn1": same, "attn2": same, "ffn": same},
-        **{"guidance_cross_attn": False, "scale_shift_table": (torch.randn(1, 6, dim) / dim**0.5).to(device)},
-    )
-
-
 def _qk_norms(shape: tuple[int, int, int]) -> Case:
     """A processor around projections and an attention that do nothing, without rotation: the norms of q and k."""
 
     def make(device: torch.device, dtype: torch.dtype) -> tuple[Call, Call]:
         module: Any = importlib.import_module("diffusers.models.transformers.transformer_wan")
-        normed: list[torch.Tensor] = []
-
-        def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **_: Any) -> torch.Tensor:
-            normed[:] = query, key
-            return value
+        _, _, dim = shape
+        x, norm = torch.randn(shape).to(device, dtype), torch.nn.RMSNorm(dim, eps=1e-6).to(device, dtype)
+        around = AttentionWithoutLayers(dim // 128, x, x, norm)
+        processor = SimpleNamespace(_attention_backend=None, _parallel_config=None)
 
         def take() -> types.FunctionType:
             code = inspect.unwrap(module.WanAttnProcessor.__call__).__code__
-            return types.FunctionType(code, {**vars(module), "dispatch_attention_fn": attend}, argdefs=(None,) * 3)
-
-        def same(x: torch.Tensor) -> torch.Tensor:
-            return x
-
-        stock, patched = _both(take)
-        _, _, dim = shape
-        x, norm = torch.randn(shape).to(device, dtype), torch.nn.RMSNorm(dim, eps=1e-6).to(device, dtype)
-        around = SimpleNamespace(
-            **{"heads": dim // 128, "add_k_proj": None, "fused_projections": False, "is_cross_attention": False},
-            **{"to_q": same, "to_k": same, "to_v": same, "norm_q": norm, "norm_k": norm, "to_out": [same, same]},
-        )
-        processor = SimpleNamespace(_attention_backend=None, _parallel_config=None)
+            names = {**vars(module), "dispatch_attention_fn": around.attend}
+            return types.FunctionType(code, names, argdefs=(None,) * 3)
 
         def call(attention: types.FunctionType) -> Call:
             def norms() -> list[torch.Tensor]:
                 attention(processor, around, x)
-                return list(normed)
+                return list(around.attended)
 
             return norms
 
+        stock, patched = _both(take)
         return call(stock), call(patched)
 
     return Case("RMS norms of q and k", _by(shape), make)

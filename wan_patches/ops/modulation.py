@@ -379,12 +379,15 @@ def _fits(modulation: Modulation, x: torch.Tensor) -> bool:
     if isinstance(modulation, RowPerToken):
         table, temb = modulation
         return table.shape == (1, 1, dim) and temb.shape == x.shape and {table.dtype, temb.dtype} <= set(DTYPES)
-    rows = modulation.rows if isinstance(modulation, TwoRows) else modulation
-    if isinstance(modulation, TwoRows) and modulation.seq != seq:
-        return False
-    known = (2,) if isinstance(modulation, TwoRows) else (1, seq)
+    known: tuple[int, ...] = (1, seq)
+    if isinstance(modulation, TwoRows):
+        known = (2,) if modulation.seq == seq else ()
+        modulation = modulation.rows
     return (
-        rows.dtype == torch.float32 and rows.shape[0] in (1, batch) and rows.shape[1] in known and rows.shape[2] == dim
+        modulation.dtype == torch.float32
+        and modulation.shape[0] in (1, batch)
+        and modulation.shape[1] in known
+        and modulation.shape[2] == dim
     )
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from wan_patches.codeswap import STOCK
 from wan_patches.instances import own_methods
-from wan_patches.patches.forwards import is_librarys
+from wan_patches.patches.forwards import is_hooked, is_librarys
 from wan_patches.registry import Known, Patch, Target
 from wan_patches.rewrite import Body, Replace, fingerprint
 
@@ -125,10 +125,10 @@ def decode(stock: Callable[..., Any], vae: Any, z: Any, return_dict: bool = True
     vae.clear_cache()
     if vae.use_tiling or not _is_fast(vae._feat_map):
         return stock(vae, z, return_dict)
-    latents = vae.post_quant_conv(z)
-    if _reason_against_input(latents) is not None:
-        return stock(vae, z, return_dict)
     try:
+        latents = vae.post_quant_conv(z)
+        if _reason_against_input(latents) is not None:
+            return stock(vae, z, return_dict)
         frames = latents.shape[2]
         video: Any = None
         first: Any = None
@@ -544,7 +544,7 @@ def _peculiarity(module: Any) -> str | None:
     name = type(module).__name__
     if type(module) not in _kinds():
         return f"it has a {name} in it"
-    if own_methods(module) or module._forward_hooks or module._forward_pre_hooks:
+    if own_methods(module) or is_hooked(module):
         return f"a {name} has hooks or methods of its own"
     if module._compiled_call_impl is not None:
         return f"a {name} is compiled"
