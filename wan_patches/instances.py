@@ -14,7 +14,7 @@ def own_methods(instance: Any) -> set[str]:
     cls = type(instance)
     return {
         name
-        for name, value in vars(instance).items()
+        for name, value in getattr(instance, "__dict__", {}).items()  # objects with slots have none
         if callable(value)
         and hasattr(cls, name)
         and (getattr(value, "__self__", None) is not instance or value.__func__ is not getattr(cls, name))

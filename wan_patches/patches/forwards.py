@@ -10,6 +10,7 @@ from types import FunctionType, MethodType
 from typing import Any
 
 from wan_patches.instances import own_methods
+from wan_patches.patches.originals import is_librarys
 
 #: Hooks that move and cast tensors, and look into none: modules, and classes that they define.
 _MOVING = {
@@ -68,15 +69,6 @@ def is_untouched(module: Any) -> bool:
 def is_hooked(module: Any) -> bool:
     """Whether torch calls something before or after the forward of `module`."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
-
-
-def is_librarys(function: Any) -> bool:
-    """Whether a function is torch's or diffusers' own, with code from where it is defined; a patched one is."""
-    if type(function) is not FunctionType:
-        return False
-    module = function.__globals__
-    is_there = function.__code__.co_filename == module.get("__file__")
-    return is_there and module["__name__"].startswith(("torch.", "diffusers."))
 
 
 def _behind_hook(module: Any, forward: functools.partial[Any]) -> Any:

@@ -18,7 +18,8 @@ from typing import Any
 
 from wan_patches.codeswap import STOCK
 from wan_patches.instances import own_methods
-from wan_patches.patches.forwards import is_hooked, is_librarys
+from wan_patches.patches.forwards import is_hooked
+from wan_patches.patches.originals import is_librarys
 from wan_patches.registry import Known, Patch, Target
 from wan_patches.rewrite import Body, Replace, fingerprint
 
