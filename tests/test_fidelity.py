@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import weakref
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -64,13 +66,118 @@ def test_nan_where_stock_has_nan_is_exact():
     assert gate.verdicts()[0].exact
 
 
-def test_out_of_memory_means_stock_and_no_verdict():
-    def hungry(x):
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("planted"), RuntimeError("NPU out of memory. Tried to allocate 2 GiB")]
+)
+def test_after_out_of_memory_an_implementation_is_not_tried_again(error):
+    ours = Counted(lambda x: (_ for _ in ()).throw(error))
+    gate, x = Gate(), torch.randn(3)
+    for _ in range(3):
+        assert torch.equal(run(gate, ours, x), x + 1)
+    assert ours.calls == 1
+    (verdict,) = gate.verdicts()
+    assert not verdict.exact
+    assert "no memory" in verdict.reason
+
+
+@pytest.mark.parametrize("fails", ["implementation", "reference", "comparison"])
+def test_out_of_memory_holds_on_to_nothing(fails):
+    """Stock runs when what had been made until then is gone: it may need that memory."""
+    made, alive = [], []
+
+    def keep(x):
+        made.append(weakref.ref(x))
+        return x
+
+    def give_up():
         raise torch.OutOfMemoryError("planted")
 
+    def ours(x):
+        result = keep(x + 1)
+        return give_up() if fails == "implementation" else result
+
+    def stock(x):
+        alive.append(sum(tensor() is not None for tensor in made))
+        if fails == "reference" and len(alive) == 1:
+            give_up()
+        return x + 1
+
     gate, x = Gate(), torch.randn(3)
-    assert torch.equal(run(gate, hungry, x), x + 1)
-    assert gate.verdicts() == []
+    result = gate("op", signature(x), ours, stock, x, agree=lambda ours, stock: give_up())
+    assert torch.equal(result, x + 1)
+    assert len(alive) == (2 if fails == "reference" else 1)
+    assert alive[-1] == (fails == "comparison")
+    assert [tensor() for tensor in made] == [None]
+
+
+def test_the_users_own_shortage_of_memory_reaches_the_user():
+    def stock(x):
+        raise torch.OutOfMemoryError("planted")
+
+    with pytest.raises(torch.OutOfMemoryError, match="planted"):
+        run(Gate(), plus_one, torch.randn(3), stock)
+
+
+class Rows(NamedTuple):
+    rows: torch.Tensor
+    border: int
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    "gate_rows",
+    [
+        torch.zeros(40),
+        torch.ones(40),
+        torch.full((40,), NAN),
+        torch.eye(7)[0].repeat(6)[:40] * 0,
+        torch.zeros(1).expand(40),
+    ],
+    ids=["zeros", "ones", "nan", "-0", "expanded"],
+)
+@pytest.mark.parametrize("wrap", [lambda rows: rows, lambda rows: Rows(rows, 3)], ids=["tensor", "tuple"])
+def test_values_that_would_let_anything_pass_prove_nothing(gate_rows, wrap):
+    """Zeros are what a model has before it is trained, and what servers warm up with."""
+
+    def scaled(x, by):
+        return x * (by.rows if isinstance(by, Rows) else by)
+
+    def wrong(x, by):
+        rows = by.rows if isinstance(by, Rows) else by
+        return torch.where(rows == 0, rows, torch.where(rows == 1, x, x * rows + 1))
+
+    x = torch.randn(3, 40)
+    for ours, exact in ((wrong, False), (scaled, True)):
+        gate = Gate()
+        result = gate("op", (), ours, scaled, x, wrap(gate_rows))
+        assert torch.equal(result.nan_to_num(), scaled(x, gate_rows).nan_to_num())
+        assert [verdict.exact for verdict in gate.verdicts()] == [exact]
+
+
+def test_what_is_tried_instead_has_the_layout_of_the_arguments():
+    x = torch.zeros(4, 6, dtype=torch.bfloat16)[:, ::2].t()
+    seen = []
+
+    def ours(x):
+        seen.append((x.shape, x.stride(), x.dtype, x.device))
+        return x + 1
+
+    state = torch.get_rng_state()
+    assert torch.equal(run(Gate(), ours, x), x + 1)
+    assert seen == [(x.shape, x.stride(), x.dtype, x.device)]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not x.any()
+
+
+def test_a_close_implementation_waits_for_values_that_tell():
+    gate = Gate()
+    ours = Counted(plus_one)
+    for x in (torch.zeros(30), torch.zeros(30), torch.randn(30)):
+        gate("op", (), ours, plus_one, x, agree=torch.equal, fidelity=Fidelity.CLOSE)
+    assert ours.calls == 1
+    assert len(gate.verdicts()) == 1
 
 
 def test_the_table_is_bounded():

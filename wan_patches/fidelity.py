@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import logging
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -52,7 +52,11 @@ class Gate:
 
     The first time an operation meets a new key (shapes, strides, dtypes, device), stock's formulation
     runs as well and the results are compared with `torch.equal`. A mismatch, or an implementation that
-    raises, is warned about once per operation; stock's formulation serves that key from then on.
+    raises, is warned about once per operation; stock's formulation serves that key from then on, also
+    where there was no memory for both.
+
+    Arguments that are all zeros, say, would let anything pass. An EXACT implementation is then tried on
+    random values in their place; a CLOSE one waits for other arguments.
     """
 
     #: Keys remembered. Past it the oldest is forgotten and proves itself again.
@@ -103,29 +107,41 @@ class Gate:
             self._warned.clear()
 
     def _first_sight(self, op: str, key: Hashable, implementation, reference, args, agree, fidelity: Fidelity) -> Any:
-        import torch
-
+        tried = args
+        if _tell_little(_tensors(args)):
+            if fidelity is Fidelity.CLOSE:  # how close it comes depends on the values
+                return reference(*args)
+            tried = _with_random_values(args)
+        ours = stock = None
         reason = ""
         try:
-            ours = implementation(*args)
-        except torch.OutOfMemoryError:
-            return reference(*args)
+            ours = implementation(*tried)
         except Exception as error:
-            ours, reason = None, f"raised {type(error).__name__}: {error}"
-        try:
-            stock = reference(*args)
-            exact = ours is not None and _alike(ours, stock) and agree(ours, stock)
-        except torch.OutOfMemoryError:
-            del ours  # no room for both: stock alone, and no verdict
-            return reference(*args)
-        if not exact:
-            reason = reason or _DIFFERS[fidelity]
-            self._warn(op, reason)
+            reason = _NO_MEMORY if _is_shortage(error) else f"raised {type(error).__name__}: {error}"
+        # stock runs outside of `except`, where a traceback would hold what had been made until then
+        if reason != _NO_MEMORY:
+            try:
+                stock = reference(*tried)
+                if not reason and not (_alike(ours, stock) and agree(ours, stock)):
+                    reason = _DIFFERS[fidelity]
+            except Exception as error:
+                ours = None
+                if not _is_shortage(error):  # of stock itself, for such arguments
+                    raise
+                reason = _NO_MEMORY
+        ours = None
+        if tried is not args:
+            tried = stock = None
+        self._decide(Verdict(op, key, not reason, reason, fidelity))
+        return reference(*args) if stock is None else stock
+
+    def _decide(self, verdict: Verdict) -> None:
+        if verdict.reason:
+            self._warn(verdict.op, verdict.reason)
         with self._lock:
             while len(self._verdicts) >= self.CAPACITY:
                 del self._verdicts[next(iter(self._verdicts))]
-            self._verdicts[(op, key)] = Verdict(op, key, exact, reason, fidelity)
-        return stock
+            self._verdicts[(verdict.op, verdict.key)] = verdict
 
     def _warn(self, op: str, reason: str) -> None:
         if op not in self._warned:
@@ -153,6 +169,59 @@ _DIFFERS = {
     Fidelity.EXACT: "differs from the stock formulation",
     Fidelity.CLOSE: "is less accurate than the stock formulation",
 }
+_NO_MEMORY = "found no memory to be compared with the stock formulation"
+_TELLING = 1 / 16  # of the values that are looked at must differ from the first one
+_SAMPLE = 4096
+
+
+def _is_shortage(error: Exception) -> bool:
+    """Whether a device, of any maker, ran out of memory."""
+    return isinstance(error, (RuntimeError, MemoryError)) and (
+        type(error).__name__ in ("OutOfMemoryError", "MemoryError") or "out of memory" in str(error).lower()
+    )
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """The floating tensors in arguments, which may be tuples of them."""
+    import torch
+
+    if isinstance(value, tuple):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, torch.Tensor) and value.is_floating_point() and value.numel():
+        yield value
+
+
+def _tell_little(tensors: Iterator[torch.Tensor]) -> bool:
+    """Whether one of the tensors, looked at here and there, has the same value nearly everywhere, or NaN."""
+    import torch
+
+    shares = []
+    for tensor in tensors:
+        per_axis = max(1, round(_SAMPLE ** (1 / max(1, tensor.dim()))))
+        some = tensor.detach()[tuple(slice(None, None, -(-size // per_axis)) for size in tensor.shape)]
+        first = some[(0,) * some.dim()]
+        shares.append((some.isfinite() & (some != first)).float().mean())
+    return bool(shares) and float(torch.stack(shares).min()) < _TELLING  # one wait
+
+
+def _with_random_values(value: Any) -> Any:
+    """Arguments with other values in floating tensors: shapes, strides, dtypes and devices stay."""
+    import torch
+
+    generator = torch.Generator("cpu").manual_seed(0)  # the user's random state is not ours to move
+
+    def changed(value: Any) -> Any:
+        if isinstance(value, tuple):
+            items = map(changed, value)
+            return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+        if not (isinstance(value, torch.Tensor) and value.is_floating_point() and value.numel()):
+            return value
+        extent = 1 + sum((size - 1) * stride for size, stride in zip(value.shape, value.stride()))
+        flat = torch.randn(extent, generator=generator, dtype=torch.float32, device="cpu").to(value.device, value.dtype)
+        return flat.as_strided(value.shape, value.stride())
+
+    return changed(value)
 
 
 def _alike(a: Any, b: Any) -> bool:

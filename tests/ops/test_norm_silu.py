@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from wan_patches.fidelity import gate
 from wan_patches.ops import norm_silu as op
-from wan_patches.patches.vae import _normalizes_in_fp32
+from wan_patches.patches.vae import _normalizes_in_fp32, _plain_norm
 
 autoencoders = pytest.importorskip("diffusers.models.autoencoders.autoencoder_kl_wan")
 pytestmark = pytest.mark.upstream
@@ -34,7 +36,8 @@ def assert_same(result, expected):
 
 def call(norm, x):
     bias = norm.bias if isinstance(norm.bias, torch.Tensor) else None
-    return op.norm_silu(x, norm, scale=norm.scale, gamma=norm.gamma, bias=bias, in_fp32=_normalizes_in_fp32())
+    plain = partial(_plain_norm, norm)
+    return op.norm_silu(x, plain, scale=norm.scale, gamma=norm.gamma, bias=bias, in_fp32=_normalizes_in_fp32())
 
 
 def arithmetic(x, denominator, scale, gamma, bias):
@@ -87,6 +90,20 @@ def test_what_the_kernel_is_given_gives_the_bits_of_the_norm(dtype, bias, kernel
     assert len(calls) == 2
     (verdict,) = gate.verdicts()
     assert verdict.exact
+
+
+@torch.no_grad()
+def test_weights_of_one_prove_nothing(kernel, monkeypatch):
+    """As a norm has them before it is trained; with these, a kernel that leaves them out passes."""
+    _, on_device = kernel
+    norm, x = case(torch.float32)
+    torch.nn.init.ones_(norm.gamma)
+    monkeypatch.setattr(
+        op, "_fused", lambda x, norm, scale, gamma, *more: op._plain(x, norm, scale, norm.args[0].gamma, *more)
+    )
+    assert_same(call(norm, on_device(x)), F.silu(norm(x)))
+    (verdict,) = gate.verdicts()
+    assert not verdict.exact
 
 
 @torch.no_grad()

@@ -103,12 +103,14 @@ def rms_norm_rope(
         truth = rope.reference(normed.unflatten(2, x.shape[2:]), double(cos[:, tokens]), double(sin[:, tokens]))
         return is_as_accurate(ours[:, tokens], stock[:, tokens], truth)
 
-    def kernel() -> torch.Tensor:
+    def kernel(x: torch.Tensor, weight: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         from wan_patches.ops.triton.close import rms_norm_rope
 
         return rms_norm_rope(x.flatten(2), weight, eps, cos, sin, x.shape[2])
 
-    return gate("RMS norm and rope in one pass", key, kernel, plain, agree=agree, fidelity=Fidelity.CLOSE)
+    args = (x, weight, cos, sin)
+    name = "RMS norm and rope in one pass"
+    return gate(name, key, kernel, lambda *_: plain(), *args, agree=agree, fidelity=Fidelity.CLOSE)
 
 
 def _gated(

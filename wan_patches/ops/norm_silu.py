@@ -16,13 +16,15 @@ import torch.nn.functional as F
 from wan_patches.fidelity import gate, signature
 from wan_patches.ops import triton as kernels
 
+Norm = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _GRID = 65535  # blocks along the second and third axis of a launch
 
 
 def norm_silu(
     x: torch.Tensor,
-    norm: Callable[[torch.Tensor], torch.Tensor],
+    norm: Norm,
     *,
     scale: float,
     gamma: torch.Tensor,
@@ -33,12 +35,12 @@ def norm_silu(
 
     Args:
         x: `(batch, channels, frames, height, width)`, any strides.
-        norm: the plain formulation of the norm: runs on CPUs, and wherever no kernel does.
+        norm: the plain formulation of the norm, of `x`, `gamma` and `bias`: runs on CPUs, and wherever no kernel does.
         scale, gamma, bias: of that norm: a number; `channels` values; the same or None.
         in_fp32: whether `norm` divides in fp32 where `x` has a half dtype.
 
     Returns:
-        A new tensor like `x`. EXACT: the bits of `silu(norm(x))`; the kernel is behind the first-sight gate.
+        A new tensor like `x`. EXACT: the bits of `silu(norm(x, gamma, bias))`; the kernel is behind the first-sight gate.
     """
     if x.is_cpu or not _has_kernel(x, gamma, bias):
         return _plain(x, norm, scale, gamma, bias, in_fp32)
@@ -48,18 +50,18 @@ def norm_silu(
 
 def _plain(
     x: torch.Tensor,
-    norm: Callable[[torch.Tensor], torch.Tensor],
+    norm: Norm,
     scale: float,
     gamma: torch.Tensor,
     bias: torch.Tensor | None,
     in_fp32: bool,
 ) -> torch.Tensor:
-    return F.silu(norm(x), inplace=True)
+    return F.silu(norm(x, gamma, bias), inplace=True)
 
 
 def _fused(
     x: torch.Tensor,
-    norm: Callable[[torch.Tensor], torch.Tensor],
+    norm: Norm,
     scale: float,
     gamma: torch.Tensor,
     bias: torch.Tensor | None,

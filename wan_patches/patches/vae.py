@@ -8,6 +8,7 @@ it stock's code.
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import logging
@@ -248,7 +249,19 @@ def _normed(norm: Any, x: Any) -> Any:
     from wan_patches.ops.norm_silu import norm_silu
 
     bias = norm.bias if isinstance(norm.bias, torch.Tensor) else None
-    return norm_silu(x, norm, scale=norm.scale, gamma=norm.gamma, bias=bias, in_fp32=_normalizes_in_fp32())
+    plain = functools.partial(_plain_norm, norm)
+    return norm_silu(x, plain, scale=norm.scale, gamma=norm.gamma, bias=bias, in_fp32=_normalizes_in_fp32())
+
+
+def _plain_norm(norm: Any, x: Any, gamma: Any, bias: Any) -> Any:
+    """`norm(x)`, or with other weights, which the gate may want to try."""
+    from torch.nn import Parameter
+
+    if gamma is not norm.gamma:
+        norm = copy.copy(norm)  # another thread may be in this one
+        weights = {"gamma": gamma, "bias": bias}
+        norm._parameters = {name: Parameter(weights[name], False) for name in norm._parameters}
+    return norm(x)
 
 
 @functools.lru_cache(maxsize=1)
