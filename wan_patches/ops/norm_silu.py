@@ -40,7 +40,7 @@ def norm_silu(
         in_fp32: whether `norm` divides in fp32 where `x` has a half dtype.
 
     Returns:
-        A new tensor like `x`. EXACT: the bits of `silu(norm(x, gamma, bias))`; the kernel is behind the first-sight gate.
+        A new tensor like `x`. EXACT: the bits of SiLU of `norm`; the kernel is behind the first-sight gate.
     """
     if x.is_cpu or not _has_kernel(x, gamma, bias):
         return _plain(x, norm, scale, gamma, bias, in_fp32)

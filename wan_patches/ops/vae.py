@@ -7,8 +7,10 @@ tensors for each; here they are put together once, in memory that all convolutio
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -21,9 +23,9 @@ _IN_CACHE = 1 << 20  # bytes of activations that a processor's cache holds besid
 class FrameCaches(list):
     """The frames that each causal convolution has to remember, in the order in which the convolutions run.
 
-    Takes the place of stock's list for one pass over a video. An entry is None until its convolution has run,
-    and `(batch, channels, 2, height, width)` from then on; frames before the first are zero. Stock code, where patches
-    come or go during the pass, reads those frames as its own; what it leaves is understood here.
+    Takes the place of stock's list for one pass over a video, and holds what that would: None, a word before the first
+    upsampling in time, or the last frames of a convolution's input, `(batch, channels, 1 or 2, height, width)`. An
+    entry is a value: the memory of the last one is written to again only where nobody else holds it.
     """
 
     def __init__(self, convolutions: int) -> None:
@@ -49,15 +51,15 @@ class FrameCaches(list):
             self._memory = memory = torch.empty(size, dtype=like.dtype, device=like.device)
         return memory[:size].view(tuple(shape))
 
-    def history(self, index: int, x: torch.Tensor) -> torch.Tensor:
-        """The two frames that convolution number `index` of `x` remembers, `(batch, channels, 2, height, width)`."""
-        entry = self[index]
-        if not isinstance(entry, torch.Tensor) or entry.shape[2] != HISTORY:
-            batch, channels, _, height, width = x.shape
-            self[index] = x.new_zeros((batch, channels, HISTORY, height, width))
-            if isinstance(entry, torch.Tensor):  # stock's, of a single frame; or a word for none
-                self[index][:, :, -entry.shape[2] :] = entry
-        return self[index]
+    def _renewed(self, index: int, x: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """The frames that convolution number `index` remembers, and where those go that it will after `x`."""
+        is_first, is_free = self[index] is None, isinstance(self[index], torch.Tensor) and not _is_held(self, index)
+        before = self[index] if isinstance(self[index], torch.Tensor) else None
+        batch, channels, frames, height, width = x.shape
+        shape = (batch, channels, 1 if is_first and frames == 1 else HISTORY, height, width)
+        if before is not None and is_free and _is_like(before, shape, x):
+            return before, before
+        return before, x.new_empty(shape)
 
     def convolve(
         self,
@@ -85,7 +87,7 @@ class FrameCaches(list):
         """
         batch, channels, frames, height, width = x.shape
         above, left = padding
-        before = self.history(index, x)
+        before, after = self._renewed(index, x)
         edges = bands(height, least_rows(batch * channels * (HISTORY + frames)) if self.divided and above else height)
         carried = out = None
         loaded = 0
@@ -97,7 +99,13 @@ class FrameCaches(list):
             until = min(bottom + above, height)
             rows = slice(loaded, until)
             inner = window[..., loaded - top + above : until - top + above, left : left + width]
-            _fill(inner, x[..., rows, :], before[..., rows, :], activation)
+            _fill(
+                inner,
+                x[..., rows, :],
+                None if before is None else before[..., rows, :],
+                after[..., rows, :],
+                activation,
+            )
             loaded = until
             if bottom < height:
                 carried = window[..., window.shape[3] - 2 * above :, :].clone()
@@ -105,13 +113,44 @@ class FrameCaches(list):
             if add is not None:
                 y += add[..., top:bottom, :]
             if len(edges) == 2:
-                return y
+                out = y
+                break
             if out is None:
                 fits = overwrite and y.shape[1] == channels
                 out = x if fits else y.new_empty((*y.shape[:3], height, y.shape[4]))
             out[..., top:bottom, :] = y
         assert out is not None
+        self[index] = after
         return out
+
+
+def _is_like(before: torch.Tensor, shape: tuple[int, ...], x: torch.Tensor) -> bool:
+    return before.shape == shape and before.is_contiguous() and (before.dtype, before.device) == (x.dtype, x.device)
+
+
+def _holders(items: list[Any], index: int) -> tuple[int, ...]:
+    """How many hold a tensor of a list, its views, its memory."""
+    storage = items[index].untyped_storage()
+    return (
+        sys.getrefcount(items[index]),
+        items[index]._use_count(),  # DLPack
+        torch._C._storage_Use_Count(storage._cdata),  # views, numpy's too
+        sys.getrefcount(storage),
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def _nobody() -> tuple[int, ...]:
+    """What `_holders` gives where only the list does: interpreters count their own references differently."""
+    return _holders([torch.empty(1)], 0)
+
+
+def _is_held(items: list[Any], index: int) -> bool:
+    """Whether anybody else holds a tensor of a list, or memory of it, and would see what is written there."""
+    try:
+        return _holders(items, index) != _nobody()
+    except AttributeError:  # a torch that does not count
+        return True
 
 
 def least_rows(elements: int) -> int:
@@ -134,23 +173,30 @@ def bands(height: int, least: int) -> list[int]:
 def _fill(
     inner: torch.Tensor,
     x: torch.Tensor,
-    before: torch.Tensor,
+    before: torch.Tensor | None,
+    after: torch.Tensor,
     activation: Callable[[torch.Tensor], torch.Tensor] | None,
 ) -> None:
-    """Writes two remembered frames and those of `x` to `inner`, and the last two of them to `before`."""
-    frames = x.shape[2]
-    inner[:, :, :HISTORY] = before
-    if frames == 1:
-        before[:, :, 0] = inner[:, :, 1]
+    """Writes the remembered frames and those of `x` to `inner`, and to `after` the last of them: all, or those of `x`.
+
+    before: one frame or two; None for none. `after` may be the same memory.
+    """
+    frames, remembered = x.shape[2], after.shape[2]
+    given = 0 if before is None else before.shape[2]
+    inner[:, :, : HISTORY - given] = 0
+    if before is not None:
+        inner[:, :, HISTORY - given : HISTORY] = before
+    if frames < remembered:
+        after[:, :, 0] = inner[:, :, 1]
     for frame, rows in _pieces(x) if activation else [(slice(0, frames), slice(None))]:
         piece = x[:, :, frame, rows]
         if activation is not None:
             piece = activation(piece)
         inner[:, :, HISTORY + frame.start : HISTORY + frame.stop, rows] = piece
-        kept = max(frame.start, frames - HISTORY)
+        kept = max(frame.start, frames - remembered)
         if kept < frame.stop:
-            slot = HISTORY - frames
-            before[:, :, slot + kept : slot + frame.stop, rows] = piece[:, :, kept - frame.start :]
+            slot = remembered - frames
+            after[:, :, slot + kept : slot + frame.stop, rows] = piece[:, :, kept - frame.start :]
 
 
 def _pieces(x: torch.Tensor) -> list[tuple[slice, slice]]:

@@ -20,7 +20,7 @@ from typing import Any
 from wan_patches.codeswap import STOCK
 from wan_patches.instances import own_methods
 from wan_patches.patches.forwards import is_hooked
-from wan_patches.patches.originals import is_librarys
+from wan_patches.patches.originals import are_torchs, has_librarys, is_librarys
 from wan_patches.registry import Known, Patch, Target
 from wan_patches.rewrite import Body, Replace, fingerprint
 
@@ -104,9 +104,13 @@ PATCHES = (
 
 def clear_cache(stock: Callable[..., None], vae: Any) -> None:
     """Begins a pass: gives the encoder and the decoder `FrameCaches` where they can use them, else stock's lists."""
-    from wan_patches.ops.vae import FrameCaches
+    import torch
 
     stock(vae)
+    if torch.compiler.is_compiling():
+        return
+    from wan_patches.ops.vae import FrameCaches
+
     for coder, caches in ((vae.decoder, "_feat_map"), (vae.encoder, "_enc_feat_map")):
         reason = _reason_against(coder) if coder is not None else "there is none"
         if reason is None:
@@ -121,22 +125,23 @@ def decode(stock: Callable[..., Any], vae: Any, z: Any, return_dict: bool = True
     z: `(batch, channels, latent frames, height, width)`; the video is `(batch, 3, frames, height, width)` in [-1, 1].
     """
     import torch
+
+    if torch.compiler.is_compiling() or vae.use_tiling or _reason_against_decode(vae, z) is not None:
+        return stock(vae, z, return_dict)
     from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
     from diffusers.models.autoencoders.vae import DecoderOutput
 
     vae.clear_cache()
-    if vae.use_tiling or not _is_fast(vae._feat_map):
-        return stock(vae, z, return_dict)
     try:
         latents = vae.post_quant_conv(z)
-        if _reason_against_input(latents) is not None:
-            return stock(vae, z, return_dict)
         frames = latents.shape[2]
         video: Any = None
         first: Any = None
         end = 0
         for i in range(frames):
-            chunk = vae.decoder(latents[:, :, i : i + 1], feat_cache=vae._feat_map, feat_idx=[0], first_chunk=i == 0)
+            vae._conv_idx = [0]
+            is_first = {"first_chunk": True} if i == 0 else {}
+            chunk = vae.decoder(latents[:, :, i : i + 1], feat_cache=vae._feat_map, feat_idx=vae._conv_idx, **is_first)
             if vae.config.patch_size is not None:
                 chunk = unpatchify(chunk, patch_size=vae.config.patch_size)
             if first is None:
@@ -159,7 +164,7 @@ def decode_chunk(
     stock: Callable[..., Any], decoder: Any, x: Any, feat_cache: Any, feat_idx: list[int], first_chunk: bool
 ) -> Any:
     """One latent frame to its frames. What follows the last upsampling in time goes a few frames at a time."""
-    if not _begins_fast(feat_cache, x):
+    if not _begins_fast(feat_cache, decoder, x):
         return stock(decoder, x, feat_cache=feat_cache, feat_idx=feat_idx, first_chunk=first_chunk)
     blocks = list(decoder.up_blocks)
     temporal = [i for i, block in enumerate(blocks) if _changes_frames(block)]
@@ -181,7 +186,7 @@ def decode_chunk(
 
 def encode_chunk(stock: Callable[..., Any], encoder: Any, x: Any, feat_cache: Any, feat_idx: list[int]) -> Any:
     """One or four frames to a latent frame. What precedes the first downsampling in time goes a few at a time."""
-    if not _begins_fast(feat_cache, x):
+    if not _begins_fast(feat_cache, encoder, x):
         return stock(encoder, x, feat_cache=feat_cache, feat_idx=feat_idx)
     blocks = list(encoder.down_blocks)
     temporal = [i for i, block in enumerate(blocks) if _changes_frames(block)]
@@ -286,7 +291,7 @@ def _upsample_time(conv: Any, x: Any, caches: Any, index: list[int]) -> Any:
     from wan_patches.ops.vae import interleave
 
     if caches[index[0]] is None:
-        caches.history(index[0], x)
+        caches[index[0]] = "Rep"  # stock's word
         index[0] += 1
         return x.transpose(1, 2)
     return interleave(_causal(conv, caches, index, x))
@@ -330,9 +335,10 @@ def _downsample_time(conv: Any, x: Any, caches: Any, index: list[int]) -> Any:
     """Frames by a convolution with a stride of two over them and the last of the pass before; not in the first."""
     import torch
 
-    before, caches[index[0]] = caches[index[0]], x[:, :, -1:].clone()
+    before = caches[index[0]]
+    caches[index[0]] = (x if before is None else x[:, :, -1:]).clone()
     index[0] += 1
-    return x if before is None else _convolution(conv)(torch.cat([before, x], dim=2))
+    return x if before is None else _convolution(conv)(torch.cat([before[:, :, -1:], x], dim=2))
 
 
 def _layers(block: Any) -> list[Any]:
@@ -433,7 +439,7 @@ def _convolves_divided(conv: Any, shape: Any, dtype: Any) -> bool:
     convolve = _convolution(conv)
     whole = convolve(window)
     edges = bands(height, least) if above else [0, height]
-    return all(
+    return _is_rounding(whole) and all(
         torch.equal(
             convolve(window[:, :, : before + _STEP, top : bottom + above].contiguous()),
             whole[:, :, :_STEP, top:bottom],
@@ -458,11 +464,12 @@ def _resizes_divided(conv: Any, shape: Any, dtype: Any, up: bool) -> bool:
     conv, frames = _cancelling(conv, (images, channels, *size), dtype)
     if not up:
         convolve = _convolution(conv)
-        return torch.equal(convolve(frames)[:1], convolve(frames[:1]))
+        whole = convolve(frames)
+        return _is_rounding(whole) and torch.equal(whole[:1], convolve(frames[:1]))
     frames[..., 0, :] = frames[..., -1, :] = 0
     whole = _convolution(conv, conv.padding)(frames[..., 1:-1, :].contiguous())
     convolve = _convolution(conv, (0, conv.padding[1]))
-    return all(
+    return _is_rounding(whole) and all(
         torch.equal(convolve(frames[:1, :, 2 * top : 2 * bottom + 2].contiguous()), whole[:1, :, 2 * top : 2 * bottom])
         for top, bottom in _of_each_size(bands(height, _ROWS))
     )
@@ -476,7 +483,9 @@ def _of_each_size(edges: list[int]) -> list[tuple[int, int]]:
 def _cancelling(conv: Any, shape: Any, dtype: Any) -> tuple[Any, Any]:
     """Such a convolution and its input, in which products cancel: what is left is rounding.
 
-    In bf16 another order of adding up changes one result in ten thousand; here it changes most.
+    In bf16 another order of adding up changes one result in ten thousand; here it changes most. Which channels cancel
+    is drawn by lot, and they are of several magnitudes: some processors add up channels in blocks, and of two blocks
+    that mirror each other nothing is left.
     """
     import torch
 
@@ -487,29 +496,41 @@ def _cancelling(conv: Any, shape: Any, dtype: Any) -> tuple[Any, Any]:
         return torch.randn(sizes, generator=generator, dtype=torch.float32, device="cpu").to(dtype)
 
     weight, row = random(*conv.weight.shape), random(conv.in_channels, shape[-1])
-    weight[:, half : 2 * half] = -weight[:, :half]
-    row[half : 2 * half] = row[:half]
-    row[2 * half :] = 0
+    lots = torch.randperm(conv.in_channels, generator=generator, device="cpu")
+    ones, others = lots[:half], lots[half : 2 * half]
+    row[ones] *= (2.0 ** torch.randint(-6, 7, (half, 1), generator=generator, device="cpu")).to(dtype)
+    weight[:, others] = -weight[:, ones]
+    row[others] = row[ones]
+    row[lots[2 * half :]] = 0
     x = row.view(1, shape[1], *(1 for _ in shape[2:-1]), shape[-1]).expand(shape).contiguous()
     bias = None if conv.bias is None else torch.zeros(conv.out_channels, dtype=dtype, device="cpu")
     options = {name: getattr(conv, name) for name in ("stride", "padding", "dilation", "groups")}
     return SimpleNamespace(weight=weight, bias=bias, **options), x
 
 
+def _is_rounding(result: Any) -> bool:
+    """Whether anything is left of what cancels: zeros, which would be equal to zeros, tell nothing."""
+    return bool(4 * result.count_nonzero() > result.numel())
+
+
 # Who takes the short way
 
 
 def _is_fast(feat_cache: Any) -> bool:
+    import torch
+
+    if torch.compiler.is_compiling():
+        return False
     from wan_patches.ops.vae import FrameCaches
 
-    return type(feat_cache) is FrameCaches and not feat_cache.declined
+    return type(feat_cache) is FrameCaches and not feat_cache.declined and _reason_against_now() is None
 
 
-def _begins_fast(feat_cache: Any, x: Any) -> bool:
+def _begins_fast(feat_cache: Any, coder: Any, x: Any) -> bool:
     """Whether a chunk `x` goes the short way; if not, what follows it in the same pass does not either."""
     if not _is_fast(feat_cache):
         return False
-    reason = _reason_against_input(x)
+    reason = _reason_against_input(x) or _reason_against(coder)
     if reason is not None:
         feat_cache.declined = True
         _tell("A pass over a video", reason)
@@ -527,8 +548,21 @@ def _reason_against_input(x: Any) -> str | None:
     return None
 
 
-def _reason_against(coder: Any) -> str | None:
-    """Why this encoder or decoder takes stock's way now; None where it need not."""
+def _reason_against_decode(vae: Any, z: Any) -> str | None:
+    """Why this decode is stock's from the beginning; None where it need not be."""
+    from diffusers.models.autoencoders import autoencoder_kl_wan as wan
+
+    if vae.decoder is None:
+        return "there is no decoder"
+    if not has_librarys(vae, "clear_cache"):
+        return "somebody looks at the beginnings of passes"
+    if not is_librarys(wan.unpatchify):
+        return "`unpatchify` is not the library's own"
+    return _reason_against_input(z) or _peculiarity(vae.post_quant_conv) or _reason_against(vae.decoder)
+
+
+def _reason_against_now() -> str | None:
+    """Why nothing can take the short way at the moment, whatever it is; None where it can."""
     import torch
 
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
@@ -543,12 +577,25 @@ def _reason_against(coder: Any) -> str | None:
         return "there are global module hooks"
     if torch._C._len_torch_dispatch_stack() > 0:
         return "a dispatch mode looks on"
-    if len({parameter.dtype for parameter in coder.parameters()}) > 1:
-        return "its weights are of several dtypes"
-    for cls, name in _passed_over():
-        if not is_librarys(getattr(cls, name)):
-            return f"{cls.__name__}.{name} is not the library's own"
-    return next(filter(None, map(_peculiarity, coder.modules())), None)
+    return None
+
+
+def _reason_against(coder: Any) -> str | None:
+    """Why this encoder or decoder takes stock's way now; None where it need not."""
+    reason = _reason_against_now()
+    if reason is not None:
+        return reason
+    for owner, name in _passed_over():
+        function = getattr(owner, name)
+        if not (is_librarys(function) if isinstance(owner, type) else are_torchs(function)):
+            return f"{owner.__name__}.{name} is not the library's own"
+    dtypes = set()
+    for module in coder.modules():
+        reason = _peculiarity(module)
+        if reason is not None:
+            return reason
+        dtypes.update(parameter.dtype for parameter in filter(_is_given, module._parameters.values()))
+    return "its weights are of several dtypes" if len(dtypes) > 1 else None
 
 
 def _peculiarity(module: Any) -> str | None:
@@ -581,17 +628,20 @@ def _is_given(parameter: Any) -> bool:
 
 
 @functools.lru_cache(maxsize=1)
-def _passed_over() -> tuple[tuple[type, str], ...]:
-    """Methods that the short way does without: whoever replaces one means stock's way."""
-    from diffusers.models.autoencoders import autoencoder_kl_wan as wan
+def _passed_over() -> tuple[tuple[Any, str], ...]:
+    """What stock calls and the short way does not, or with other tensors: whoever replaces it means stock's way."""
+    import torch
+    import torch.nn.functional as F
     from torch import nn
 
-    own = [getattr(wan, name) for name in ("WanCausalConv3d", "WanRMS_norm", "WanUpsample", "WanUpBlock")]
-    torchs = (nn.Conv2d, nn.Conv3d, nn.Dropout, nn.Identity, nn.Sequential, nn.SiLU, nn.ZeroPad2d)
     return (
-        *((cls, "forward") for cls in (*own, *torchs)),
+        *((cls, "forward") for cls in _kinds() if "forward" in vars(cls)),
         *((cls, "_conv_forward") for cls in (nn.Conv2d, nn.Conv3d)),
+        *((cls, "forward") for cls in (nn.Conv3d, nn.Upsample)),
         (nn.Module, "__call__"),
+        (nn.Module, "_call_impl"),
+        *((F, name) for name in ("conv2d", "conv3d", "dropout", "interpolate", "normalize", "pad", "silu")),
+        *((torch, name) for name in ("cat", "clamp", "stack", "zeros_like")),
     )
 
 
