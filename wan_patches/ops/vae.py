@@ -46,7 +46,7 @@ class FrameCaches(list):
         """Contiguous memory of this shape, with the dtype and device of `like`: valid until the next call."""
         size = math.prod(shape)
         memory = self._memory
-        if memory is None or memory.numel() < size or memory.dtype != like.dtype or memory.device != like.device:
+        if memory is None or memory.numel() < size or not _takes(memory, like):
             self._memory = memory = None  # the old goes before the new comes
             self._memory = memory = torch.empty(size, dtype=like.dtype, device=like.device)
         return memory[:size].view(tuple(shape))
@@ -125,7 +125,13 @@ class FrameCaches(list):
 
 
 def _is_like(before: torch.Tensor, shape: tuple[int, ...], x: torch.Tensor) -> bool:
-    return before.shape == shape and before.is_contiguous() and (before.dtype, before.device) == (x.dtype, x.device)
+    return before.shape == shape and before.is_contiguous() and _takes(before, x)
+
+
+def _takes(memory: torch.Tensor, x: torch.Tensor) -> bool:
+    """Whether what is like `x` can be written there now."""
+    is_open = torch.is_inference_mode_enabled() or not memory.is_inference()
+    return is_open and (memory.dtype, memory.device) == (x.dtype, x.device)
 
 
 def _holders(items: list[Any], index: int) -> tuple[int, ...]:
