@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import torch
+from torch.overrides import _get_current_function_mode_stack as _modes
+from torch.utils._device import DeviceContext
 
 
 def is_observed(*tensors: torch.Tensor) -> bool:
@@ -21,11 +23,16 @@ def is_observed(*tensors: torch.Tensor) -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether a transform of torch.func, a tracer or forward-mode autograd is at work."""
+    """Whether a transform of torch.func, a tracer, a mode or forward-mode autograd is at work.
+
+    A mode that only says where new tensors are made (`torch.device`) is none.
+    """
     return (
         torch._C._are_functorch_transforms_active()
         or torch.jit.is_tracing()
         or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack() > 0  # `make_fx`, fake tensors, counters of operations
+        or (torch._C._len_torch_function_stack() > 0 and any(type(mode) is not DeviceContext for mode in _modes()))
     )
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from wan_patches.fidelity import Fidelity
 from wan_patches.patches.forwards import is_untouched, runs
+from wan_patches.patches.originals import are_torchs
 from wan_patches.registry import Patch, Target
 from wan_patches.rewrite import Block, Edit, Replace
 
@@ -272,12 +273,18 @@ def reason_against_two_kinds(model: Any, block: str) -> str | None:
     """Why the blocks of `model` cannot be handed `TwoRows`; None where they can. block: the class they are to be of."""
     import torch
 
+    from wan_patches.ops.tracing import is_transformed
+
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return "it is being compiled"
     if torch.is_grad_enabled():
         return "gradients are enabled"
     if torch.nn.modules.module._has_any_global_hook():
         return "there are global module hooks"
+    if is_transformed():
+        return "a mode or a transform looks on"
+    if not are_torchs(torch.cat):
+        return "torch's functions are not its own"
     for module in model.blocks:
         if type(module).__name__ != block or not _is_patched(module, _OF_BLOCK):
             return "a block is another, or does not run what is patched here alone"
@@ -292,10 +299,13 @@ def _is_patched(module: Any, name: str) -> bool:
 def _reason_against_norm(norm: Any) -> str | None:
     """Why a norm has to be called as stock calls it; None where it can be asked about a few tokens at a time."""
     import torch
+    import torch.nn.functional as F
     from diffusers.models.normalization import FP32LayerNorm
 
     if torch.compiler.is_compiling():
         return "it is being compiled"
+    if not are_torchs(F.layer_norm, torch.layer_norm):
+        return "torch's layer norm is not its own"
     if type(norm) is not FP32LayerNorm:
         return f"the norm is {type(norm).__name__}"
     if not is_untouched(norm):

@@ -11,6 +11,7 @@ from typing import Any
 from wan_patches.fidelity import Fidelity
 from wan_patches.patches import rope
 from wan_patches.patches.forwards import is_untouched
+from wan_patches.patches.originals import are_torchs
 from wan_patches.registry import Patch, Target
 from wan_patches.rewrite import Block, Edit, Replace
 
@@ -180,9 +181,13 @@ def _reason_against_norm(norm: Any, x: Any) -> str | None:
 def _is_torchs_own(norm: Any, x: Any) -> bool:
     """Whether a norm is `torch.nn.RMSNorm` of all that `x` has for a token, and nobody looks on."""
     import torch
+    import torch.nn.functional as F
 
     return not torch.compiler.is_compiling() and (
-        type(norm) is torch.nn.RMSNorm and is_untouched(norm) and norm.normalized_shape == (x.shape[2:].numel(),)
+        type(norm) is torch.nn.RMSNorm
+        and is_untouched(norm)
+        and norm.normalized_shape == (x.shape[2:].numel(),)
+        and are_torchs(F.rms_norm, torch.rms_norm)
     )
 
 

@@ -44,10 +44,11 @@ def _reason_against(a: Any, b: Any, blend_extent: Any, dim: int) -> str | None:
     import torch
 
     from wan_patches.ops import tiling
+    from wan_patches.ops.tracing import is_observed
 
     if torch.compiler.is_compiling():
         return "it is being compiled"
-    if not _is_plain(a) or not _is_plain(b):
+    if is_observed(a, b) or a.is_meta or b.is_meta:
         return "something looks into the operations on a tile"
     if type(blend_extent) is not int:
         return "the overlap is not a whole number"
@@ -62,17 +63,3 @@ def _reason_against(a: Any, b: Any, blend_extent: Any, dim: int) -> str | None:
     if 0 in b.stride():  # stock writes row after row to the same place, or refuses to
         return "elements of a tile are one in memory"
     return None
-
-
-def _is_plain(tile: Any) -> bool:
-    """Whether nothing looks into the operations on it: autograd, a transform, a tracer, a tensor subclass."""
-    import torch
-
-    return (
-        type(tile) is torch.Tensor
-        and not tile.is_meta
-        and not (tile.requires_grad and torch.is_grad_enabled())
-        and not torch._C._are_functorch_transforms_active()
-        and not torch.jit.is_tracing()
-        and torch.autograd.forward_ad._current_level < 0
-    )
