@@ -68,10 +68,8 @@ def _reason_against(processor: Any, video: Any, output_type: str, others: Any) -
         return f"the video is {video.dtype}"
     if video.requires_grad:
         return "gradients are recorded"
-    if not processor.config.do_normalize:
-        return "the processor does not normalise"
-    if not is_stock(processor, POSTPROCESS):
-        return "the processor has a method that is not stock's"
+    if not is_stock(processor, POSTPROCESS, do_normalize=True):
+        return "the processor does not normalise, or has a method that is not stock's"
     return None
 
 
