@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -56,6 +56,13 @@ def same(a: Any, b: Any) -> bool:
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
     return bool(a == b)
+
+
+class Raised(NamedTuple):
+    """An exception, as far as a test compares it."""
+
+    kind: str
+    text: str
 
 
 class Looking:
@@ -111,12 +118,14 @@ def against_stock(looking: Looking) -> Callable[..., None]:
         change: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
         late: bool = False,
         looks: bool = True,
+        raises: bool = False,
         **options: Any,
     ) -> None:
         with change():
             stock = outcome(run)
         expected = looking.taken()
         assert expected or not looks
+        assert isinstance(stock, Raised) is raises, stock
         first, second = (enabled, change) if late else (change, enabled)
         with first(**options if first is enabled else {}), second(**options if second is enabled else {}):
             patched = outcome(run)
@@ -138,4 +147,4 @@ def outcome(run: Callable[[], Any]) -> Any:
         with torch.no_grad():
             return run()
     except Exception as error:
-        return [type(error).__name__, str(error)]
+        return Raised(type(error).__name__, str(error))

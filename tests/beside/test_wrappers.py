@@ -268,7 +268,7 @@ def test_whoever_wraps_a_processor_sees_the_calls_of_stock(name, pipelines, look
     def wrapped(cls, method):
         return wrapped_method(looking, "wraps", cls, method)
 
-    against_stock(lambda: pipe(**FAMILIES[name].inputs(steps=1)).frames, change, patches=["preprocess", "frames"])
+    against_stock(lambda: pipe(**FAMILIES[name].inputs(steps=2)).frames, change, patches=["preprocess", "frames"])
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -386,7 +386,7 @@ def _against_stock_by_timesteps(pipe, change, looking, against_stock):
     original = patch._reason_against
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(patch, "_reason_against", lambda *args: rows.append(original(*args)) or rows[-1])
-        run = lambda: pipe(**FAMILIES["wan22_ti2v"].inputs(steps=1, output_type="latent")).frames  # noqa: E731
+        run = lambda: pipe(**FAMILIES["wan22_ti2v"].inputs(steps=2, output_type="latent")).frames  # noqa: E731
         with change():
             stock = run()
         expected = looking.taken()

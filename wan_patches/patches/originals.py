@@ -17,7 +17,10 @@ _IN_C = (types.BuiltinFunctionType, types.MethodDescriptorType)
 
 
 def is_librarys(function: Any) -> bool:
-    """Whether a function is torch's, diffusers', PEFT's or Pillow's own, with code from where it is defined; a patched one is."""
+    """Whether a function is a library's own, with code from where it is defined; a patched one is.
+
+    Libraries: torch, diffusers, PEFT and Pillow.
+    """
     if type(function) is not types.FunctionType:
         return False
     module = function.__globals__
