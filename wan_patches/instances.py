@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import MethodType
 from typing import Any
 
 
@@ -17,7 +18,9 @@ def own_methods(instance: Any) -> set[str]:
         for name, value in getattr(instance, "__dict__", {}).items()  # objects with slots have none
         if callable(value)
         and hasattr(cls, name)
-        and (getattr(value, "__self__", None) is not instance or value.__func__ is not getattr(cls, name))
+        and not (  # by exact type: a proxy answers as what it stands for
+            type(value) is MethodType and value.__self__ is instance and value.__func__ is getattr(cls, name)
+        )
     }
 
 

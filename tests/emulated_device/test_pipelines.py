@@ -133,9 +133,10 @@ def test_same_bits_fewer_bytes_and_no_more_waits(name, output_type, build, devic
     # downloads: the frames, as bytes where bytes are wanted
     assert stock.downloads == {stock.frames.size * 4: 1}
     assert patched.downloads == {stock.frames.size * (4 if output_type == "np" else 1): 1}
-    # waits: each kind no more often than in stock
-    assert not patched.waits - stock.waits
-    assert stock.waits.total() - patched.waits.total() == int(expected.mask > 0)
+    # waits: each kind no more often than in stock, and once for whether there was a NaN, of which numpy warns
+    asked = Counter({"aten::_local_scalar_dense": int(output_type == "pil")})
+    assert not patched.waits - stock.waits - asked
+    assert (stock.waits + asked).total() - patched.waits.total() == int(expected.mask > 0)
 
 
 def test_the_mask_is_uploaded_by_stock(build, device):  # or "it is not" would say nothing

@@ -86,7 +86,7 @@ def test_processors_of_someone_elses_keep_their_ways():
 def test_the_fast_way_is_taken(monkeypatch):
     from wan_patches.ops import frames
 
-    monkeypatch.setattr(frames, "video_to_uint8", lambda *_: torch.full((1, 2, 8, 8, 3), 7, dtype=torch.uint8))
+    monkeypatch.setattr(frames, "video_to_uint8", lambda *_, **__: torch.full((1, 2, 8, 8, 3), 7, dtype=torch.uint8))
     processor, video = VideoProcessor(vae_scale_factor=8), torch.rand(1, 3, 2, 8, 8)
     with wan_patches.enabled():
         assert np.asarray(processor.postprocess_video(video, "pil")[0][0]).max() == 7

@@ -96,6 +96,7 @@ def test_what_two_rows_stand_for_has_the_bits_of_a_row_per_token(kind, handed, m
         return torch.cat([linear(row[None]) for row in flat]).reshape(*rows.shape[:-1], -1)
 
     monkeypatch.setattr(project, "forward", each)
+    monkeypatch.setattr(patch, "hands_on", lambda module: True)  # although somebody looks
     monkeypatch.setattr(ops, "_SMALL", 1)
     stock = _latents(pipe, steps=1)
     with wan_patches.enabled(["modulation", "timesteps"], fidelity="close"):
@@ -127,7 +128,7 @@ def test_stock_is_left_alone(why, handed):
     elif why == "block hooks":
         pipe.transformer.blocks[0].register_forward_pre_hook(lambda *args: None)
     elif why == "own latents":
-        pipe.prepare_latents = pipe.prepare_latents
+        pipe.prepare_latents = functools.partial(pipe.prepare_latents)
     elif why == "subclass":
         pipe.__class__ = type("Own", (type(pipe),), {})
     stock = _latents(pipe)
@@ -178,17 +179,19 @@ def _look_by_accelerate(module, look):
     hooks.add_hook_to_module(module, Looking())
 
 
-@pytest.mark.parametrize("at", ["model", "embedder", "block"])
+@pytest.mark.parametrize("at", ["model", "embedder", "time embedder", "block"])
 @pytest.mark.parametrize("look_in", [_look_in_the_object, _look_in_the_class, _look_by_diffusers, _look_by_accelerate])
 def test_stock_is_left_alone_where_someone_looks(look_in, at, handed, request):
     pipe, seen = _pipeline("image"), []
     model = pipe.transformer
 
     def look(*args, timestep=None, timestep_seq_len=None, **kwargs):
-        value = {"model": timestep, "embedder": args and args[0], "block": args and args[-2]}[at]
+        value = timestep if at == "model" else args[-2] if at == "block" else args[0]
         seen.append((value.shape, value[..., -1] / 1000, timestep_seq_len))
 
-    finish = look_in({"model": model, "embedder": model.condition_embedder, "block": model.blocks[0]}[at], look)
+    embedder = model.condition_embedder
+    places = {"model": model, "embedder": embedder, "time embedder": embedder.time_embedder, "block": model.blocks[0]}
+    finish = look_in(places[at], look)
     if finish is not None:
         request.addfinalizer(finish)
     stock, before = _latents(pipe), seen.copy()

@@ -19,7 +19,10 @@ _FEW_CHANNELS = 4
 
 
 def video_to_uint8(
-    video: torch.Tensor, out: torch.Tensor | None = None, frames_per_chunk: int | None = None
+    video: torch.Tensor,
+    out: torch.Tensor | None = None,
+    frames_per_chunk: int | None = None,
+    total: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The pixels of diffusers' `VideoProcessor.postprocess_video(video, "pil")`.
 
@@ -32,6 +35,7 @@ def video_to_uint8(
             the device of `video`, in one copy at the end on another.
         frames_per_chunk: frames worked on at a time, by default some five million elements on the CPU and
             some sixteen million elsewhere.
+        total: fp32, 0-D, on the device of `video`; NaN afterwards where `video` has one, else not.
 
     Returns:
         `out`, or a new contiguous uint8 tensor, `(batch, frames, height, width, channels)`, on the device of
@@ -45,12 +49,14 @@ def video_to_uint8(
     _, channels, frames, _, _ = video.shape
     step = _step(video, frames_per_chunk)
     made = _result(video, out, torch.uint8)
+    total = torch.zeros((), dtype=torch.float32, device=video.device) if total is None else total
     scratch = _buffer(video, step, video.dtype)
     floats = scratch if video.dtype == torch.float32 else _buffer(video, step, torch.float32)
     for item, frames_out in zip(video, made, strict=True):
         for chunk in _chunks(frames, step):
             source = item[:, chunk]
-            values = _denormalize(source, scratch[:, : source.shape[1]])
+            values = torch.mul(source, 0.5, out=scratch[:, : source.shape[1]]).add_(0.5)
+            _clamp(values, total)
             if floats is not scratch:
                 values = floats[:, : source.shape[1]].copy_(values)
             values.mul_(255).round_()
@@ -161,6 +167,18 @@ def _buffer(video: torch.Tensor, step: int, dtype: torch.dtype) -> torch.Tensor:
 def _denormalize(source: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """[-1, 1] to [0, 1] in the dtype of `source`, which is that of `out`; two roundings, as in stock."""
     return torch.mul(source, 0.5, out=out).add_(0.5).clamp_(0, 1)
+
+
+def _clamp(values: torch.Tensor, total: torch.Tensor) -> None:
+    """To [0, 1] in place; adds to `total` what is NaN where one of `values` is."""
+    if not values.is_cpu:
+        total += values.clamp_(0, 1).sum()
+        return
+    # as much work as a clamp, which decoders have mostly done already
+    lowest, highest = values.aminmax()
+    total += lowest.clamp(0, 1)
+    if not (lowest >= 0 and highest <= 1):
+        values.clamp_(0, 1)
 
 
 @functools.lru_cache(maxsize=64)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from wan_patches.patches.forwards import hands_on
+from wan_patches.patches.originals import are_torchs, has_librarys, is_watched
 from wan_patches.registry import Known, Patch, Target
 from wan_patches.rewrite import Block, Replace
 
@@ -87,7 +89,8 @@ PATCHES = (
 def condition_video(vae: Any, first: Any, last: Any, *zeros: int) -> Any:
     """The given frames and `zeros`, the shape of those between: a `ConditionVideo` where `vae` takes slices of it.
 
-    That is an `AutoencoderKLWan` whose way from `encode` to the encoder is its class's own; any other gets the tensor.
+    That is an `AutoencoderKLWan` where nobody looks between `encode` and the encoder's last layer; any other gets the
+    tensor.
     """
     import torch
 
@@ -100,15 +103,20 @@ def condition_video(vae: Any, first: Any, last: Any, *zeros: int) -> Any:
 
 def _reason_against(vae: Any, first: Any, last: Any, *zeros: int) -> str | None:
     """Why the condition video is built, as stock does; None where it need not be."""
+    import torch
     from diffusers import AutoencoderKLWan
 
-    kind: type = type(vae)
-    if kind is not AutoencoderKLWan:
+    if type(vae) is not AutoencoderKLWan:
         return "the VAE is not AutoencoderKLWan"
-    if {"encode", "_encode", "tiled_encode"} & vars(vae).keys():
-        return "the VAE has an encode of its own"
+    given = [frame for frame in (first, last) if frame is not None]
+    if any(type(frame) is not torch.Tensor or frame.requires_grad for frame in given):
+        return "the frames are not plain tensors"
+    if is_watched() or not are_torchs(torch.cat, torch.Tensor.new_zeros):
+        return "something looks into the operations"
+    if not has_librarys(vae, "encode", "_encode", "tiled_encode") or not hands_on(vae.encoder):
+        return "somebody looks on between encode and the encoder's layers"
     batch, channels, frames, height, width = zeros
     shape = (batch, channels, 1, height, width)
-    if frames < 0 or any(frame.shape != shape for frame in (first, last) if frame is not None):
+    if frames < 0 or any(frame.shape != shape for frame in given):
         return "the frames do not fit one another"
     return None if vae.config.patch_size is None else "the VAE takes patches"

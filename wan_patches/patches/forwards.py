@@ -30,7 +30,7 @@ def forward_of(module: Any) -> FunctionType | None:
     None where others' code may look at them first. Hooks of offloading and of layerwise casting, and decorators that
     the library itself has put on its function, do not.
     """
-    if is_hooked(module):
+    if is_hooked(module) or not _calls_forward(type(module)):
         return None
     forward = module.forward
     while type(forward) is functools.partial:
@@ -47,6 +47,14 @@ def forward_of(module: Any) -> FunctionType | None:
     return None
 
 
+def hands_on(module: Any) -> bool:
+    """Whether nobody's code sees what `module` and the modules in it are called with.
+
+    Hooks that move and cast tensors are nobody's.
+    """
+    return all(part._compiled_call_impl is None and forward_of(part) is not None for part in module.modules())
+
+
 def runs(module: Any, *names: str) -> bool:
     """Whether `forward_of(module)` is a function that calls one of these names."""
     function = forward_of(module)
@@ -55,11 +63,8 @@ def runs(module: Any, *names: str) -> bool:
 
 def is_untouched(module: Any) -> bool:
     """Whether a call of `module` is its class's forward as the library has it, without hooks of any kind."""
-    import torch
-
     return not (
         is_hooked(module)
-        or torch.nn.modules.module._has_any_global_hook()
         or module._compiled_call_impl is not None
         or ("forward" in vars(module) and "forward" in own_methods(module))
         or not is_librarys(type(module).forward)
@@ -68,7 +73,21 @@ def is_untouched(module: Any) -> bool:
 
 def is_hooked(module: Any) -> bool:
     """Whether torch calls something before or after the forward of `module`."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+    import torch
+
+    return bool(module._forward_hooks or module._forward_pre_hooks or torch.nn.modules.module._has_any_global_hook())
+
+
+def _calls_forward(cls: Any) -> bool:
+    """Whether objects of a class are called as torch calls modules."""
+    from torch.nn import Module
+
+    return (
+        cls.__call__ is Module.__call__
+        and cls._call_impl is Module._call_impl
+        and is_librarys(Module.__call__)
+        and is_librarys(Module._call_impl)
+    )
 
 
 def _behind_hook(module: Any, forward: functools.partial[Any]) -> Any:

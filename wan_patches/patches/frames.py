@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -68,10 +69,8 @@ def _reason_against(processor: Any, video: Any, output_type: str, others: Any) -
         return f"the video is {video.dtype}"
     if video.requires_grad:
         return "gradients are recorded"
-    if not processor.config.do_normalize:
-        return "the processor does not normalise"
-    if not is_stock(processor, POSTPROCESS):
-        return "the processor has a method that is not stock's"
+    if not is_stock(processor, POSTPROCESS, do_normalize=True):
+        return "the processor does not normalise, or has a method that is not stock's"
     return None
 
 
@@ -83,10 +82,15 @@ def _to_pil(stock: Callable[..., Any], processor: Any, video: Any, to: Delivery 
     from wan_patches.ops import frames
 
     def reference(video: torch.Tensor) -> torch.Tensor:
-        images = stock(processor, video, "pil")
+        with np.errstate(invalid="ignore"):
+            images = stock(processor, video, "pil")
         return torch.from_numpy(np.stack([np.stack([np.asarray(i) for i in batch]) for batch in images]))
 
-    made = _made("frames to uint8", frames.video_to_uint8, reference, video, torch.uint8, to)
+    total = torch.zeros((), dtype=torch.float32, device=video.device)
+    op = functools.partial(frames.video_to_uint8, total=total)
+    made = _made("frames to uint8", op, reference, video, torch.uint8, to)
+    if total.isnan():  # of which numpy warns, or raises, as it is told to
+        return stock(processor, video, "pil")
     image = PIL.Image.fromarray if to is None else to.image
     return [[image(frame) for frame in batch] for batch in made.numpy()]
 

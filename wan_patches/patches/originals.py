@@ -10,11 +10,17 @@ import inspect
 import types
 from typing import Any
 
-_LIBRARIES = ("torch.", "diffusers.")
+from wan_patches.instances import own_methods
+
+_LIBRARIES = ("torch.", "diffusers.", "peft.", "PIL.")
+_IN_C = (types.BuiltinFunctionType, types.MethodDescriptorType)
 
 
 def is_librarys(function: Any) -> bool:
-    """Whether a function is torch's or diffusers' own, with code from where it is defined; a patched one is."""
+    """Whether a function is a library's own, with code from where it is defined; a patched one is.
+
+    Libraries: torch, diffusers, PEFT and Pillow.
+    """
     if type(function) is not types.FunctionType:
         return False
     module = function.__globals__
@@ -25,7 +31,7 @@ def is_librarys(function: Any) -> bool:
 def is_librarys_throughout(function: Any) -> bool:
     """`is_librarys`, also of each function that a decorator has kept: in `__wrapped__` or in a closure."""
     while is_librarys(function):
-        cells = [cell.cell_contents for cell in function.__closure__ or ()]
+        cells = map(_contents, function.__closure__ or ())
         if not all(is_librarys_throughout(value) for value in cells if callable(value) and not isinstance(value, type)):
             return False
         if not hasattr(function, "__wrapped__"):
@@ -36,20 +42,45 @@ def is_librarys_throughout(function: Any) -> bool:
 
 def has_librarys(instance: Any, *names: str) -> bool:
     """Whether these methods of an object are the library's own, neither wrapped nor replaced, in object or class."""
-    own = getattr(instance, "__dict__", {})
-    return not any(name in own for name in names) and all(
-        is_librarys_throughout(_function(type(instance), name)) for name in names
+    cls = type(instance)
+    return (
+        cls.__getattribute__ is object.__getattribute__
+        and own_methods(instance).isdisjoint(names)
+        and all(is_librarys_throughout(_function(cls, name)) for name in names)
     )
 
 
 def are_torchs(*functions: Any) -> bool:
-    """Whether functions of `torch` and `torch.nn.functional` are torch's own, in Python or in C."""
+    """Whether functions of `torch` and `torch.nn.functional`, and methods of tensors, are torch's own: Python or C."""
     return all(
-        type(function) is types.BuiltinFunctionType or (is_librarys(function) and not hasattr(function, "__wrapped__"))
+        type(function) in _IN_C or (is_librarys(function) and not hasattr(function, "__wrapped__"))
         for function in functions
+    )
+
+
+def is_watched() -> bool:
+    """Whether a mode, a transform, a tracer or a compiler sees the operations; the mode of a default device is none."""
+    import torch
+    from torch.overrides import _get_current_function_mode_stack
+    from torch.utils._device import DeviceContext
+
+    from wan_patches.ops.tracing import is_transformed
+
+    return (
+        torch.compiler.is_compiling()
+        or is_transformed()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
     )
 
 
 def _function(cls: type, name: str) -> Any:
     method = inspect.getattr_static(cls, name, None)
     return method.__func__ if isinstance(method, (staticmethod, classmethod)) else method
+
+
+def _contents(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not filled yet
+        return None

@@ -12,12 +12,21 @@ from collections.abc import Callable
 from itertools import groupby
 from typing import Any
 
+from wan_patches.patches.originals import has_librarys
 from wan_patches.patches.processors import PREPROCESS, PREPROCESS_VIDEO, is_stock, known
 from wan_patches.registry import Patch, Target
 from wan_patches.rewrite import Replace
 
 _CALL = "_wan_patches_preprocess"
 _CALL_VIDEO = "_wan_patches_preprocess_video"
+_SETTINGS = {
+    "do_resize": True,
+    "resample": "lanczos",
+    "reducing_gap": None,
+    "do_normalize": True,
+    "do_convert_grayscale": False,
+    "do_binarize": False,
+}
 
 
 def _image(count: int, owner: str = "self") -> Replace:
@@ -93,63 +102,77 @@ PATCHES = (
 )
 
 
-def preprocess(
-    processor: Any, device: Any, image: Any, height: int | None = None, width: int | None = None, **kwargs: Any
-) -> Any:
+def preprocess(processor: Any, device: Any, *args: Any, **kwargs: Any) -> Any:
     """`processor.preprocess(image, height, width)` on `device`: `(images, 3, height, width)`, fp32 in [-1, 1]."""
-    images = image if isinstance(image, list) else [image]
 
     def stock() -> Any:
-        return processor.preprocess(image, height=height, width=width, **kwargs)
+        return processor.preprocess(*args, **kwargs)
 
-    if _reason_against(processor, [images], height, width, PREPROCESS, kwargs) is not None:
+    given = _arguments(processor, PREPROCESS, args, kwargs)
+    if given is None:
+        return stock()
+    image, height, width = given
+    images = image if isinstance(image, list) else [image]
+    if _reason_against(processor, [images], height, width) is not None:
         return stock()
     return _tensor(images, _size(processor, images, height, width), device, stock)
 
 
-def preprocess_video(
-    processor: Any, device: Any, video: Any, height: int | None = None, width: int | None = None, **kwargs: Any
-) -> Any:
+def preprocess_video(processor: Any, device: Any, *args: Any, **kwargs: Any) -> Any:
     """`processor.preprocess_video(video, height, width)` on `device`: `(videos, 3, frames, height, width)`, fp32."""
+    given = _arguments(processor, PREPROCESS_VIDEO, args, kwargs)
+    if given is None:
+        return processor.preprocess_video(*args, **kwargs)
+    video, height, width = given
     videos = video if isinstance(video, list) and video and isinstance(video[0], list) else [video]
-    if _reason_against(processor, videos, height, width, PREPROCESS_VIDEO, kwargs) is not None:
-        return processor.preprocess_video(video, height=height, width=width, **kwargs)
+    if _reason_against(processor, videos, height, width) is not None:
+        return processor.preprocess_video(*args, **kwargs)
 
     def stock() -> Any:
-        return processor.preprocess_video(video, height=height, width=width).transpose(1, 2).flatten(0, 1)
+        return processor.preprocess_video(*args, **kwargs).transpose(1, 2).flatten(0, 1)
 
     size = _size(processor, videos[0], height, width)
     pixels = _tensor([image for frames in videos for image in frames], size, device, stock)
     return pixels.unflatten(0, (len(videos), -1)).transpose(1, 2)
 
 
-def _reason_against(
-    processor: Any, videos: list[Any], height: Any, width: Any, methods: tuple[str, ...], others: Any
-) -> str | None:
-    """Why these lists of images take stock's way; None where they need not."""
-    import PIL.Image
+def _arguments(processor: Any, methods: tuple[str, ...], args: Any, kwargs: Any) -> tuple[Any, Any, Any] | None:
+    """Pictures, height and width that a call gives to a processor that resizes by Lanczos and normalises.
 
-    if others:
-        return "there are more arguments"
+    None of a processor that may do something else, or a call with other arguments.
+    """
+    if not has_librarys(processor, "get_default_height_width") or not is_stock(processor, methods, **_SETTINGS):
+        return None
+    try:
+        return _pictures_and_size(*args, **kwargs)
+    except TypeError:
+        return None
+
+
+def _pictures_and_size(pictures: Any, /, height: Any = None, width: Any = None) -> tuple[Any, Any, Any]:
+    return pictures, height, width
+
+
+def _reason_against(processor: Any, videos: list[Any], height: Any, width: Any) -> str | None:
+    """Why these lists of images take stock's way; None where they need not."""
     if not all(isinstance(images, list) and len(images) == len(videos[0]) > 0 for images in videos):
         return "the input is not lists of images, as many in each"
-    config = processor.config
-    plain = (
-        config.do_resize
-        and config.resample == "lanczos"
-        and config.reducing_gap is None
-        and config.do_normalize
-        and not config.do_convert_grayscale
-        and not config.do_binarize
-    )
-    if not plain:
-        return "the processor does something else than resize by Lanczos and normalise"
-    if not is_stock(processor, methods):
-        return "the processor has a method that is not stock's"
-    if not all(isinstance(i, PIL.Image.Image) and i.mode == "RGB" and min(i.size) > 0 for v in videos for i in v):
-        return "the input is not PIL images in RGB"
+    if not all(_is_plain(image) for images in videos for image in images):
+        return "the input is not Pillow's images in RGB"
     sizes = {_size(processor, images, height, width) for images in videos}
     return "the size is not whole numbers, the same for all" if None in sizes or len(sizes) > 1 else None
+
+
+def _is_plain(image: Any) -> bool:
+    """Whether it is an image in RGB that Pillow's own code resizes."""
+    import PIL.Image
+
+    return (
+        isinstance(image, PIL.Image.Image)
+        and image.mode == "RGB"
+        and min(image.size) > 0
+        and has_librarys(image, "resize")
+    )
 
 
 def _size(processor: Any, images: list[Any], height: Any, width: Any) -> Any:
@@ -192,7 +215,9 @@ def _on_cpu(images: list[Any], size: tuple[int, int]) -> Any:
     height, width = size
     out: Any = None
     for nth, image in enumerate(images):
-        resized = torch.from_numpy(np.array(image.resize((width, height), PIL.Image.Resampling.LANCZOS)))
+        resized = torch.from_numpy(
+            np.array(image.resize((width, height), resample=PIL.Image.Resampling.LANCZOS, reducing_gap=None))
+        )
         if out is None:  # not before Pillow has said what it thinks of the size
             shape = (len(images), height, width, 3)
             out = torch.empty(shape, dtype=torch.float32, device="cpu").permute(0, 3, 1, 2)

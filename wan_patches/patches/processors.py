@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import types
 from collections.abc import Iterable
+from typing import Any
 
 from wan_patches.codeswap import stock
+from wan_patches.patches.originals import has_librarys
 from wan_patches.registry import Known
 from wan_patches.rewrite import Unknown, fingerprint
 
@@ -25,6 +27,8 @@ _TEXTS = {
 }
 
 PREPROCESS = ("preprocess", "resize", "pil_to_numpy", "numpy_to_pt", "normalize")
+_NONE = object()
+
 PREPROCESS_VIDEO = (*PREPROCESS, "preprocess_video")
 POSTPROCESS = ("postprocess", "denormalize", "_denormalize_conditionally", "pt_to_numpy", "numpy_to_pil")
 
@@ -34,9 +38,20 @@ def known(methods: Iterable[str]) -> tuple[Known, ...]:
     return tuple(Known("diffusers.video_processor", f"VideoProcessor.{name}", _fingerprints(name)) for name in methods)
 
 
-def is_stock(processor: object, methods: Iterable[str]) -> bool:
-    """Whether no subclass, instance or other library has put something of its own in place of a method."""
-    return all(name not in vars(processor) and _is_known(type(processor), name) for name in methods)
+def is_stock(processor: object, methods: Iterable[str], **settings: Any) -> bool:
+    """Whether these methods are as known, with nobody's code around them, and the processor's settings are `settings`.
+
+    A processor may be any object with the methods that a pipeline calls; of one with others' methods nothing is read.
+    """
+    methods = tuple(methods)
+    if not has_librarys(processor, *methods) or not all(_is_known(type(processor), name) for name in methods):
+        return False
+    from diffusers.configuration_utils import FrozenDict
+
+    config = getattr(processor, "config", None)
+    return isinstance(config, FrozenDict) and all(
+        getattr(config, key, _NONE) == value for key, value in settings.items()
+    )
 
 
 def _is_known(cls: type, name: str) -> bool:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from wan_patches.patches.originals import has_librarys
 from wan_patches.registry import Known, Patch, Target
 from wan_patches.rewrite import Edit, Replace, Unknown
 
@@ -293,7 +294,7 @@ def shifted(scheduler: Any, mu: Any, sigmas: Any) -> Any:
     from wan_patches.ops import step_loop
     from wan_patches.ops.tracing import is_observed
 
-    if not _is_accelerator(sigmas.device) or is_observed(sigmas) or not _is_diffusers(scheduler, "time_shift"):
+    if not _is_accelerator(sigmas.device) or is_observed(sigmas) or not has_librarys(scheduler, "time_shift"):
         return scheduler.time_shift(mu, 1.0, sigmas)
     host = step_loop.noted(sigmas)
     with step_loop.tracked():
@@ -306,7 +307,7 @@ def shifted(scheduler: Any, mu: Any, sigmas: Any) -> Any:
 def index(scheduler: Any, timestep: Any) -> Any:
     """`scheduler.index_for_timestep(timestep)`, which compares with every timestep on the device."""
     host = _on_host(scheduler.timesteps, timestep)
-    if host is None or not _is_diffusers(scheduler, "index_for_timestep"):
+    if host is None or not has_librarys(scheduler, "index_for_timestep"):
         return scheduler.index_for_timestep(timestep)
     from wan_patches.ops import step_loop
 
@@ -356,6 +357,7 @@ def _can_move(scheduler: Any, values: Any, device: Any) -> bool:
         and not values.requires_grad
         and not is_observed(values)
         and type(scheduler).__hash__ is object.__hash__
+        and type(scheduler).__weakrefoffset__ > 0
     )
 
 
@@ -389,7 +391,7 @@ def _is_regular(scheduler: Any, order: Any, last: int) -> bool:
     values = levels.tolist()
     if not all(before - after > 1e-5 for before, after in pairwise(values)):  # by more than the host may be off
         return False
-    if not _is_diffusers(scheduler, "_sigma_to_alpha_sigma_t"):
+    if not has_librarys(scheduler, "_sigma_to_alpha_sigma_t"):
         return False
     alpha, noise = scheduler._sigma_to_alpha_sigma_t(levels)
     return step_loop.apart((torch.log(alpha) - torch.log(noise)).tolist())
@@ -411,9 +413,3 @@ def _on_host(timesteps: Any, t: Any) -> Any:
     nth = step_loop.position(timesteps, t)
     host = None if nth is None else step_loop.on_host(timesteps)
     return None if host is None else host[nth]
-
-
-def _is_diffusers(scheduler: Any, method: str) -> bool:
-    """Whether the method is diffusers' own, which may be called once more, on the host."""
-    module = str(getattr(type(scheduler), method).__module__)
-    return module.startswith("diffusers.schedulers.") and method not in vars(scheduler)

@@ -10,8 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 from wan_patches.fidelity import Fidelity
-from wan_patches.patches.forwards import forward_of, runs
+from wan_patches.patches.forwards import hands_on, runs
 from wan_patches.patches.modulation import reason_against_two_kinds
+from wan_patches.patches.originals import has_librarys
 from wan_patches.registry import Known, Patch, Target
 from wan_patches.rewrite import Replace
 
@@ -135,7 +136,7 @@ def output_modulations(table: Any, temb: Any) -> Any:
 def _reason_against(pipe: Any, model: Any) -> str | None:
     """Why a pipeline gives each token its timestep, as stock does; None where it need not."""
     known = type(pipe).__name__ in ("WanImageToVideoPipeline", "WanPipeline")
-    if not known or not type(pipe).__module__.startswith("diffusers.") or "prepare_latents" in vars(pipe):
+    if not known or not type(pipe).__module__.startswith("diffusers.") or not has_librarys(pipe, "prepare_latents"):
         return "the pipeline is another, or makes latents in its own way"
     if type(model).__name__ != "WanTransformer3DModel" or model._compiled_call_impl is not None:
         return "the model is another, or is compiled"
@@ -143,6 +144,6 @@ def _reason_against(pipe: Any, model: Any) -> str | None:
         return "devices share the sequence"
     if (reason := reason_against_two_kinds(model, "WanTransformerBlock")) is not None:
         return reason
-    if not runs(model, _EMBED) or forward_of(model.condition_embedder) is None:
+    if not runs(model, _EMBED) or not hands_on(model.condition_embedder):
         return "the model does not run what is patched here alone, or its embedder what diffusers has"
     return None
