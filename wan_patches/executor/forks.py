@@ -1,11 +1,11 @@
 """What happens to shared memory, sockets and threads when this process forks.
 
-A forked child has all that its parent has, and the parent does not know how long. So before a fork every object
-registered here parts with what it shares with other processes and would use again, and in the child it gives up what
-only the parent can use. No step takes a lock: a thread may hold it for long, or for ever in the child. What ends while
-a fork is under way asks `under_way`.
+A forked child has all that its parent has, and the parent never learns for how long. So before a fork every object
+registered here parts with memory that would be used again, and in the child gives up what only the parent can use.
+No step takes a lock, which a thread may hold for long, and in the child for ever. Whatever gives memory back asks
+`under_way` first.
 
-Forks made by C code without Python's knowledge are not seen.
+Forks by C code that does not call Python's hooks are not seen. A subprocess is no fork: it starts another program.
 """
 
 from __future__ import annotations

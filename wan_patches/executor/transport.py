@@ -120,9 +120,9 @@ class Channel:
             it writes to them directly, and NPU tensors go through pinned memory; neither has been run on hardware.
 
     Any thread may send, one receives. What was received stays valid when the channel is closed and when the
-    other process dies. A forked child has what was received by then like any memory of its parent, and the channel
-    is closed there; only forks by C code behind Python's back share what is written, and what comes after it is
-    released.
+    other process dies. A forked child has what its parent had received, and each writes to its own, as with any
+    memory; the channel is closed in the child. Forks by C code that does not call Python's hooks are not seen: such a
+    child sees what is written later, be it by the next message.
     """
 
     def __init__(
