@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import CancelledError
 
+from wan_patches.executor import forks
 from wan_patches.executor.errors import ExecutorBroken, WorkerDied
 from wan_patches.executor.groups import Group
 from wan_patches.executor.requests import Request, logger
@@ -31,6 +32,7 @@ class Crew:
         self._lost: dict[Group, BaseException] = {}
         self._started: dict[Group, BaseException | None] = {}
         self._closed = False
+        self._inherited = False
         for group in self.groups:
             group.on_death = self._look_again
         self._threads = [
@@ -41,6 +43,7 @@ class Crew:
     def start(self) -> None:
         """Waits until every group has its pipeline; if one cannot have it, ends all and raises what it raised."""
         _crews.add(self)
+        forks.watch(self)
         try:
             for thread in self._threads:
                 thread.start()
@@ -58,6 +61,8 @@ class Crew:
 
     def check(self) -> None:
         """Raises what a request given now would meet."""
+        if self._inherited:
+            raise RuntimeError("this executor belongs to the parent of this process; make another one here")
         with self._changed:
             if self._closed:
                 raise RuntimeError("this executor was shut down; make another one")
@@ -97,6 +102,20 @@ class Crew:
             if thread is not threading.current_thread():  # a callback of a future may shut down
                 thread.join()
 
+    # Forks
+
+    def before_fork(self) -> None:
+        pass
+
+    def after_fork_in_child(self) -> None:
+        """The groups and the threads are the parent's: here nothing is left to close, to join or to wait for."""
+        self._inherited = self._closed = True
+        self._changed = threading.Condition()  # a thread of the parent's may hold the other
+        for request in [*self._waiting, *self._running.values()]:
+            request._abandon()
+        for theirs in (self.groups, self._threads, self._waiting, self._running):
+            theirs.clear()
+
     # In the thread of a group
 
     def _serve(self, group: Group) -> None:
@@ -106,8 +125,9 @@ class Crew:
                 self._run(group, request)
                 del request  # this thread may wait long for another, and must not hold the result
         finally:
-            with contextlib.suppress(Exception):
-                group.stop()
+            if group in self.groups:  # not in a child that was forked in this thread, by a callback
+                with contextlib.suppress(Exception):
+                    group.stop()
 
     def _start(self, group: Group, tries: int) -> None:
         error: BaseException | None = None

@@ -207,6 +207,10 @@ class ParallelExecutor(PipelineExecutor):
         auto: inline for one device, replicas for several.
 
     In all but inline, a request without a generator gets a seed drawn from torch's default generator here.
+
+    A forked child keeps the results that its parent had, as any memory, and makes an executor of its own: its parent's
+    raises RuntimeError there. Forks by C code that does not call Python's hooks are not seen; what such a child holds
+    changes when the parent drops it.
     """
 
     def __init__(

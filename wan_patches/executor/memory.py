@@ -14,7 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from wan_patches.executor import forks
+
 PAGE = mmap.PAGESIZE  # bytes before a slot's data; the first word says which generation the receiver has released
+RETIRED = 2**64 - 1  # in that word: the receiver will never release the slot
+_FAILED = ctypes.c_void_p(-1).value  # what mmap and mremap return then
+_MOVE_TO = 3  # MREMAP_MAYMOVE | MREMAP_FIXED: in one step, others never see a gap
 
 
 @functools.cache
@@ -23,25 +28,50 @@ def _libc() -> Any:
     pointer, size, number = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
     libc.mmap.argtypes, libc.mmap.restype = (pointer, size, number, number, number, ctypes.c_long), pointer
     libc.munmap.argtypes = (pointer, size)
+    libc.mremap.argtypes, libc.mremap.restype = (pointer, size, size, number, pointer), pointer
     libc.madvise.argtypes = (pointer, size, number)
     return libc
+
+
+def _mapped(descriptor: int, start: int, size: int, private: bool) -> int:
+    """The address of so many bytes of a file."""
+    flags = mmap.MAP_PRIVATE if private else mmap.MAP_SHARED
+    address = _libc().mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, flags, descriptor, start)
+    if address in (None, _FAILED):
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    return int(address)
 
 
 class Map:
     """`size` bytes of a file, mapped for as long as this or an array over them is there.
 
     Not `mmap.mmap`, which (before Python 3.13 always) keeps a descriptor open: a user may keep thousands of results.
+
+    Args:
+        descriptor: of the file.
+        size: bytes.
+        private: what is written stays in this process.
     """
 
-    def __init__(self, descriptor: int, size: int) -> None:
+    def __init__(self, descriptor: int, size: int, *, private: bool = False) -> None:
         if os.fstat(descriptor).st_size < size:  # touching what lies behind the end would kill the process
             raise ConnectionError("A file is smaller than the message says.")
-        address = _libc().mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, descriptor, 0)
-        if address in (None, ctypes.c_void_p(-1).value):
-            code = ctypes.get_errno()
-            raise OSError(code, os.strerror(code))
-        self.address, self.size = address, size
-        weakref.finalize(self, _libc().munmap, address, size).atexit = False
+        self.address, self.size = _mapped(descriptor, 0, size, private), size
+        weakref.finalize(self, _libc().munmap, self.address, size).atexit = False
+
+    def make_private(self, descriptor: int, start: int) -> None:
+        """What is written from byte `start` on, a multiple of the page size, stays in this process from now on.
+
+        Once only: a second time would undo what was written. Where the system has no room for it, nothing happens.
+        """
+        size = self.size - start
+        try:
+            new = _mapped(descriptor, start, size, private=True)
+        except OSError:
+            return
+        if _libc().mremap(new, size, size, _MOVE_TO, self.address + start) == _FAILED:
+            _libc().munmap(new, size)
 
     def array(self, start: int, size: int) -> np.ndarray:
         """A new uint8 array `(size,)`, which is the `.base` of every array and tensor made of it."""
@@ -88,7 +118,8 @@ class Slot:
 
     The receiver writes the generation that it has released into that word, which needs neither a lock nor a call
     and so may happen in a garbage collection. The slot is free when that is the last one sent and no tensor of
-    the sender's own lies in it.
+    the sender's own lies in it. It is retired, and never free again, when a forked child of either may have
+    what lies in it.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -107,6 +138,7 @@ class Slot:
         self.holds: set[object] = set()  # one for each tensor of the sender's own
         self.sent = False
         self.pinned = False
+        self._retired = False
         self._trimmed = False
 
     def _allocate(self) -> None:
@@ -118,8 +150,16 @@ class Slot:
         return int(self._released[0]) != self.generation
 
     @property
+    def retired(self) -> bool:
+        return self._retired or int(self._released[0]) == RETIRED
+
+    @property
     def free(self) -> bool:
-        return not self.leased and not self.holds
+        return not self.leased and not self.holds and not self._retired
+
+    def retire_if_held(self) -> None:
+        if self.holds:
+            self._retired = True
 
     def make_ready(self) -> None:
         """Before it is written to."""
@@ -136,8 +176,13 @@ class Slot:
         """Its first bytes, for the sender; not free again before the array (and all made of it) is gone."""
         found, token = self.mapping.array(PAGE, size), object()
         self.holds.add(token)
-        weakref.finalize(found, self.holds.discard, token).atexit = False
+        weakref.finalize(found, self._let_go, token).atexit = False
         return found
+
+    def _let_go(self, token: object) -> None:
+        if forks.under_way():
+            self._retired = True
+        self.holds.discard(token)
 
     def position(self, data: np.ndarray) -> int | None:
         """Where in the slot the bytes lie, if they do."""
@@ -165,6 +210,35 @@ class Slot:
             return False
 
 
-def release(process: int, word: np.ndarray, generation: int) -> None:
+class Received:
+    """A slot of the other end's, as the receiver has it: what was sent in it last can be taken."""
+
+    def __init__(self, descriptor: int, size: int) -> None:
+        self._mapping = Map(descriptor, size)
+        self._word = self._mapping.array(0, 8).view(np.uint64)
+        self._descriptor = os.dup(descriptor)
+        weakref.finalize(self, os.close, self._descriptor).atexit = False
+        self._lease: Any = None
+
+    def take(self, generation: int) -> np.ndarray:
+        """All bytes of the slot, which is the sender's again when the array and all made of it is gone."""
+        found = self._mapping.array(PAGE, self._mapping.size - PAGE)
+        self._lease = weakref.finalize(found, _release, os.getpid(), self._word, generation)
+        self._lease.atexit = False
+        return found
+
+    def keep(self) -> bool:
+        """Makes what was taken this process's own, never to be released; False if nobody has it any more."""
+        if self._lease is None or self._lease.detach() is None:  # to one caller only, be it in several threads
+            return False
+        self._mapping.make_private(self._descriptor, PAGE)
+        return True
+
+    def retire(self) -> None:
+        """Tells the sender after `keep`; from now on another slot may come in place of this one."""
+        self._word[0] = RETIRED
+
+
+def _release(process: int, word: np.ndarray, generation: int) -> None:
     if os.getpid() == process:  # a forked child has the same arrays, but they are not its to give back
-        word[0] = generation
+        word[0] = RETIRED if forks.under_way() else generation

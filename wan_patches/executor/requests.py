@@ -139,5 +139,13 @@ class Request(Future):  # type: ignore[type-arg]
             return False
         return True
 
+    def _abandon(self) -> None:
+        """In a forked child, where nobody works on it: whoever asks is told. Nothing of the parent's is called."""
+        self._condition = threading.Condition()  # a thread of the parent's may hold the other
+        self._waiters = []
+        self._done_callbacks: list[Any] = []
+        self._interrupt = self._timer = None
+        self._fail(RuntimeError(f"request {self.id} runs in the parent of this process, which alone gets its result"))
+
     def _forget_inputs(self) -> None:
         self._arguments, self._keywords, self._packed = (), {}, None

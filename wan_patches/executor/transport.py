@@ -21,7 +21,6 @@ import pickle
 import socket
 import struct
 import threading
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,7 +28,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from wan_patches.executor.memory import PAGE, Map, Slot, new_file, release, seal
+from wan_patches.executor import forks
+from wan_patches.executor.memory import PAGE, Map, Received, Slot, new_file, seal
 from wan_patches.executor.packing import Packed, Payload, TensorPayload, make_tensor, pack
 
 __all__ = ["Channel", "Message", "Packed", "pack"]
@@ -120,7 +120,9 @@ class Channel:
             it writes to them directly, and NPU tensors go through pinned memory; neither has been run on hardware.
 
     Any thread may send, one receives. What was received stays valid when the channel is closed and when the
-    other process dies. It is not copied on write: a forked child that writes to it writes to its parent's.
+    other process dies. A forked child has what its parent had received, and each writes to its own, as with any
+    memory; the channel is closed in the child. Forks by C code that does not call Python's hooks are not seen: such a
+    child sees what is written later, be it by the next message.
     """
 
     def __init__(
@@ -132,9 +134,10 @@ class Channel:
         self._device = device
         self._lock = threading.Lock()
         self._slots: list[Slot | None] = []  # None: could not be made
-        self._theirs: dict[int, Map] = {}
+        self._theirs: dict[int, Received] = {}
         self._lost = False  # the connection, though there may be bytes of it to read
         self._closed = False
+        forks.watch(self)
 
     @staticmethod
     def pair(**options: Any) -> tuple[Channel, socket.socket]:
@@ -200,7 +203,7 @@ class Channel:
 
     def _place_in_place(self, payloads: Sequence[Payload], layout: _Layout) -> list[int]:
         """Finds those that lie in a slot already; returns which do not."""
-        held = [slot for slot in self._slots if slot and slot.holds and not slot.leased]
+        held = [slot for slot in self._slots if slot and slot.holds and not slot.leased and not slot.retired]
         rest: list[int] = []
         blocks: dict[int, int] = {}
         for nth, payload in enumerate(payloads):
@@ -283,6 +286,7 @@ class Channel:
         """The smallest free slot that is large enough, or a new one, in place of a smaller if there must be."""
         if size > LARGEST_SLOT or self._closed:
             return None
+        self._drop_retired()
         free = sorted((slot for slot in self._slots if slot and slot.free), key=lambda slot: slot.capacity)
         for slot in free:
             if slot.capacity >= size:
@@ -306,6 +310,12 @@ class Channel:
             new.pin()
         self._slots[number] = new
         return new
+
+    def _drop_retired(self) -> None:
+        for number, slot in enumerate(self._slots):
+            if slot and slot.retired:
+                slot.close()
+                self._slots[number] = None
 
     def _write(self, parts: list[Any], descriptors: list[int]) -> None:
         ancillary: list[Any] = []
@@ -342,6 +352,7 @@ class Channel:
     def trim(self) -> None:
         """Gives the memory of free slots back to the system. The next value that goes through one takes it again."""
         with self._lock:
+            self._drop_retired()
             for slot in self._slots:
                 if slot and slot.free:
                     try:
@@ -415,17 +426,15 @@ class Channel:
                     raise ConnectionError("A block has another size than the message says.")
                 return payload
             case ("file", nth, size):
-                return Map(descriptors[nth], size).array(0, size)
+                return Map(descriptors[nth], size, private=True).array(0, size)
             case ("slot", number, generation, nth, size):
                 if nth is not None:
-                    self._theirs.pop(number, None)
-                    self._theirs[number] = Map(descriptors[nth], size)
+                    if (old := self._theirs.pop(number, None)) is not None:
+                        old.keep()
+                    self._theirs[number] = Received(descriptors[nth], size)
                 elif number not in self._theirs:
                     raise OSError(errno.ENOMEM, "The slot could not be mapped when it came.")
-                mapping = self._theirs[number]
-                found, word = mapping.array(PAGE, mapping.size - PAGE), mapping.array(0, 8).view(np.uint64)
-                weakref.finalize(found, release, os.getpid(), word, generation).atexit = False
-                return found
+                return self._theirs[number].take(generation)
         raise ConnectionError("A message has a block of an unknown kind.")
 
     def _read_header(self, descriptors: list[int]) -> bytes:
@@ -478,7 +487,34 @@ class Channel:
                 if slot:
                     slot.close()
             self._slots.clear()
+            self._keep_what_is_theirs()
             self._theirs.clear()
+
+    # Forks
+
+    def before_fork(self) -> None:
+        """What lies in slots now may get a second holder: the slots are not used again."""
+        for slot in list(self._slots):
+            if slot:
+                slot.retire_if_held()
+        self._keep_what_is_theirs()
+
+    def _keep_what_is_theirs(self) -> None:
+        for number, slot in list(self._theirs.items()):
+            if slot.keep():
+                self._theirs.pop(number, None)  # before the sender hears of it and sends another
+                slot.retire()
+
+    def after_fork_in_child(self) -> None:
+        """The connection is the parent's alone; open here too, it would hide the parent's death from the other end."""
+        self._lock = threading.Lock()  # a thread of the parent's may hold the other
+        self._lost = self._closed = True
+        self._socket.close()
+        for slot in self._slots:
+            if slot:
+                os.close(slot.descriptor)
+        self._slots.clear()
+        self._theirs.clear()
 
 
 def aligned(size: int) -> int:
