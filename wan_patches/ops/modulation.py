@@ -181,7 +181,7 @@ def cast_norm(x: torch.Tensor, norm: Norm) -> torch.Tensor:
     """`norm(x.float()).type_as(x)`, by ATen's own kernels. EXACT; on CPUs the fp32 tensors are never whole."""
     if not x.is_cpu or x.dtype == torch.float32 or not is_fast(x):
         return plain_cast_norm(x, norm)
-    out = torch.empty_like(x)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
     for b, chunk in _chunks(x):
         out[b, chunk].copy_(norm(x[b, chunk].float()))
     return out
@@ -229,7 +229,7 @@ def as_tensor(modulation: Modulation) -> torch.Tensor:
 
 
 def _modulated_norm_in_chunks(x: torch.Tensor, norm: Norm, scale: Modulation, shift: Modulation) -> torch.Tensor:
-    out = torch.empty_like(x)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
     for b, chunk in _chunks(x, scale, shift):
         normed = norm(x[b, chunk].float())
         out[b, chunk].copy_(normed.mul_(1 + _rows(scale, b, chunk)).add_(_rows(shift, b, chunk)))
@@ -237,7 +237,7 @@ def _modulated_norm_in_chunks(x: torch.Tensor, norm: Norm, scale: Modulation, sh
 
 
 def _gated_residual_in_chunks(x: torch.Tensor, y: torch.Tensor, gate: Modulation) -> torch.Tensor:
-    out = torch.empty_like(x)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
     for b, chunk in _chunks(x, gate):
         product = y[b, chunk] * _rows(gate, b, chunk)
         out[b, chunk].copy_(product.add_(x[b, chunk]))
@@ -252,7 +252,10 @@ def _residual_norm_in_chunks(
     scale: Modulation | None,
     shift: Modulation | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    h, out = torch.empty_like(x), torch.empty_like(x)
+    h, out = (
+        torch.empty_like(x, memory_format=torch.contiguous_format),
+        torch.empty_like(x, memory_format=torch.contiguous_format),
+    )
     for b, chunk in _chunks(x, *(modulation for modulation in (gate, scale, shift) if modulation is not None)):
         if gate is None:
             torch.add(x[b, chunk], y[b, chunk], out=h[b, chunk])
@@ -302,7 +305,7 @@ def _modulated_norm_in_place(x: torch.Tensor, norm: Norm, scale: Modulation, shi
 
 
 def _gated_residual_in_place(x: torch.Tensor, y: torch.Tensor, gate: Modulation) -> torch.Tensor:
-    product = torch.empty_like(y, dtype=torch.float32)
+    product = torch.empty_like(y, dtype=torch.float32, memory_format=torch.contiguous_format)
     for tokens, rows in _kinds_of_tokens(gate):
         torch.mul(y[:, tokens], rows, out=product[:, tokens])
     return product.add_(x).type_as(x)

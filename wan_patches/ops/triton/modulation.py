@@ -131,7 +131,7 @@ def gated_residual(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor, border:
         A new tensor like `x`.
     """
     batch, seq, dim = x.shape
-    out = torch.empty_like(x)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
     launch: Any = _gated_residual[_grid(batch, seq, dim)]
     with launching_on(x.device):
         launch(
@@ -151,8 +151,8 @@ def add_and_cast(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.
     Returns:
         The sum, rounded to the dtype of `x`, and that rounded sum as fp32; both contiguous.
     """
-    out = torch.empty_like(x)
-    wide = torch.empty_like(x, dtype=torch.float32)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    wide = torch.empty_like(x, dtype=torch.float32, memory_format=torch.contiguous_format)
     launch: Any = _add_and_cast[(triton.cdiv(x.numel(), _BLOCK),)]
     with launching_on(x.device):
         launch(x, y, out, wide, x.numel(), BLOCK=_BLOCK, num_warps=4, enable_fp_fusion=False)
