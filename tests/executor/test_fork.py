@@ -28,6 +28,7 @@ from processes import wait_until, workers
 from wan_patches import ParallelExecutor
 from wan_patches.executor import forks
 from wan_patches.executor.images import Frame
+from wan_patches.executor.memory import RETIRED, Map
 from wan_patches.executor.transport import Channel, pack
 
 pytestmark = [
@@ -427,6 +428,39 @@ def test_a_message_on_its_way_belongs_to_the_parent():
             assert child.ask() == 0
         assert _sum(ends[1].recv().load()) == _sum(_array(1))
         assert _sum(_through(ends, _array(2))) == _sum(_array(2))
+
+
+def test_a_slot_that_comes_while_another_is_retired_stays(monkeypatch):
+    original = Map.make_private
+
+    def meanwhile(*arguments):  # a child of another thread's fork has told the sender already
+        monkeypatch.undo()
+        _slots(ends[0])[0]._released[0] = RETIRED
+        _through(ends, _array(2))
+        original(*arguments)
+
+    with _ends(slots=1) as ends:
+        held = _through(ends, _array(1))
+        monkeypatch.setattr(Map, "make_private", meanwhile)
+        ends[1].before_fork()
+        assert _sum(_through(ends, _array(3))) == _sum(_array(3))
+        assert _sum(held) == _sum(_array(1))
+
+
+def test_a_child_does_not_close_what_another_thread_was_closing():
+    with _ends() as ends:
+        _through(ends, _array(1))
+        slot = _slots(ends[0])[0]
+        slot.close()
+        other = os.open(os.devnull, os.O_RDONLY)
+        if other != slot.descriptor:  # the number is another file's by now
+            os.dup2(other, slot.descriptor)
+            os.close(other)
+        try:
+            with Child(lambda _: (os.fstat(slot.descriptor).st_rdev, len(_slots(ends[0])))) as child:
+                assert child.ask() == (os.stat(os.devnull).st_rdev, 0)
+        finally:
+            os.close(slot.descriptor)
 
 
 def test_a_fork_does_not_wait_for_a_send_that_blocks():

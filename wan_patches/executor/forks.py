@@ -19,7 +19,7 @@ class Forkable(Protocol):
     """Neither method may raise, or wait for a thread."""
 
     def before_fork(self) -> None:
-        """Called before a fork, and after it in both processes for what other threads have done meanwhile."""
+        """Called before a fork, and after it in the parent for what other threads have done meanwhile."""
 
     def after_fork_in_child(self) -> None:
         """Called in the child, in which no thread but the current one goes on."""
@@ -60,7 +60,6 @@ def _after_in_parent() -> None:
 def _after_in_child() -> None:
     _under_way.clear()
     for thing in _living():
-        thing.before_fork()
         thing.after_fork_in_child()
 
 

@@ -132,6 +132,9 @@ class Slot:
         except BaseException:
             os.close(self.descriptor)
             raise
+        # once, be it in a child forked in the middle of it: the number may be another file's by then
+        self.close_file = weakref.finalize(self, os.close, self.descriptor)
+        self.close_file.atexit = False
         self.data = self.mapping.array(PAGE, capacity)
         self._released = self.mapping.array(0, 8).view(np.uint64)
         self.generation = 0
@@ -201,7 +204,7 @@ class Slot:
         if self.free:  # the other end has it mapped until it hears of another
             with contextlib.suppress(OSError):
                 self.trim()
-        os.close(self.descriptor)
+        self.close_file()
 
     def _cuda(self, function: str, *arguments: int) -> bool:
         try:
@@ -217,7 +220,8 @@ class Received:
         self._mapping = Map(descriptor, size)
         self._word = self._mapping.array(0, 8).view(np.uint64)
         self._descriptor = os.dup(descriptor)
-        weakref.finalize(self, os.close, self._descriptor).atexit = False
+        self._close = weakref.finalize(self, os.close, self._descriptor)
+        self._close.atexit = False
         self._lease: Any = None
 
     def take(self, generation: int) -> np.ndarray:
@@ -235,8 +239,11 @@ class Received:
         return True
 
     def retire(self) -> None:
-        """Tells the sender after `keep`; from now on another slot may come in place of this one."""
-        self._word[0] = RETIRED
+        """Lets go of the slot after `keep`, and tells the sender, which from now on may send another in its place."""
+        word = self._word
+        del self._mapping, self._word
+        self._close()
+        word[0] = RETIRED
 
 
 def _release(process: int, word: np.ndarray, generation: int) -> None:

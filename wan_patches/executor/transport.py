@@ -500,9 +500,8 @@ class Channel:
         self._keep_what_is_theirs()
 
     def _keep_what_is_theirs(self) -> None:
-        for number, slot in list(self._theirs.items()):
+        for slot in list(self._theirs.values()):
             if slot.keep():
-                self._theirs.pop(number, None)  # before the sender hears of it and sends another
                 slot.retire()
 
     def after_fork_in_child(self) -> None:
@@ -512,8 +511,10 @@ class Channel:
         self._socket.close()
         for slot in self._slots:
             if slot:
-                os.close(slot.descriptor)
+                slot.close_file()
         self._slots.clear()
+        for theirs in self._theirs.values():
+            theirs.keep()  # came while the fork was under way; the parent tells the sender
         self._theirs.clear()
 
 
