@@ -438,7 +438,7 @@ from diffusers import ContextParallelConfig
 
 import wan_patches
 from wan_patches.bench.models import FAMILIES
-from wan_patches.ops import rope, rotary_tables
+from wan_patches.ops import rope
 
 rank, store = int(sys.argv[1]), sys.argv[2]
 torch.set_num_threads(1)
@@ -463,9 +463,6 @@ with torch.no_grad():
     with wan_patches.enabled():
         patched = model(**call)[0]
         assert seen.count((1, 294, 2, 32)) == 4, seen  # half of the tokens, queries and keys of two layers
-        for _ in range(3):  # with rotary tables that were kept, of which each rank gets its part
-            assert torch.equal(stock, model(**call)[0])
-        assert any(any(memory.entries.values()) for memory in rotary_tables._memories.values())
     assert torch.isfinite(stock).all()
     assert torch.equal(stock, patched)
 dist.barrier()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import logging
 import subprocess
@@ -183,9 +184,18 @@ def test_strict_raises_and_keeps_the_earlier_choice(modules):
     registry.disable()
 
 
-def test_strict_passes_over_modules_that_this_version_does_not_have():
-    registry = Registry([patch(module="no_such_module_anywhere")])
-    assert registry.enable(strict=True).reports[0].state == "waiting for import"
+def test_strict_raises_for_a_module_that_is_gone():
+    registry = Registry([patch(module="torch.no_such_module")])
+    assert registry.enable().reports[0].state == "waiting for import"
+    with pytest.raises(PatchError, match=r"torch\.no_such_module: there is no such module"):
+        registry.enable(strict=True)
+
+
+def test_strict_passes_over_modules_that_this_version_does_not_have_yet_or_always():
+    younger = dataclasses.replace(patch("younger", "torch.no_such_module"), since="999")
+    sometimes = dataclasses.replace(patch("sometimes", "torch.no_such_module_either"), optional=True)
+    reports = Registry([younger, sometimes]).enable(strict=True).reports
+    assert {report.state for report in reports} == {"waiting for import"}
 
 
 def test_unknown_names_are_value_errors_that_list_the_known():

@@ -23,6 +23,7 @@ class Site:
         self.original = function.__code__
         self._function = weakref.ref(function)
         self.stock = with_code(function, self.original)
+        _stocks.add(self.stock)
         self._edits: tuple[Edit, ...] = ()
         # a fresh code object for every toggle would run torch.compile into its recompile limit
         self._variants: dict[frozenset[Edit], types.CodeType] = {frozenset(): self.original}
@@ -41,8 +42,10 @@ class Site:
             if name not in called:  # another target of the same patch does
                 continue
             value = self.stock if value is STOCK else value
-            if function.__globals__.setdefault(name, value) is not value:
+            found = function.__globals__.setdefault(name, value)
+            if found is not value and not (value is self.stock and self._precedes(found)):
                 raise Unknown(f"the name {name} is taken in {function.__module__}")
+            function.__globals__[name] = value
         self._set(wanted)
 
     def remove(self, edits: tuple[Edit, ...]) -> None:
@@ -62,6 +65,10 @@ class Site:
         function = self._function()
         return function is not None and function.__code__ is self._variant(self._edits)
 
+    def _precedes(self, stock: object) -> bool:
+        """Whether it was the stock of the function of this name before its module was loaded anew."""
+        return stock in _stocks and getattr(stock, "__qualname__", None) == self.stock.__qualname__
+
     def _set(self, edits: tuple[Edit, ...]) -> None:
         function = self._function()
         if function is not None:
@@ -75,6 +82,7 @@ class Site:
         return self._variants[key]
 
 
+_stocks: weakref.WeakSet[object] = weakref.WeakSet()
 _sites: weakref.WeakKeyDictionary[types.FunctionType, Site] = weakref.WeakKeyDictionary()
 
 

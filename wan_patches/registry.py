@@ -16,10 +16,11 @@ import sys
 import threading
 import types
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import wrapt
+from packaging.version import Version
 
 from wan_patches.codeswap import functions_behind, site, stock
 from wan_patches.fidelity import Fidelity, Verdict, gate
@@ -67,7 +68,8 @@ class Patch:
         name in its module.
     implementations: what runs, by kind of device, for `status()`.
     requires: functions it relies on being as they are known.
-    optional: the targets live elsewhere in some versions; their absence is no news.
+    optional: the targets live elsewhere in some versions; their absence is no news, nor is the module's.
+    since: the first version of the library that has the module; one of a module's patches may say so for all.
     addition: `"module:object"`: what the patch puts into the module besides edits, by its `put(module)` and `take()`.
     advice: `"module:function"` that gives sentences for `status()`, asked when the module is loaded.
     """
@@ -80,6 +82,7 @@ class Patch:
     implementations: Mapping[str, str] = field(default_factory=dict)
     requires: tuple[Known, ...] = ()
     optional: bool = False
+    since: str | None = None
     addition: str | None = None
     advice: str | None = None
 
@@ -224,7 +227,16 @@ class Registry:
         return self._frames[-1].choice
 
     def status(self) -> Status:
-        """The state of every patch and the verdicts of the first-sight gate."""
+        """The state of every patch and the verdicts of the first-sight gate.
+
+        Modules that were loaded anew since are patched first, and what others have replaced is noticed.
+        """
+        with self._lock:
+            if self._frames[-1].choice is not None:
+                self._apply()
+            return self._status()
+
+    def _status(self) -> Status:
         with self._lock:
             reports = [entry.report() for entry in self._load()]
             advice = tuple(line for entry in self._load() for line in _advice(entry.patch))
@@ -277,7 +289,7 @@ class Registry:
             raise ValueError(f"unknown fidelity {fidelity!r}; known: {known}") from None
         if names is not None:
             names = frozenset([names] if isinstance(names, str) else names)
-            known_names = {report.name for report in self.status().reports}
+            known_names = {report.name for report in self._status().reports}
             if unknown := sorted(str(name) for name in names - known_names):
                 raise ValueError(f"unknown patch {', '.join(unknown)}; known: {', '.join(sorted(known_names))}")
         return Choice(names, fidelity, bool(gate))
@@ -320,13 +332,13 @@ class Registry:
             frame.choice = choice
             self._apply()
             skipped = self._skipped()
-            if strict and skipped:
+            if strict and (missing := skipped + self._gone()):
                 frame.choice = before
                 self._apply()
-                raise PatchError("; ".join(map(_why, skipped)))
+                raise PatchError("; ".join(map(_why, missing)))
             if before != choice:
                 _log(skipped)
-            return self.status()
+            return self._status()
 
     def _apply(self, just_imported: types.ModuleType | None = None) -> None:
         choice = self._frames[-1].choice
@@ -382,8 +394,30 @@ class Registry:
         entry.functions = []
 
     def _skipped(self) -> list[Report]:
-        """What is wanted and not there. A plugin that could not be loaded might have had any patch."""
+        """What is wanted and could not be installed. A plugin that could not be loaded might have had any patch."""
         return [entry.report() for entry in self._load() if entry.state == SKIPPED] + self._broken_plugins
+
+    def _gone(self) -> list[Report]:
+        """What is wanted in modules that the installed library has no more, after an attempt to import them."""
+        patches = [entry.patch for entry in self._load()]
+        since = {patch.module: patch.since for patch in patches if patch.since is not None}
+        return [
+            replace(entry.report(), reason="there is no such module")
+            for entry in self._load()
+            if entry.state == WAITING
+            and not entry.patch.optional
+            and not _is_older(entry.patch.module.partition(".")[0], since.get(entry.patch.module))
+        ]
+
+
+def _is_older(library: str, version: str | None) -> bool:
+    """Whether the installed library is older than `version`."""
+    if version is None:
+        return False
+    try:
+        return Version(importlib.metadata.version(library)) < Version(version)
+    except importlib.metadata.PackageNotFoundError:
+        return False
 
 
 def _why(report: Report) -> str:

@@ -171,7 +171,7 @@ PARTS = [
 @pytest.mark.parametrize(("name", "part", "as_accelerator"), PARTS)
 def test_parts_of_ones_own_in_every_family(name, part, as_accelerator, pipelines, against_stock, monkeypatch):
     pipe = pipelines(name)
-    monkeypatch.setattr(step_loop, "_is_accelerator", lambda device: as_accelerator)
+    monkeypatch.setattr(step_loop, "is_accelerator", lambda device: as_accelerator)
 
     class Callable(Delegating):
         __slots__ = ()
@@ -192,7 +192,7 @@ def test_parts_of_ones_own_in_every_family(name, part, as_accelerator, pipelines
 def test_methods_of_a_scheduler_borrowed_by_one_that_cannot_be_referred_to_weakly(against_stock, monkeypatch):
     from diffusers import UniPCMultistepScheduler
 
-    monkeypatch.setattr(step_loop, "_is_accelerator", lambda device: True)
+    monkeypatch.setattr(step_loop, "is_accelerator", lambda device: True)
 
     class Borrowing:
         __slots__ = ("__dict__",)  # no `__weakref__`

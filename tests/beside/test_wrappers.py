@@ -322,7 +322,7 @@ def test_whoever_wraps_a_scheduler_sees_the_calls_of_stock(
     if not hasattr(cls, method):
         pytest.skip("it has none")
     owner = next(base for base in cls.__mro__ if method in vars(base))
-    monkeypatch.setattr(step_loop, "_is_accelerator", lambda device: True)
+    monkeypatch.setattr(step_loop, "is_accelerator", lambda device: True)
 
     def run():
         scheduler = cls(**options)

@@ -6,6 +6,7 @@ from typing import Any
 
 from wan_patches.patches.forwards import hands_on
 from wan_patches.patches.originals import are_torchs, has_librarys, is_watched
+from wan_patches.patches.versions import since
 from wan_patches.registry import Known, Patch, Target
 from wan_patches.rewrite import Block, Replace
 
@@ -31,6 +32,7 @@ def _patch(module: str, *targets: Target, optional: bool = False) -> Patch:
         calls={_CALL: "wan_patches.ops.conditioning:condition_mask"},
         implementations={"all devices": "built in latent frames"},
         optional=optional,
+        since=since(module),
     )
 
 
@@ -55,6 +57,7 @@ def _video(module: str, qualname: str, last_frame: bool) -> Patch:
         calls={_VIDEO: "wan_patches.patches.conditioning:condition_video"},
         implementations={"all devices": "the encoder is given chunks of a video that is never built"},
         requires=_ENCODE,
+        since=since(module),
     )
 
 
@@ -106,7 +109,8 @@ def _reason_against(vae: Any, first: Any, last: Any, *zeros: int) -> str | None:
     import torch
     from diffusers import AutoencoderKLWan
 
-    if type(vae) is not AutoencoderKLWan:
+    kind: type = type(vae)
+    if kind is not AutoencoderKLWan:
         return "the VAE is not AutoencoderKLWan"
     given = [frame for frame in (first, last) if frame is not None]
     if any(type(frame) is not torch.Tensor or frame.requires_grad for frame in given):

@@ -14,6 +14,7 @@ from typing import Any
 
 from wan_patches.patches.originals import has_librarys
 from wan_patches.patches.processors import PREPROCESS, PREPROCESS_VIDEO, is_stock, known
+from wan_patches.patches.versions import since
 from wan_patches.registry import Patch, Target
 from wan_patches.rewrite import Replace
 
@@ -58,6 +59,7 @@ def _patch(module: str, *targets: Target, optional: bool = False) -> Patch:
         },
         requires=known(PREPROCESS_VIDEO),
         optional=optional,
+        since=since(module),
     )
 
 
@@ -98,6 +100,7 @@ PATCHES = (
         "modular_pipelines.helios.encoders",
         Target("HeliosImageVaeEncoderStep.__call__", (_image(1, "components"),)),
         Target("HeliosVideoVaeEncoderStep.__call__", (_video(1, "components"),)),
+        optional=True,  # not in every version that has Helios
     ),
 )
 
@@ -158,7 +161,7 @@ def _reason_against(processor: Any, videos: list[Any], height: Any, width: Any) 
     if not all(isinstance(images, list) and len(images) == len(videos[0]) > 0 for images in videos):
         return "the input is not lists of images, as many in each"
     if not all(_is_plain(image) for images in videos for image in images):
-        return "the input is not Pillow's images in RGB"
+        return "the input is not PIL images in RGB"
     sizes = {_size(processor, images, height, width) for images in videos}
     return "the size is not whole numbers, the same for all" if None in sizes or len(sizes) > 1 else None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from wan_patches.patches.versions import since
 from wan_patches.registry import Patch, Target
 from wan_patches.rewrite import Body
 
@@ -20,6 +21,7 @@ def _patch(module: str, qualname: str, edit: Body, formerly: str | None = None) 
             "NPUs": "npu_rotary_mul",
             "other devices, compilers, autograd": "stack + flatten",
         },
+        since=since(module),
     )
 
 

@@ -13,6 +13,7 @@ from itertools import pairwise
 from typing import Any
 
 from wan_patches.patches.originals import has_librarys
+from wan_patches.patches.versions import since
 from wan_patches.registry import Known, Patch, Target
 from wan_patches.rewrite import Edit, Replace, Unknown
 
@@ -72,6 +73,7 @@ def _patch(module: str, *targets: Target, requires: tuple[Known, ...] = (), opti
         implementations={"CPUs": "stock", "other devices": "the host does not wait within a step"},
         requires=requires,
         optional=optional,
+        since=since(module),
     )
 
 
@@ -246,7 +248,7 @@ def sigma(scheduler: Any, index: Any, device: Any) -> Any:
     from wan_patches.ops import step_loop
 
     sigmas = scheduler.sigmas
-    if type(index) is not int or not _can_move(scheduler, sigmas, device):
+    if type(index) is not int or not can_move(scheduler, sigmas, device):
         return sigmas[index].to(device)
     return step_loop.on_device(scheduler, sigmas, device)[index]
 
@@ -272,7 +274,7 @@ def solve(scheduler: Any, matrix: Any, rhs: Any, order: Any, ahead: int, schedul
 
     from wan_patches.ops.tracing import is_observed
 
-    can = scheduled and _is_accelerator(matrix.device) and not is_observed(matrix, rhs, scheduler.sigmas)
+    can = scheduled and is_accelerator(matrix.device) and not is_observed(matrix, rhs, scheduler.sigmas)
     if can and _is_regular(scheduler, order, scheduler.step_index + ahead):
         return torch.linalg.solve_ex(matrix, rhs)[0]
     return torch.linalg.solve(matrix, rhs)
@@ -284,7 +286,7 @@ def moved(scheduler: Any, values: Any, device: Any, dtype: Any = None) -> Any:
 
     from wan_patches.ops import step_loop
 
-    if device is None or not _can_move(scheduler, values, device):
+    if device is None or not can_move(scheduler, values, device):
         return values.to(device=device, dtype=dtype)
     return step_loop.moved(scheduler, values.to(dtype=dtype), torch.device(device))
 
@@ -294,7 +296,7 @@ def shifted(scheduler: Any, mu: Any, sigmas: Any) -> Any:
     from wan_patches.ops import step_loop
     from wan_patches.ops.tracing import is_observed
 
-    if not _is_accelerator(sigmas.device) or is_observed(sigmas) or not has_librarys(scheduler, "time_shift"):
+    if not is_accelerator(sigmas.device) or is_observed(sigmas) or not has_librarys(scheduler, "time_shift"):
         return scheduler.time_shift(mu, 1.0, sigmas)
     host = step_loop.noted(sigmas)
     with step_loop.tracked():
@@ -322,7 +324,7 @@ def timesteps(model_output: Any, timestep: Any) -> Any:
 
     batch, device = model_output.shape[0], model_output.device
     is_there = isinstance(timestep, torch.Tensor) and timestep.dim() == 0 and timestep.device == device
-    if not _is_accelerator(device) or not is_there or is_observed(model_output, timestep):
+    if not is_accelerator(device) or not is_there or is_observed(model_output, timestep):
         return torch.full((batch,), timestep, dtype=torch.long, device=device)
     return timestep.to(torch.long).repeat(batch)
 
@@ -334,17 +336,17 @@ def take(template: Any, rows: Any) -> Any:
     from wan_patches.ops.tracing import is_observed
 
     some = rows.is_cpu and rows.dtype == torch.int64 and rows.dim() == 1 and len(rows) > 0
-    if not some or not _is_accelerator(template.device) or is_observed(template, rows):
+    if not some or not is_accelerator(template.device) or is_observed(template, rows):
         return template[rows]
     return torch.stack([template[row] for row in rows.tolist()])
 
 
-def _is_accelerator(device: Any) -> bool:
+def is_accelerator(device: Any) -> bool:
     """Whether the host waits when it reads from `device` or uploads to it, and memory there has an address."""
     return device.type in ("cuda", "npu", "xpu")
 
 
-def _can_move(scheduler: Any, values: Any, device: Any) -> bool:
+def can_move(scheduler: Any, values: Any, device: Any) -> bool:
     """Whether the small tensor `values` can be kept on `device` as long as `scheduler` lives."""
     import torch
 
@@ -352,7 +354,7 @@ def _can_move(scheduler: Any, values: Any, device: Any) -> bool:
 
     return (
         values.is_cpu
-        and _is_accelerator(torch.device(device))
+        and is_accelerator(torch.device(device))
         and values.dtype in (torch.float32, torch.float64, torch.int64)
         and not values.requires_grad
         and not is_observed(values)
@@ -367,7 +369,7 @@ def _are_numbers(values: Any, device: Any) -> bool:
 
     from wan_patches.ops.tracing import is_observed
 
-    if not _is_accelerator(torch.device(device)) or type(values) is not list or not values:
+    if not is_accelerator(torch.device(device)) or type(values) is not list or not values:
         return False
     tensors = [value for value in values if isinstance(value, torch.Tensor)]
     return (
@@ -406,7 +408,7 @@ def _on_host(timesteps: Any, t: Any) -> Any:
 
     if not (isinstance(timesteps, torch.Tensor) and isinstance(t, torch.Tensor)):
         return None
-    if not _is_accelerator(timesteps.device) or is_observed(timesteps, t):
+    if not is_accelerator(timesteps.device) or is_observed(timesteps, t):
         return None
     if timesteps.dtype not in (torch.float32, torch.float64, torch.int32, torch.int64):  # the host compares likewise
         return None
