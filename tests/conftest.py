@@ -6,17 +6,141 @@ import contextlib
 import importlib.util
 import os
 import random
+import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:  # threads that spin while they wait take the cores of the other worker
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 
 import wan_patches
 
+ROOT = Path(__file__).parents[1]
+
+#: Files that take ten seconds and more, the longest first: workers begin with them, so that none is left alone with
+#: one at the end. Of these only what is marked so belongs to the quick selection.
+LONG = (
+    "executor/test_executor.py",
+    "executor/test_ray.py",
+    "executor/test_groups.py",
+    "patches/test_vae.py",
+    "executor/test_vae_parallel.py",
+    "executor/test_faults.py",
+    "test_compile.py",
+    "executor/test_layouts.py",
+    "patches/test_rotary_tables.py",
+    "ops/triton/test_close.py",
+    "test_examples.py",
+    "executor/test_sharding.py",
+    "bench/test_model.py",
+    "test_beside_others.py",
+    "test_profiling.py",
+    "bench/test_block.py",
+    "bench/test_sharding.py",
+    "test_running.py",
+    "bench/test_transport.py",
+    "bench/test_overhead.py",
+    "executor/test_transport.py",
+    "bench/test_ways.py",
+    "bench/test_pipeline.py",
+    "patches/test_modulation.py",
+    "test_doctor.py",
+    "bench/test_ops.py",
+    "ops/triton/test_rope.py",
+    "properties/test_registry.py",
+    "ops/triton/test_modulation.py",
+    "test_registry.py",
+    "ops/test_rotary_tables.py",
+    "test_plugin.py",
+    "bench/test_vae_parallel.py",
+    "emulated_device/test_pipelines.py",
+    "emulated_device/test_offload.py",
+)
+
 STAND_IN = Path(__file__).with_name("emulated_device") / "torch_npu_stand_in.py"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--each-value",
+        action="store_true",
+        help="of each test, the first case and those with a family, patch or other name that no case before had",
+    )
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    order = {path: place for place, path in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(_path(item), len(LONG)))
+    seen: set[str] = set()
+    for item in items:
+        function = item.nodeid.partition("[")[0]
+        if function in seen or _path(item) in LONG or item.get_closest_marker("slow") or item.get_closest_marker("gpu"):
+            continue
+        seen.add(function)
+        item.add_marker("quick")
+    if config.getoption("each_value"):
+        _keep_each_value(config, items)
+
+
+def _path(item: pytest.Item) -> str:
+    """Of the file, in the folder of the tests."""
+    return item.path.relative_to(Path(__file__).parent).as_posix()
+
+
+def _keep_each_value(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Names are parametrised as strings; dtypes, sizes and options are not."""
+    kept, left, seen = [], [], set()
+    for item in items:
+        function = item.nodeid.partition("[")[0]
+        values = item.callspec.params.items() if hasattr(item, "callspec") else ()
+        new = {function} | {f"{function} {key} {value}" for key, value in values if isinstance(value, str)}
+        if item.get_closest_marker("slow") or new <= seen:  # never the one case of a test
+            left.append(item)
+        else:
+            kept.append(item)
+            seen |= new
+    config.hook.pytest_deselected(items=left)
+    items[:] = kept
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Whole files, in the order of collection: a worker that has the emulated accelerator cannot go back."""
+    from xdist.scheduler import LoadFileScheduling
+
+    config.option.loadscopereorder = False
+    return LoadFileScheduling(config, log)
+
+
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    """After a whole run: the seconds of each room beside its budget, which never fails a run."""
+    page = ROOT / ".github" / "CONTRIBUTING.md"
+    chosen = [
+        argument for argument in map(str, config.invocation_params.args) if argument.startswith(("-m", "-k", "--"))
+    ]
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not chosen
+    if not whole or not page.is_file():
+        return
+    rows = re.findall(r"^\| ([\w/]+) \| (\d+) \|$", page.read_text(), re.M)
+    budget = {room: int(seconds) for room, seconds in rows}
+    spent: Counter[str] = Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                room = "/".join(report.nodeid.split("/")[:2])
+                spent[room if room in budget else "other"] += report.duration
+    terminalreporter.section("seconds by room, of the budget")
+    for room, seconds in budget.items():
+        if room != "total":
+            more = "  more than its budget" if spent[room] > seconds else ""
+            terminalreporter.write_line(f"{room:24}{spent[room]:8.0f}{seconds:8}{more}")
+    terminalreporter.write_line(f"{'total':24}{spent.total():8.0f}{sum(budget.values()) - budget.get('total', 0):8}")
 
 
 @pytest.fixture(autouse=True)

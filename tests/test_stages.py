@@ -232,7 +232,10 @@ def plain() -> int:
     return 1
 
 
-@pytest.mark.parametrize("pipe", [plain, functools.partial(plain), dict, Raising(), lambda: 1, print], ids=repr)
+KINDS = ["function", "partial", "class", "raises", "lambda", "builtin"]
+
+
+@pytest.mark.parametrize("pipe", [plain, functools.partial(plain), dict, Raising(), lambda: 1, print], ids=KINDS)
 def test_what_has_no_stages_has_the_time_of_the_call(pipe):
     with stages.watching(pipe, CPU) as watch:
         pipe()
@@ -240,7 +243,7 @@ def test_what_has_no_stages_has_the_time_of_the_call(pipe):
     assert watch.total == watch.seconds[stages.CALL] >= 0
 
 
-@pytest.mark.parametrize("pipe", [Slots(), Frozen(Vae())], ids=repr)
+@pytest.mark.parametrize("pipe", [Slots(), Frozen(Vae())], ids=["slots", "frozen"])
 def test_what_can_be_wrapped_is(pipe):
     before = held(pipe)
     with stages.watching(pipe, CPU) as watch:

@@ -171,6 +171,7 @@ def test_one_device_is_inline_and_several_are_replicas():
     assert os.getpid() not in pids
 
 
+@pytest.mark.quick
 def test_inline_copies_nothing():
     value = torch.arange(5)
     with ParallelExecutor(fakes.fake, **INLINE) as executor:
@@ -216,6 +217,7 @@ def test_values_arrive_as_they_were(executor):
     assert got["b"][1:] == value["b"][1:]
 
 
+@pytest.mark.quick
 def test_a_result_outlives_its_executor():
     with ParallelExecutor(fakes.fake, **WORKER) as executor:
         output = executor.submit("big", 7).result()
