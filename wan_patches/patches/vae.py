@@ -589,7 +589,7 @@ def _reason_against(coder: Any) -> str | None:
         function = getattr(owner, name)
         if not (is_librarys(function) if isinstance(owner, type) else are_torchs(function)):
             return f"{owner.__name__}.{name} is not the library's own"
-    dtypes = set()
+    dtypes: set[Any] = set()
     for module in coder.modules():
         reason = _peculiarity(module)
         if reason is not None:
