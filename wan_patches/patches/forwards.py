@@ -79,15 +79,19 @@ def is_hooked(module: Any) -> bool:
 
 
 def _calls_forward(cls: Any) -> bool:
-    """Whether objects of a class are called as torch calls modules."""
+    """Whether objects of a class are called as torch calls modules, or as this package does to watch or divide them."""
     from torch.nn import Module
 
     return (
-        cls.__call__ is Module.__call__
+        (cls.__call__ is Module.__call__ or _is_ours(cls.__call__))
         and cls._call_impl is Module._call_impl
         and is_librarys(Module.__call__)
         and is_librarys(Module._call_impl)
     )
+
+
+def _is_ours(function: Any) -> bool:
+    return type(function) is FunctionType and function.__globals__["__name__"].startswith("wan_patches.")
 
 
 def _behind_hook(module: Any, forward: functools.partial[Any]) -> Any:

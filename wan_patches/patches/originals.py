@@ -61,17 +61,10 @@ def are_torchs(*functions: Any) -> bool:
 def is_watched() -> bool:
     """Whether a mode, a transform, a tracer or a compiler sees the operations; the mode of a default device is none."""
     import torch
-    from torch.overrides import _get_current_function_mode_stack
-    from torch.utils._device import DeviceContext
 
     from wan_patches.ops.tracing import is_transformed
 
-    return (
-        torch.compiler.is_compiling()
-        or is_transformed()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
-    )
+    return torch.compiler.is_compiling() or is_transformed()
 
 
 def _function(cls: type, name: str) -> Any:

@@ -20,7 +20,7 @@ from typing import Any
 from wan_patches.codeswap import STOCK
 from wan_patches.instances import own_methods
 from wan_patches.patches.forwards import is_hooked
-from wan_patches.patches.originals import are_torchs, has_librarys, is_librarys
+from wan_patches.patches.originals import are_torchs, has_librarys, is_librarys, is_watched
 from wan_patches.registry import Known, Patch, Target
 from wan_patches.rewrite import Body, Replace, fingerprint
 
@@ -565,19 +565,13 @@ def _reason_against_now() -> str | None:
     """Why nothing can take the short way at the moment, whatever it is; None where it can."""
     import torch
 
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return "it is being compiled"
     if torch.is_grad_enabled():
         return "gradients are enabled"
     if torch.is_autocast_enabled() or torch.is_autocast_enabled("cpu"):
         return "autocast is on"
-    if torch._C._are_functorch_transforms_active():
-        return "a transform of torch.func is at work"
     if torch.nn.modules.module._has_any_global_hook():
         return "there are global module hooks"
-    if torch._C._len_torch_dispatch_stack() > 0:
-        return "a dispatch mode looks on"
-    return None
+    return "a compiler, a mode or a transform looks on" if is_watched() else None
 
 
 def _reason_against(coder: Any) -> str | None:
