@@ -15,7 +15,8 @@ def seen(value):
     """What somebody can tell of a value that is handed on: its type; of tensors, how they lie and all bits."""
     if isinstance(value, torch.Tensor):
         tensor = value.detach()
-        bits = zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy()) if tensor.numel() else 0
+        flat = tensor.flatten().clone(memory_format=torch.contiguous_format)
+        bits = zlib.crc32(flat.view(torch.uint8).numpy()) if tensor.numel() else 0
         return type(value).__name__, tuple(tensor.shape), tensor.stride(), tensor.dtype, bits
     if isinstance(value, (list, tuple)):
         return type(value).__name__, [seen(item) for item in value]
