@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from wan_patches.fidelity import gate
+from wan_patches.originals import are_torchs
 
 
 def condition_mask(
@@ -41,6 +42,8 @@ def condition_mask(
     args = (batch, frames, height, width, temporal, device, last_frame)
     if (frames - 1) % temporal != 0 or min(batch, frames, height, width) < 1:
         return reference(*args)
+    if not are_torchs(torch.repeat_interleave, torch.concat):
+        return reference(*args)
     if torch.device(device).type == "cpu":
         return in_latent_frames(*args)
     return gate("condition mask", (*args, torch.get_default_dtype()), in_latent_frames, reference, *args)
@@ -52,7 +55,8 @@ def reference(
     """The plain formulation: a mask of pixel frames, its first frame repeated, folded into latent frames."""
     given = torch.ones(batch, 1, frames, height, width)
     given[:, :, 1 : frames - last_frame] = 0
-    padded = torch.cat([given[:, :, :1].repeat_interleave(temporal, dim=2), given[:, :, 1:]], dim=2)
+    first = torch.repeat_interleave(given[:, :, :1], dim=2, repeats=temporal)
+    padded = torch.concat([first, given[:, :, 1:]], dim=2)
     return padded.view(batch, -1, temporal, height, width).transpose(1, 2).to(device)
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from wan_patches.originals import are_torchs, has_librarys, is_watched
 from wan_patches.patches.forwards import hands_on
-from wan_patches.patches.originals import are_torchs, has_librarys, is_watched
 from wan_patches.patches.versions import since
 from wan_patches.registry import Known, Patch, Target
 from wan_patches.rewrite import Block, Replace
@@ -115,7 +115,7 @@ def _reason_against(vae: Any, first: Any, last: Any, *zeros: int) -> str | None:
     given = [frame for frame in (first, last) if frame is not None]
     if any(type(frame) is not torch.Tensor or frame.requires_grad for frame in given):
         return "the frames are not plain tensors"
-    if is_watched() or not are_torchs(torch.cat, torch.Tensor.new_zeros):
+    if is_watched() or not are_torchs(torch.cat):
         return "something looks into the operations"
     if not has_librarys(vae, "encode", "_encode", "tiled_encode") or not hands_on(vae.encoder):
         return "somebody looks on between encode and the encoder's layers"

@@ -10,7 +10,7 @@ from types import FunctionType, MethodType
 from typing import Any
 
 from wan_patches.instances import own_methods
-from wan_patches.patches.originals import is_librarys
+from wan_patches.originals import is_librarys
 
 #: Hooks that move and cast tensors, and look into none: modules, and classes that they define.
 _MOVING = {

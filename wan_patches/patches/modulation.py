@@ -6,8 +6,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from wan_patches.fidelity import Fidelity
+from wan_patches.originals import are_torchs
 from wan_patches.patches.forwards import is_untouched, runs
-from wan_patches.patches.originals import are_torchs
 from wan_patches.registry import Patch, Target
 from wan_patches.rewrite import Block, Edit, Replace
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from itertools import groupby
 from typing import Any
 
-from wan_patches.patches.originals import has_librarys
+from wan_patches.originals import are_torchs, has_librarys
 from wan_patches.patches.processors import PREPROCESS, PREPROCESS_VIDEO, is_stock, known
 from wan_patches.patches.versions import since
 from wan_patches.registry import Patch, Target
@@ -158,6 +158,10 @@ def _pictures_and_size(pictures: Any, /, height: Any = None, width: Any = None) 
 
 def _reason_against(processor: Any, videos: list[Any], height: Any, width: Any) -> str | None:
     """Why these lists of images take stock's way; None where they need not."""
+    import torch
+
+    if not are_torchs(torch.from_numpy):
+        return "`torch.from_numpy` is not torch's own"
     if not all(isinstance(images, list) and len(images) == len(videos[0]) > 0 for images in videos):
         return "the input is not lists of images, as many in each"
     if not all(_is_plain(image) for images in videos for image in images):

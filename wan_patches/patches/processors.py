@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from wan_patches.codeswap import stock
-from wan_patches.patches.originals import has_librarys
+from wan_patches.originals import has_librarys
 from wan_patches.registry import Known
 from wan_patches.rewrite import Unknown, fingerprint
 

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 from wan_patches.fidelity import Fidelity
+from wan_patches.originals import are_torchs
 from wan_patches.patches import rope
 from wan_patches.patches.forwards import is_untouched
-from wan_patches.patches.originals import are_torchs
 from wan_patches.registry import Patch, Target
 from wan_patches.rewrite import Block, Edit, Replace
 

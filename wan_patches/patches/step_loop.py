@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from wan_patches.patches.originals import has_librarys
+from wan_patches.originals import are_torchs, has_librarys
 from wan_patches.patches.versions import since
 from wan_patches.registry import Known, Patch, Target
 from wan_patches.rewrite import Edit, Replace, Unknown
@@ -274,7 +274,8 @@ def solve(scheduler: Any, matrix: Any, rhs: Any, order: Any, ahead: int, schedul
 
     from wan_patches.ops.tracing import is_observed
 
-    can = scheduled and is_accelerator(matrix.device) and not is_observed(matrix, rhs, scheduler.sigmas)
+    can = scheduled and is_accelerator(matrix.device) and are_torchs(torch.linalg.solve)
+    can = can and not is_observed(matrix, rhs, scheduler.sigmas)
     if can and _is_regular(scheduler, order, scheduler.step_index + ahead):
         return torch.linalg.solve_ex(matrix, rhs)[0]
     return torch.linalg.solve(matrix, rhs)

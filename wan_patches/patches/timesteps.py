@@ -10,9 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 from wan_patches.fidelity import Fidelity
+from wan_patches.originals import has_librarys
 from wan_patches.patches.forwards import hands_on, runs
 from wan_patches.patches.modulation import reason_against_two_kinds
-from wan_patches.patches.originals import has_librarys
 from wan_patches.registry import Known, Patch, Target
 from wan_patches.rewrite import Replace
 

@@ -19,8 +19,8 @@ from typing import Any
 
 from wan_patches.codeswap import STOCK
 from wan_patches.instances import own_methods
+from wan_patches.originals import are_torchs, has_librarys, is_librarys, is_watched
 from wan_patches.patches.forwards import is_hooked
-from wan_patches.patches.originals import are_torchs, has_librarys, is_librarys, is_watched
 from wan_patches.registry import Known, Patch, Target
 from wan_patches.rewrite import Body, Replace, fingerprint
 
@@ -635,7 +635,7 @@ def _passed_over() -> tuple[tuple[Any, str], ...]:
         (nn.Module, "__call__"),
         (nn.Module, "_call_impl"),
         *((F, name) for name in ("conv2d", "conv3d", "dropout", "interpolate", "normalize", "pad", "silu")),
-        *((torch, name) for name in ("cat", "clamp", "stack", "zeros_like")),
+        *((torch, name) for name in ("cat", "clamp", "stack")),
     )
 
 

@@ -1,7 +1,8 @@
 """Whether the functions that stock would call are still the library's own.
 
 A fast form passes over them. Whoever has replaced or wrapped one wants it called: patches ask at call time, and take
-stock's way where the answer is no.
+stock's way where the answer is no. They do not ask about functions that only make new tensors (`torch.zeros`): what
+translates devices replaces those, and nothing is lost.
 """
 
 from __future__ import annotations
