@@ -67,14 +67,16 @@ STAND_IN = Path(__file__).with_name("emulated_device") / "torch_npu_stand_in.py"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--each-value",
-        action="store_true",
-        help="of each test, the first case and those with a family, patch or other name that no case before had",
+        "--cases",
+        choices=("names", "values", "all"),
+        default="values",
+        help="of each test: a case for each family, patch or other name that it is parametrised with; a case for each"
+        " value of each parameter (the default); or all combinations of them",
     )
 
 
-@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]):
     order = {path: place for place, path in enumerate(LONG)}
     items.sort(key=lambda item: order.get(_path(item), len(LONG)))
     seen: set[str] = set()
@@ -84,8 +86,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             continue
         seen.add(function)
         item.add_marker("quick")
-    if config.getoption("each_value"):
-        _keep_each_value(config, items)
+    yield  # here `-m` and `-k` choose
+    if config.getoption("cases") != "all" and not any("::" in argument for argument in config.args):
+        _keep_one_of_each(config, items, names_only=config.getoption("cases") == "names")
 
 
 def _path(item: pytest.Item) -> str:
@@ -93,14 +96,18 @@ def _path(item: pytest.Item) -> str:
     return item.path.relative_to(Path(__file__).parent).as_posix()
 
 
-def _keep_each_value(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Names are parametrised as strings; dtypes, sizes and options are not."""
+def _keep_one_of_each(config: pytest.Config, items: list[pytest.Item], names_only: bool) -> None:
+    """Goes without cases whose values have all been in cases before; names are parametrised as strings."""
     kept, left, seen = [], [], set()
     for item in items:
         function = item.nodeid.partition("[")[0]
-        values = item.callspec.params.items() if hasattr(item, "callspec") else ()
-        new = {function} | {f"{function} {key} {value}" for key, value in values if isinstance(value, str)}
-        if item.get_closest_marker("slow") or new <= seen:  # never the one case of a test
+        call = getattr(item, "callspec", None)
+        if names_only:
+            values = [f"{key} {value}" for key, value in call.params.items() if isinstance(value, str)] if call else []
+        else:  # the ids: values can be anything
+            values = [f"{nth} {value}" for nth, value in enumerate(call._idlist)] if call else []
+        new = {function, *(f"{function} {value}" for value in values)}
+        if new <= seen:
             left.append(item)
         else:
             kept.append(item)

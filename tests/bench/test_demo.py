@@ -122,7 +122,7 @@ def _plant_frames(monkeypatch):
     from wan_patches.ops import frames
 
     right = frames.video_to_uint8
-    monkeypatch.setattr(frames, "video_to_uint8", lambda *args: right(*args) ^ 1)
+    monkeypatch.setattr(frames, "video_to_uint8", lambda *args, **more: right(*args, **more) ^ 1)
 
 
 def _plant_preprocess(monkeypatch):

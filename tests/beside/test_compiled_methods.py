@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 
 import pytest
@@ -10,6 +11,7 @@ import torch._dynamo
 from torch._dynamo.utils import counters
 
 import wan_patches
+from wan_patches.bench import models
 
 pytestmark = [pytest.mark.upstream]
 
@@ -91,8 +93,9 @@ def tensor(result):
     return getattr(result, "sample", result)
 
 
-def compiled(function, x, fullgraph=False):
-    """The result, and how many graphs it took and breaks between them."""
+@contextlib.contextmanager
+def compiling(fullgraph):
+    """Options for a compiler, and how many graphs were made with them and breaks between them."""
     torch._dynamo.reset()
     counters.clear()
     graphs = []
@@ -101,8 +104,12 @@ def compiled(function, x, fullgraph=False):
         graphs.append(graph)
         return graph.forward
 
-    result = torch.compile(function, backend=backend, fullgraph=fullgraph)(x)
-    return tensor(result), (len(graphs), sum(counters["graph_break"].values()))
+    yield {"backend": backend, "fullgraph": fullgraph}, lambda: (len(graphs), sum(counters["graph_break"].values()))
+
+
+def compiled(function, x, fullgraph=False):
+    with compiling(fullgraph) as (options, counts):
+        return tensor(torch.compile(function, **options)(x)), counts()
 
 
 CASES = [(kind, method, False) for kind in KINDS for method in METHODS]
@@ -140,3 +147,43 @@ def test_a_compiled_method_lives_with_patches_that_come_and_go(method, order):
             assert torch.equal(tensor(graph(x)), expected)
             assert torch.equal(tensor(function(x)), expected)
         assert torch.equal(tensor(graph(x)), expected)
+
+
+TRANSFORMERS = ["wan_vace", "wan_animate", "sana_video_i2v"]  # the classes that tests/test_compile.py has not
+
+
+def transformer_and_call(name):
+    """A family's transformer of few layers, and what its pipeline calls it with in the last step."""
+    layers = {"wan_vace": 3, "wan_animate": 2, "wan_animate_replace": 2}.get(name, 1)
+    pipe = models.FAMILIES[name].build(transformer={"num_layers": layers})
+    calls = []
+    hook = pipe.transformer.register_forward_pre_hook(lambda module, *call: calls.append(call), with_kwargs=True)
+    pipe(**models.FAMILIES[name].inputs(steps=2, output_type="latent"))
+    hook.remove()
+    args, given = calls[-1]
+    return pipe.transformer, lambda: pipe.transformer(*args, **{**given, "return_dict": False})[0]
+
+
+@pytest.mark.parametrize("way", ["model", "blocks"])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name in TRANSFORMERS else [pytest.mark.slow]) for name in models.available()],
+)
+@torch.no_grad()
+def test_transformers_compile_as_stocks_do(name, way):
+    model, call = transformer_and_call(name)
+    compile_it = model.compile if way == "model" else getattr(model, "compile_repeated_blocks", None)
+    if compile_it is None or (way == "blocks" and not model._repeated_blocks):
+        pytest.skip("no blocks that stock compiles by themselves")
+
+    def run(fullgraph=False):
+        with compiling(fullgraph) as (options, counts):
+            compile_it(**options)
+            return call(), counts()
+
+    stock, counts = run()
+    assert counts[0] > 0
+    with wan_patches.enabled(strict=True):
+        patched, ours = run(fullgraph=counts[1] == 0)
+    assert ours == counts
+    assert torch.equal(patched, stock)

@@ -61,7 +61,7 @@ IMAGES = {
     "text": lambda i: "image.png",
     "nested": lambda i: [[i]],
 }
-SIZES = [(None, None), (32, 48), (70, 90), (33, 47), (200, 16), (0, 16), (-8, 16), (32.0, 48)]
+SIZES = [(32, 48), (None, None), (70, 90), (33, 47), (200, 16), (0, 16), (-8, 16), (32.0, 48)]
 
 
 @pytest.mark.parametrize("kind", IMAGES)
@@ -97,7 +97,7 @@ VIDEOS = {
 
 
 @pytest.mark.parametrize("kind", VIDEOS)
-@pytest.mark.parametrize("size", [(None, None), (32, 48), (200, 16)], ids=str)
+@pytest.mark.parametrize("size", [(32, 48), (None, None), (200, 16)], ids=str)
 @pytest.mark.filterwarnings("ignore")
 def test_videos_of_every_kind(kind, size):
     video, (height, width) = VIDEOS[kind](images(0, 3, (90, 70))), size

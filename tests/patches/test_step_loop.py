@@ -43,6 +43,7 @@ def fast(monkeypatch):
         counted(ops, name)
     for name in ("solve", "solve_ex"):
         counted(torch.linalg, name)
+    monkeypatch.setattr(step_loop, "are_torchs", lambda function: True)  # what counts it is nobody's replacement
     monkeypatch.setattr(step_loop, "is_accelerator", lambda device: True)
     return calls
 
@@ -145,7 +146,7 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: " ".join(f"{k}={v}" for k, v in options.items()))
-@pytest.mark.parametrize("steps", [1, 2, 7, 30])
+@pytest.mark.parametrize("steps", [7, 1, 2, 30])
 def test_unipc(options, steps, fast):
     try:
         made = UNIPC(**options)
@@ -372,7 +373,7 @@ HELIOS = [
 
 @needs_helios
 @pytest.mark.parametrize("options", HELIOS, ids=lambda options: " ".join(f"{k}={v}" for k, v in options.items()))
-@pytest.mark.parametrize("steps", [1, 2, 6, 20])
+@pytest.mark.parametrize("steps", [6, 1, 2, 20])
 def test_helios(options, steps, fast):
     def call(scheduler):
         one = scheduler.config.stages == 1

@@ -200,6 +200,34 @@ def test_what_is_tried_tells_orders_of_adding_up_apart(channels):
     assert (patch._convolution(like)(x) != reordered).float().mean() > 0.5
 
 
+@torch.no_grad()
+def test_a_trial_that_can_tell_nothing_apart_means_no(monkeypatch):
+    """Zeros equal zeros in any order of adding up."""
+    from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
+
+    conv3d = WanCausalConv3d(96, 8, 3, padding=1)
+    ups = torch.nn.Conv2d(96, 48, 3, padding=1)
+    downs = torch.nn.Conv2d(96, 96, 3, stride=2)
+
+    def tried():
+        patch._divided.clear()
+        yield patch._convolves_divided(conv3d, (1, 4, 60, 104), torch.float32)
+        yield patch._resizes_divided(ups, (4, 96, 60, 104), torch.float32, True)
+        yield patch._resizes_divided(downs, (4, 96, 60, 104), torch.float32, False)
+
+    right = patch._cancelling
+    seen = list(tried())
+
+    def cancelling(*args):
+        like, x = right(*args)
+        return like, torch.zeros_like(x)
+
+    monkeypatch.setattr(patch, "_cancelling", cancelling)
+    assert not any(tried())
+    patch._divided.clear()
+    assert any(seen), "no trial says yes here, so none was turned"
+
+
 @pytest.mark.parametrize("height", [13, 16])
 def test_frames_too_small_for_bands_are_still_bit_identical(height):
     """Where ATen would give a part to another library than the whole."""

@@ -26,7 +26,7 @@ def videos(draw: st.DrawFn):
 def test_frames_have_the_bits_of_stock(output_type, examples, monkeypatch):
     taken, ops = [], {name: getattr(frames, name) for name in ("video_to_uint8", "video_to_float")}
     for name, op in ops.items():
-        monkeypatch.setattr(frames, name, lambda *args, op=op: taken.append(1) or op(*args))
+        monkeypatch.setattr(frames, name, lambda *args, op=op, **more: taken.append(1) or op(*args, **more))
     step = frames._CPU_CHUNK
     with patched("frames") as (place,):
 

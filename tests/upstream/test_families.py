@@ -53,7 +53,7 @@ def _compare(name, *, dtype=torch.float32, vae_dtype=torch.float32, head_dim=32,
 
 
 @pytest.mark.parametrize("name", available())
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
 def test_final_videos_are_bit_identical(name, dtype):
     _compare(name, dtype=dtype)
 

@@ -61,7 +61,7 @@ def _reason_against(processor: Any, video: Any, output_type: str, others: Any) -
         return "the output type is neither pil nor np"
     if others:
         return "there are more arguments"
-    if type(video) is not torch.Tensor or video.layout != torch.strided:
+    if type(video) is not torch.Tensor or video.layout != torch.strided or video.is_meta:
         return "the video is not a plain tensor"
     if video.dim() != 5 or video.shape[1] != 3 or video.numel() == 0:
         return "the video is not (batch, 3, frames, height, width)"
