@@ -16,7 +16,7 @@ except ImportError:  # Python 3.10
     import tomli as tomllib
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ["tests/ops", "tests/patches", "tests/upstream", "tests/executor"]
+FOLDERS = ["tests/ops", "tests/patches", "tests/upstream"]
 
 
 def requirements(name: str) -> list[str]:

@@ -22,8 +22,21 @@ def _what_torch_keeps():
 
 
 @pytest.fixture
-def nothing_left(_what_torch_keeps):
-    """No process, socket, pipe or shared memory outlives a test that uses executors."""
+def nothing_left(request, _what_torch_keeps):
+    """No process, socket, pipe or shared memory outlives a test that uses executors of its own."""
+    with contextlib.nullcontext() if "shared_executor" in request.fixturenames else _leaving_nothing():
+        yield
+
+
+@pytest.fixture(scope="module")
+def nothing_left_by_shared(_what_torch_keeps):
+    """Nor one that tests share."""
+    with _leaving_nothing():
+        yield
+
+
+@contextlib.contextmanager
+def _leaving_nothing():
     descriptors, processes = _descriptors(), set(psutil.Process().children(recursive=True))
     yield
     gc.collect()

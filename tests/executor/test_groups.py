@@ -34,8 +34,8 @@ def executor(name: str, layout: str, dtype: torch.dtype = torch.float32, **optio
 
 
 @pytest.mark.upstream
-@pytest.mark.parametrize("patched", [False, True], ids=["stock", "patched"])
-@pytest.mark.parametrize(("name", "dtype"), [("wan22_i2v", torch.bfloat16), ("helios_i2v", torch.float32)])
+@pytest.mark.parametrize("patched", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["patched", "stock"])
+@pytest.mark.parametrize(("name", "dtype"), [("wan22_i2v", torch.bfloat16), pytest.param("helios_i2v", torch.float32, marks=pytest.mark.slow)])
 def test_replicas_give_the_video_of_one_process(name, dtype, patched):
     if not FAMILIES[name].available:
         pytest.skip(f"the installed diffusers has no {name}")
@@ -58,7 +58,7 @@ def test_replicas_give_the_video_of_one_process(name, dtype, patched):
     ("layout", "name", "dtype"),
     [
         ("context", "wan22_i2v", torch.float32),
-        ("cfg", "wan_t2v", torch.bfloat16),
+        pytest.param("cfg", "wan_t2v", torch.bfloat16, marks=pytest.mark.slow),
         ("cfg", "helios_i2v", torch.float32),
         ("sharded", "wan22_i2v", torch.bfloat16),
     ],
@@ -76,6 +76,7 @@ def test_groups_give_the_video_of_one_process(layout, name, dtype):
     assert steps[:2] == [(1, 2), (2, 2)]
 
 
+@pytest.mark.slow
 def test_a_group_draws_the_same_noise_in_every_rank():
     inputs = FAMILIES["wan_t2v"].inputs() | {"generator": None}
     with executor("wan_t2v", "context") as ex:
@@ -101,7 +102,7 @@ def test_a_group_leaves_a_request_together_and_goes_on():
         assert {worker.pid for worker in workers()} == pids
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_the_death_of_a_rank_fails_its_request_and_the_group_starts_again(rank):
     with executor("wan_t2v", "context", log=lambda *_: None) as ex:
         first = workers()
@@ -117,6 +118,7 @@ def test_the_death_of_a_rank_fails_its_request_and_the_group_starts_again(rank):
         assert not any(worker.is_running() for worker in first)
 
 
+@pytest.mark.slow
 def test_a_rank_that_fails_alone_fails_the_request_and_the_group_starts_again(tmp_path, monkeypatch):
     monkeypatch.setattr("wan_patches.executor.groups.OTHER_RANKS", 1.0)
     there = tmp_path / "there"
@@ -129,6 +131,7 @@ def test_a_rank_that_fails_alone_fails_the_request_and_the_group_starts_again(tm
         assert identical(ex.submit(**FAMILIES["wan_t2v"].inputs()).result(120).frames, alone("wan_t2v"))
 
 
+@pytest.mark.slow
 def test_two_groups_work_side_by_side():
     options = {"devices": ["cpu"] * 4, "threads": 1, "group_size": 2, "layout": "cfg"}
     with ParallelExecutor(functools.partial(fakes.family, "wan_t2v"), **options) as ex:
@@ -136,6 +139,7 @@ def test_two_groups_work_side_by_side():
     assert all(identical(output.frames, alone("wan_t2v", seed=seed)) for seed, output in enumerate(outputs))
 
 
+@pytest.mark.slow
 def test_a_pipeline_that_does_not_suit_the_layout_fails_the_constructor():
     with pytest.raises(ValueError, match="layout 'cfg' cannot divide ChronoEditPipeline"):
         executor("chronoedit", "cfg", log=lambda *_: None)

@@ -111,6 +111,7 @@ def test_the_default_seed_and_generators_go_along(executor):
     assert torch.equal(draws[0], draws[1])
 
 
+@pytest.mark.slow
 def test_results_outlive_the_executor_and_ray(tmp_path):
     done = _script(
         tmp_path,
@@ -166,6 +167,7 @@ def test_a_request_times_out_and_the_worker_lives_on(executor):
     assert _pids(executor) == pids
 
 
+@pytest.mark.slow
 def test_a_worker_that_does_not_reach_its_next_step_is_replaced():
     with RayParallelExecutor(fakes.fake, **ONE, patience=0.5) as executor:
         pid = executor.submit("pid").result()
@@ -223,6 +225,7 @@ def test_a_worker_that_is_killed_while_it_runs_is_replaced(executor):
     assert not _pids(executor) & pids
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_idle_costs_no_request():
     with RayParallelExecutor(fakes.fake, **ONE) as executor:
         pid = executor.submit("pid").result()
@@ -231,11 +234,13 @@ def test_a_worker_that_dies_idle_costs_no_request():
         assert executor.submit("pid").result(60) != pid
 
 
+@pytest.mark.slow
 def test_a_lost_request_is_tried_again(tmp_path):
     with RayParallelExecutor(fakes.fake, **ONE, retries=1) as executor:
         assert executor.submit("kill_once", str(tmp_path / "was here")).result(60) == "second time"
 
 
+@pytest.mark.slow
 def test_a_pipeline_that_cannot_be_loaded_fails_the_constructor():
     with pytest.raises(fakes.CustomError, match="no such weights"):
         RayParallelExecutor(fakes.broken, devices=2)
@@ -258,6 +263,7 @@ def test_workers_have_the_patches_that_are_enabled_here(executor):
 # Groups
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_two_ranks_give_what_one_process_gives_and_leave_nothing():
     from wan_patches.bench.models import FAMILIES
