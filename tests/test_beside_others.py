@@ -708,8 +708,12 @@ PATCHES = [
     ("plugin", "reason"),
     [
         (BROKEN_PLUGIN, "raised RuntimeError: a bug in a patch"),
-        ("raise ImportError('a bug in a plugin')", "raised ImportError: a bug in a plugin"),
-        ("PATCHES = ['not a patch']", "'not a patch' is not a wan_patches.Patch"),
+        pytest.param(
+            "raise ImportError('a bug in a plugin')",
+            "raised ImportError: a bug in a plugin",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("PATCHES = ['not a patch']", "'not a patch' is not a wan_patches.Patch", marks=pytest.mark.slow),
     ],
     ids=["its patch raises", "its import raises", "no patch"],
 )

@@ -21,6 +21,7 @@ STACKS_PER_LAYER = 2
 # One of each kind of attention processor
 NAMES = [name for name in ("wan_t2v", "skyreels_v2_t2v", "chronoedit", "helios_i2v") if name in available()]
 MAIN = [name for name in ("wan_t2v", "helios_i2v") if name in NAMES]
+FIRST = [NAMES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES[1:])]
 
 
 class Graphs:
@@ -93,7 +94,7 @@ def test_our_formulation_is_in_the_one_graph_and_strided_stores_are_not(name):
     assert calls["setitem"] == calls["empty_like"] == calls["copy_"] == 0
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FIRST)
 def test_enabled_before_compile_is_the_same(name):
     model, call = model_and_call(name)
     stock = run(torch.compile(model, fullgraph=True, backend="eager"), call)
@@ -104,7 +105,7 @@ def test_enabled_before_compile_is_the_same(name):
         assert is_ours(graphs.calls(0))
 
 
-@pytest.mark.parametrize("name", MAIN)
+@pytest.mark.parametrize("name", FIRST)
 def test_bf16_is_bit_identical_under_aot_autograd(name):
     model, call = model_and_call(name, torch.bfloat16)
     stock = run(torch.compile(model, fullgraph=True, backend="aot_eager"), call)
@@ -117,7 +118,7 @@ def test_bf16_is_bit_identical_under_aot_autograd(name):
     assert torch.equal(stock, patched)
 
 
-@pytest.mark.parametrize("name", MAIN)
+@pytest.mark.parametrize("name", FIRST)
 def test_inductor_is_bit_identical_to_compiled_stock(name):
     model, call = model_and_call(name)
     graphs = Graphs("inductor")
@@ -132,7 +133,7 @@ def test_inductor_is_bit_identical_to_compiled_stock(name):
     assert len(graphs.graphs) == 2
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FIRST)
 def test_twenty_toggles_of_a_compiled_model_compile_nothing_more(name):
     model, call = model_and_call(name)
     graphs = Graphs()

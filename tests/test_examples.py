@@ -127,7 +127,9 @@ def test_compile(tmp_path, model):
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("devices", [["cpu"], ["cpu", "cpu"]], ids=["inline", "workers"])
+@pytest.mark.parametrize(
+    "devices", [["cpu"], pytest.param(["cpu", "cpu"], marks=pytest.mark.slow)], ids=["inline", "workers"]
+)
 def test_batch(tmp_path, capsys, devices):
     FAMILIES["wan_t2v"].build().save_pretrained(tmp_path / "model")
     prompts = tmp_path / "prompts.txt"
@@ -190,7 +192,11 @@ def test_service():
 
 @pytest.mark.parametrize(
     ("layout", "more"),
-    [("context", ["--vae-parallel", "spatial"]), ("cfg", []), ("sharded", ["--vae-parallel", "tiles"])],
+    [
+        ("context", ["--vae-parallel", "spatial"]),
+        pytest.param("cfg", [], marks=pytest.mark.slow),
+        pytest.param("sharded", ["--vae-parallel", "tiles"], marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.timeout(180)
 @pytest.mark.usefixtures("one_thread")

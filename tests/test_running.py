@@ -349,6 +349,7 @@ def test_two_ranks_under_torchrun(tmp_path):
     assert "skipped" not in closing
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_two_ranks_under_accelerate_launch(toy):
     (toy / "script.py").write_text(

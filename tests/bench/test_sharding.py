@@ -17,6 +17,7 @@ from wan_patches.tables import text
 CPU = torch.device("cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_every_way_gives_the_same_bits_and_its_memory(tmp_path):
     processes = set(psutil.Process().children(recursive=True))

@@ -35,7 +35,10 @@ def executor(name: str, layout: str, dtype: torch.dtype = torch.float32, **optio
 
 @pytest.mark.upstream
 @pytest.mark.parametrize("patched", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["patched", "stock"])
-@pytest.mark.parametrize(("name", "dtype"), [("wan22_i2v", torch.bfloat16), pytest.param("helios_i2v", torch.float32, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("wan22_i2v", torch.bfloat16), pytest.param("helios_i2v", torch.float32, marks=pytest.mark.slow)],
+)
 def test_replicas_give_the_video_of_one_process(name, dtype, patched):
     if not FAMILIES[name].available:
         pytest.skip(f"the installed diffusers has no {name}")

@@ -38,7 +38,7 @@ spec.loader.exec_module(ranks)
 
 pytestmark = [pytest.mark.upstream, pytest.mark.usefixtures("one_thread"), pytest.mark.timeout(900)]
 
-SIZES = [2, 3]
+SIZES = [2, pytest.param(3, marks=pytest.mark.slow)]
 
 
 def run(folder: Path, size: int, cases: list[str]) -> list[dict[str, Any]]:
@@ -63,9 +63,9 @@ def run(folder: Path, size: int, cases: list[str]) -> list[dict[str, Any]]:
     return [pickle.loads((folder / f"{rank}.pkl").read_bytes()) for rank in range(size)]
 
 
-@pytest.fixture(scope="module", params=SIZES, ids="{}-ranks".format)
+@pytest.fixture(scope="module", params=SIZES, ids=["2-ranks", "3-ranks"])
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    cases = [case for case in ranks.CASES if request.param == 2 or not case.startswith("compiled")]  # those take long
+    cases = [case for case in ranks.CASES if not case.startswith("compiled")]  # those take long
     return run(tmp_path_factory.mktemp("ranks"), request.param, cases)
 
 
@@ -234,12 +234,11 @@ def test_with_gradients_every_rank_computes_everything(mode, results):
         assert torch.equal(found, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["tiles", "spatial"])
-def test_a_compiled_decode(mode, results):
-    if len(results) > 2:
-        pytest.skip("with two ranks only")
+def test_a_compiled_decode(mode, tmp_path):
     expected = ranks.compiled(mode)
-    for found in given(results, f"compiled {mode}"):
+    for found in given(run(tmp_path, 2, [f"compiled {mode}"]), f"compiled {mode}"):
         assert (found - expected).abs().max() <= (0 if mode == "tiles" else 1e-5)
 
 
@@ -277,7 +276,9 @@ def test_layouts_share_the_vae_with_the_bits_of_one_process(case, pipelines):
 
 
 @pytest.mark.usefixtures("nothing_left")
-@pytest.mark.parametrize(("vae_parallel", "layout"), [(True, "cfg"), ("spatial", "sharded")])
+@pytest.mark.parametrize(
+    ("vae_parallel", "layout"), [(True, "cfg"), pytest.param("spatial", "sharded", marks=pytest.mark.slow)]
+)
 def test_an_executor_shares_the_vae(vae_parallel, layout):
     import vae_ranks
 

@@ -110,7 +110,7 @@ def test_batches_slices_and_tiles(kind, slicing, tiling):
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("rounds", [4, pytest.param(100, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", ["sliced", "tiled", "residual", "divided"])
+@pytest.mark.parametrize("kind", ["sliced", "tiled", "residual", pytest.param("divided", marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_patches_may_come_and_go_in_the_middle_of_a_pass(kind, rounds, toggled):
     vae = _build({"residual": RESIDUAL, "divided": REAL}.get(kind, SMALL))
@@ -134,7 +134,7 @@ def test_81_frames():
     _compare(vae, _latents(vae, 21, 3, 4), _video(vae, 81, 3, 4))
 
 
-@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_real_channels_are_divided_and_bit_identical(dtype, monkeypatch):
     divided = []
     monkeypatch.setattr(patch, "_divided", {})

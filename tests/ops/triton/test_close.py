@@ -10,6 +10,7 @@ def test_error_against_fp64_is_no_larger_than_that_of_stock(interpret):
     interpret("close")
 
 
+@pytest.mark.slow
 def test_error_over_a_denoising_loop_is_no_larger_than_that_of_stock(interpret):
     interpret("loop")
 
