@@ -129,7 +129,7 @@ def _condition_calls(
 
     def prepare_patched() -> Any:
         # who looks is nobody in the way; asking is part of the work, of an encoder as large as a real one
-        with mock.patch.object(conditioning, "hands_on", lambda encoder: hands_on(real)):
+        with mock.patch.object(conditioning, "hands_on", side_effect=lambda encoder: hands_on(real)):
             return prepare()
 
     return prepare, _both(prepare_patched, "conditioning")[1]

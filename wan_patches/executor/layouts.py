@@ -25,7 +25,6 @@ from torch.utils import _pytree as pytree
 
 from wan_patches.executor.sharding import is_sharded, make_mesh, shard, sharding_on_load
 from wan_patches.instances import exchange_class
-from wan_patches.vae_parallel import MODES, is_wan_vae, parallelize_vae
 
 __all__ = ["LAYOUTS", "device_named", "loading_sharded", "place", "resolve"]
 
@@ -127,6 +126,8 @@ def place(pipe: Any, layout: str, device: torch.device, parallel: Any = None, va
     else:
         _move(pipe, device)
     if mode is not None:
+        from wan_patches.vae_parallel import parallelize_vae
+
         parallelize_vae(pipe.vae, mode=mode)
 
 
@@ -199,6 +200,8 @@ def _vae_mode(layout: str, vae_parallel: bool | str) -> str | None:
     """The mode of `parallelize_vae` that an option means; None for none."""
     if not vae_parallel:
         return None
+    from wan_patches.vae_parallel import MODES  # brings torch's compiler along: half of the start of a worker
+
     mode = "tiles" if vae_parallel is True else vae_parallel
     if mode not in MODES:
         raise ValueError(f"unknown vae_parallel={vae_parallel!r}; known: True, False, {', '.join(map(repr, MODES))}")
@@ -211,6 +214,8 @@ def _vae_mode(layout: str, vae_parallel: bool | str) -> str | None:
 
 
 def _check_vae(pipe: Any) -> None:
+    from wan_patches.vae_parallel import is_wan_vae
+
     vae = getattr(pipe, "vae", None)
     if not is_wan_vae(vae):
         raise ValueError(
