@@ -487,6 +487,7 @@ def run_python(script: str, *args: str, **more: str) -> subprocess.CompletedProc
 
 @pytest.mark.skipif(not hasattr(diffusers, "ContextParallelConfig"), reason="this version has no context parallelism")
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed package")
+@pytest.mark.slow
 def test_ulysses_over_two_processes(tmp_path):
     processes = [
         subprocess.Popen(

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from wan_patches.bench import overhead
 from wan_patches.tables import text
 
 
+@pytest.mark.slow
 def test_rows_are_printed_and_written(tmp_path):
     rows = overhead.measure(repeats=1)
     assert len(rows) == 5

@@ -18,9 +18,11 @@ TINY = [name for name, shape in shapes.SHAPES.items() if name.startswith("tiny")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+# some CPUs take minutes for the autoencoder's convolutions in bf16
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", TINY)
-def test_stock_and_patched_give_the_same(name):
-    result = pipeline.measure(shapes.shape_of(name, CPU), CPU, torch.bfloat16, compiled=False, seconds=0.0, steps=2)
+def test_stock_and_patched_give_the_same(name, dtype):
+    result = pipeline.measure(shapes.shape_of(name, CPU), CPU, dtype, compiled=False, seconds=0.0, steps=2)
     assert result.deterministic
     assert result.row("patched").exact is True
     assert result.steps == 2
@@ -40,6 +42,7 @@ def test_videos_are_finite_of_the_size_and_the_same_for_every_call(name):
     assert np.array_equal(first, second)
 
 
+@pytest.mark.slow
 def test_the_command_takes_steps(tmp_path):
     arguments = ["bench", "pipeline", "--shape", "tiny", "--device", "cpu", "--seconds", "0", "--steps", "1"]
     done = CliRunner().invoke(cli.app, [*arguments, "--json", str(tmp_path / "pipeline.json")])

@@ -21,6 +21,7 @@ CASES = [
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.slow
 def test_every_transport_brings_every_value(tmp_path):
     chosen = [*transport.transports(), transport.Files(), transport.Wire()]
     rows = transport.measure(quick=True, seconds=0, cases_=CASES, transports_=chosen)

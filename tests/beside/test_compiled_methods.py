@@ -112,7 +112,12 @@ def compiled(function, x, fullgraph=False):
         return tensor(torch.compile(function, **options)(x)), counts()
 
 
-CASES = [(kind, method, False) for kind in KINDS for method in METHODS]
+LONG = {("wan 2.1", "forward"), *(("wan 2.2", method) for method in ("forward", "tiled_decode", "tiled_encode"))}
+CASES = [
+    pytest.param(kind, method, False, marks=[pytest.mark.slow] if (kind, method) in LONG else [])
+    for kind in KINDS
+    for method in METHODS
+]
 CASES += [("wan 2.1", method, True) for method in ("decode", "encode")]
 
 

@@ -62,7 +62,7 @@ def test_replicas_give_the_video_of_one_process(name, dtype, patched):
     [
         ("context", "wan22_i2v", torch.float32),
         pytest.param("cfg", "wan_t2v", torch.bfloat16, marks=pytest.mark.slow),
-        ("cfg", "helios_i2v", torch.float32),
+        pytest.param("cfg", "helios_i2v", torch.float32, marks=pytest.mark.slow),
         ("sharded", "wan22_i2v", torch.bfloat16),
     ],
 )

@@ -496,6 +496,7 @@ def test_every_case_is_judged():
 
 @pytest.mark.upstream
 @pytest.mark.usefixtures("one_thread", "nothing_left")
+@pytest.mark.slow
 def test_an_executor_gives_the_bits_of_one_process(checkpoints):
     expected = video(stock(checkpoints / "wan22_i2v", torch_dtype=BF16), "wan22_i2v")
     with ParallelExecutor.from_pretrained(
@@ -532,6 +533,7 @@ def large(folder: Path) -> Path:
 
 @pytest.mark.upstream
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of a process is read as Linux has it")
+@pytest.mark.slow
 def test_a_rank_needs_memory_for_its_part_and_a_few_blocks(large):
     # What is freed goes back to the system at once: malloc would keep it, and no accelerator counts that
     for rank in run(large / "memory", *MEMORY, MALLOC_MMAP_THRESHOLD_="65536"):
