@@ -120,7 +120,7 @@ def small_subjects(
 
     def make(name: str) -> Subject:
         family = FAMILIES[name]
-        pipe: Any = family.build(dtype=dtype, vae_dtype=dtype, **options)
+        pipe: Any = family.build(dtype=dtype, **options)
         pipe.to(device)
         more: dict[str, Any] = {}
         if "num_latent_frames_per_chunk" in family.call:  # one chunk, long as in the published model
