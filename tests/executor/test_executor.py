@@ -422,7 +422,9 @@ def test_a_request_with_something_of_the_script_is_explained(monkeypatch):
         assert executor.submit(value="__main__ is but a word").result() == "__main__ is but a word"
 
 
-@pytest.mark.parametrize("options", [INLINE, WORKER, WORKERS], ids=["inline", "worker", "workers"])
+@pytest.mark.parametrize(
+    "options", [INLINE, WORKER, pytest.param(WORKERS, marks=pytest.mark.slow)], ids=["inline", "worker", "workers"]
+)
 def test_a_pipeline_that_cannot_be_loaded_fails_the_constructor(options):
     with pytest.raises(fakes.CustomError, match="no such weights"):
         ParallelExecutor(fakes.broken, **options)

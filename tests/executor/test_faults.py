@@ -85,6 +85,7 @@ def test_a_worker_that_dies_as_it_loads_again_is_started_again():
         assert waiting.result(60) not in (first, second.pid)
 
 
+@pytest.mark.slow
 def test_a_lost_request_is_tried_again_as_often_as_wanted(tmp_path):
     with ParallelExecutor(fakes.fake, **WORKER, retries=1) as executor:
         assert executor.submit("kill_once", str(tmp_path / "a")).result(60) == "second time"
