@@ -71,9 +71,10 @@ FROM_PICTURES = ("wan22_i2v", "wan_v2v", "wan_vace", "wan_animate", "helios_i2v"
 @pytest.mark.parametrize(
     "name", [n if n in FROM_PICTURES else pytest.param(n, marks=pytest.mark.slow) for n in available()]
 )
-def test_autoencoders_with_the_published_channels(name):
+@pytest.mark.parametrize("vae_dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
+def test_autoencoders_with_the_published_channels(name, vae_dtype):
     """Their convolutions take ways that depend on the layout, which pictures have another of."""
-    _compare(name, dtype=torch.bfloat16, vae_dtype=torch.bfloat16, vae={"base_dim": 96})
+    _compare(name, dtype=torch.bfloat16, vae_dtype=vae_dtype, vae={"base_dim": 96})
 
 
 @pytest.mark.parametrize("name", available())
