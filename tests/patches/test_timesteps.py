@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import statistics
 
 import pytest
 import torch
@@ -35,10 +36,10 @@ def handed(monkeypatch):
     vars(module).pop(patch._EMBED, None)
 
 
-def _pipeline(kind, dtype=torch.float32):
+def _pipeline(kind, dtype=torch.float32, **options):
     if "wan22_ti2v" not in available():
         pytest.skip("this diffusers has none")
-    pipe = FAMILIES["wan22_ti2v"].build(dtype=dtype)
+    pipe = FAMILIES["wan22_ti2v"].build(dtype=dtype, **options)
     pipe.set_progress_bar_config(disable=True)
     if kind == "text":
         from diffusers import WanPipeline
@@ -106,18 +107,19 @@ def test_what_two_rows_stand_for_has_the_bits_of_a_row_per_token(kind, handed, m
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_errors_over_a_whole_loop_are_those_of_stock(dtype, handed):
-    errors = {"stock": 0.0, "ours": 0.0}
-    pipe = _pipeline("image", dtype)
-    truth = _pipeline("image", dtype)
-    truth.transformer.to(torch.float64)
-    for seed in range(6):
+    """On average over models: of one model either embedding may be luckier by 4 %, as the CPU has it."""
+    ratios = []
+    for seed in range(16):
+        pipe, truth = (_pipeline("image", dtype, seed=seed) for _ in range(2))
+        truth.transformer.to(torch.float64)
         exact = _latents(truth, seed, steps=4).double()
-        errors["stock"] += (_latents(pipe, seed, steps=4).double() - exact).abs().mean().item()
+        stock = (_latents(pipe, seed, steps=4).double() - exact).abs().mean().item()
         with wan_patches.enabled(["modulation", "timesteps"], fidelity="close"):
-            errors["ours"] += (_latents(pipe, seed, steps=4).double() - exact).abs().mean().item()
+            ratios.append((_latents(pipe, seed, steps=4).double() - exact).abs().mean().item() / stock)
     assert any(isinstance(timestep, TwoTimesteps) for timestep in handed)
-    assert errors["stock"] > 0
-    assert errors["ours"] <= 1.01 * errors["stock"], errors
+    chance = statistics.stdev(ratios) / len(ratios) ** 0.5
+    assert chance < 0.02, ratios
+    assert statistics.mean(ratios) <= 1.01 + 2 * chance, ratios
 
 
 @pytest.mark.parametrize("why", ["exact", "alone", "hooks", "block hooks", "own latents", "subclass"])
