@@ -64,6 +64,7 @@ LONG = (
     "beside/test_traced.py",
     "beside/test_replaced_functions.py",
     "upstream/test_toggling.py",
+    "test_main.py",
     "patches/test_vae_tiling.py",
     "test_soak.py",
     "beside/test_warnings.py",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 
 import pytest
@@ -93,7 +92,6 @@ def tensor(result):
     return getattr(result, "sample", result)
 
 
-@contextlib.contextmanager
 def compiling(fullgraph):
     """Options for a compiler, and how many graphs were made with them and breaks between them."""
     torch._dynamo.reset()
@@ -104,12 +102,12 @@ def compiling(fullgraph):
         graphs.append(graph)
         return graph.forward
 
-    yield {"backend": backend, "fullgraph": fullgraph}, lambda: (len(graphs), sum(counters["graph_break"].values()))
+    return {"backend": backend, "fullgraph": fullgraph}, lambda: (len(graphs), sum(counters["graph_break"].values()))
 
 
 def compiled(function, x, fullgraph=False):
-    with compiling(fullgraph) as (options, counts):
-        return tensor(torch.compile(function, **options)(x)), counts()
+    options, counts = compiling(fullgraph)
+    return tensor(torch.compile(function, **options)(x)), counts()
 
 
 LONG = {("wan 2.1", "forward"), *(("wan 2.2", method) for method in ("forward", "tiled_decode", "tiled_encode"))}
@@ -182,9 +180,9 @@ def test_transformers_compile_as_stocks_do(name, way):
         pytest.skip("no blocks that stock compiles by themselves")
 
     def run(fullgraph=False):
-        with compiling(fullgraph) as (options, counts):
-            compile_it(**options)
-            return call(), counts()
+        options, counts = compiling(fullgraph)
+        compile_it(**options)
+        return call(), counts()
 
     stock, counts = run()
     assert counts[0] > 0

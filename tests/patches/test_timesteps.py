@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import statistics
 
 import pytest
 import torch
@@ -107,19 +106,18 @@ def test_what_two_rows_stand_for_has_the_bits_of_a_row_per_token(kind, handed, m
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_errors_over_a_whole_loop_are_those_of_stock(dtype, handed):
-    """On average over models: of one model either embedding may be luckier by 4 %, as the CPU has it."""
-    ratios = []
-    for seed in range(16):
+    """Over many models: of one, either embedding may be luckier by several percent, as the CPU's kernels have it."""
+    errors = {"stock": 0.0, "ours": 0.0}
+    for seed in range(32):
         pipe, truth = (_pipeline("image", dtype, seed=seed) for _ in range(2))
         truth.transformer.to(torch.float64)
         exact = _latents(truth, seed, steps=4).double()
-        stock = (_latents(pipe, seed, steps=4).double() - exact).abs().mean().item()
+        errors["stock"] += (_latents(pipe, seed, steps=4).double() - exact).abs().mean().item()
         with wan_patches.enabled(["modulation", "timesteps"], fidelity="close"):
-            ratios.append((_latents(pipe, seed, steps=4).double() - exact).abs().mean().item() / stock)
+            errors["ours"] += (_latents(pipe, seed, steps=4).double() - exact).abs().mean().item()
     assert any(isinstance(timestep, TwoTimesteps) for timestep in handed)
-    chance = statistics.stdev(ratios) / len(ratios) ** 0.5
-    assert chance < 0.02, ratios
-    assert statistics.mean(ratios) <= 1.01 + 2 * chance, ratios
+    assert errors["stock"] > 0
+    assert errors["ours"] <= 1.01 * errors["stock"], errors
 
 
 @pytest.mark.parametrize("why", ["exact", "alone", "hooks", "block hooks", "own latents", "subclass"])

@@ -114,6 +114,7 @@ def small_subjects(
 ) -> list[Callable[[], Subject]]:
     """What makes the small pipelines, for those of `families` that the installed diffusers has.
 
+    `dtype` is of the transformer and the encoders; the autoencoder is in fp32, as diffusers' documentation loads Wan's.
     `build` goes to the builders of `wan_patches.bench.models`, over the defaults of the demo.
     """
     options = {"head_dim": 128, "transformer": _TRANSFORMER, "vae": _VAE, "seed": seed, **build}

@@ -127,12 +127,16 @@ def _condition_calls(
         noise = latent[:, :4].expand(-1, -1, (frames - 1) // 4 + 1, -1, -1)
         return method(pipe, image, 1, 4, height, width, frames, torch.float32, device, None, noise)
 
-    def prepare_patched() -> Any:
-        # who looks is nobody in the way; asking is part of the work, of an encoder as large as a real one
-        with mock.patch.object(conditioning, "hands_on", side_effect=lambda encoder: hands_on(real)):
-            return prepare()
+    def hands_on_real(encoder: Any) -> bool:
+        return hands_on(real)  # the one that looks is ours and in nobody's way; asking is part of the work
 
-    return prepare, _both(prepare_patched, "conditioning")[1]
+    stock, patched = _both(prepare, "conditioning")
+
+    def patched_unseen() -> Any:
+        with mock.patch.object(conditioning, "hands_on", hands_on_real):
+            return patched()
+
+    return stock, patched_unseen
 
 
 class _Looking(torch.nn.Module):
