@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -133,11 +134,12 @@ class Fake:
     def environment(self, name: str) -> Any:
         return os.environ.get(name), torch.get_num_threads()
 
-    def fork_and_kill(self, _: Any) -> None:
-        """A child that holds this process's end of the socket, and outlives it."""
-        if os.fork() == 0:
+    def fork_and_kill(self, path: str) -> None:
+        """A child that holds this process's end of the socket, and outlives it; its id stands in that file."""
+        if (child := os.fork()) == 0:
             time.sleep(20)
             os._exit(0)
+        Path(path).write_text(str(child))
         os.kill(os.getpid(), signal.SIGKILL)
 
 
