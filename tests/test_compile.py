@@ -118,6 +118,7 @@ def test_bf16_is_bit_identical_under_aot_autograd(name):
     assert torch.equal(stock, patched)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FIRST)
 def test_inductor_is_bit_identical_to_compiled_stock(name):
     model, call = model_and_call(name)

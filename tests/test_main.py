@@ -117,9 +117,9 @@ def broken_torch(tmp_path_factory):
     [
         (["verify", "tiny:wan_t2v"], "1", "torch"),
         (["verify", "tiny:wan_t2v"], "0", "diffusers"),
-        (["demo"], "1", "torch"),
-        (["bench", "ops"], "1", "torch"),
-        (["profile", "script.py"], "1", "torch"),
+        pytest.param(["demo"], "1", "torch", marks=pytest.mark.slow),
+        pytest.param(["bench", "ops"], "1", "torch", marks=pytest.mark.slow),
+        pytest.param(["profile", "script.py"], "1", "torch", marks=pytest.mark.slow),
     ],
 )
 def test_a_broken_torch_is_said_in_one_line(command, autoload, what, broken_torch):

@@ -325,6 +325,7 @@ torch.distributed.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.usefixtures("one_thread")
 def test_two_ranks_under_torchrun(tmp_path):

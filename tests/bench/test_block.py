@@ -35,6 +35,7 @@ def test_stock_and_patched_give_the_same(name, dtype):
         assert result.row("patched, close").difference < 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TINY)
 def test_the_block_gets_in_each_way_what_the_models_forward_hands_it(name, monkeypatch):
     handed = []

@@ -41,6 +41,7 @@ def test_the_command_takes_fewer_layers_and_another_video(tmp_path):
     assert (found.video, found.layers, found.attentions) == ((2, 4, 8), 1, 2)
 
 
+@pytest.mark.slow
 def test_blocks_are_compiled_where_that_is_asked_for(monkeypatch):
     torch._dynamo.reset()
     sizes = []

@@ -214,7 +214,7 @@ def backend(monkeypatch):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("whole", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_compiled_ways_keep_their_own_graphs(backend, whole):
     model = shapes.build(TINY, CPU, torch.float32)
     arguments = shapes.inputs(TINY, model, CPU, torch.float32)
@@ -264,6 +264,7 @@ def test_code_that_dynamo_inlines_and_does_not_look_at_is_not_mistaken(backend):
     assert [handle.graphs for handle in handles] == [1, 1]
 
 
+@pytest.mark.slow
 def test_a_compiler_that_fails_is_a_reason(monkeypatch):
     def broken(graph, inputs):
         raise NotImplementedError("not on this machine")
@@ -283,6 +284,7 @@ def test_what_no_compiler_took_is_not_passed_off_as_compiled(backend):
     assert result.row("compiled stock").reason == "nothing was compiled"
 
 
+@pytest.mark.slow
 def test_graphs_that_come_late_are_noticed(backend):
     linear = _Linear(2, 2)
     sizes = iter([2, 2, 3, 4, 5, 6, 7] + [7] * 10000)

@@ -110,7 +110,7 @@ def compiled(function, x, fullgraph=False):
     return tensor(torch.compile(function, **options)(x)), counts()
 
 
-LONG = {("wan 2.1", "forward"), *(("wan 2.2", method) for method in ("forward", "tiled_decode", "tiled_encode"))}
+LONG = {("wan 2.1", "forward"), *(("wan 2.2", method) for method in METHODS if method not in ("decode", "encode"))}
 CASES = [
     pytest.param(kind, method, False, marks=[pytest.mark.slow] if (kind, method) in LONG else [])
     for kind in KINDS

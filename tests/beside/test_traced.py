@@ -70,7 +70,10 @@ def forward(name):
     return run, [values[nth] for nth in places]
 
 
-@pytest.fixture(params=[name for name in NAMES if name in available()])
+LOOP = ("wan_t2v", "wan_vace", "helios")
+
+
+@pytest.fixture(params=[n if n in LOOP else pytest.param(n, marks=pytest.mark.slow) for n in NAMES if n in available()])
 def run_and_tensors(request):
     return forward(request.param)
 

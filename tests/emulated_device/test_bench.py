@@ -14,7 +14,9 @@ TINY = [name for name, shape in shapes.SHAPES.items() if name.startswith("tiny")
 
 
 @pytest.mark.parametrize("name", TINY)
-@pytest.mark.parametrize("bench", [block, model, pipeline])
+@pytest.mark.parametrize(
+    "bench", [pipeline, *(pytest.param(bench, marks=pytest.mark.slow) for bench in (block, model))]
+)
 def test_it_measures_there(bench, name, device, tmp_path):
     npu = torch.device("npu")
     shape = shapes.shape_of(name, npu)

@@ -35,6 +35,13 @@ def nothing_left_by_shared(_what_torch_keeps):
         yield
 
 
+@pytest.fixture(scope="module")
+def chosen(request):
+    """The words that the selected tests of a module are parametrised with: processes need not run other cases."""
+    items = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
+    return {value for item in items for value in item.callspec.params.values() if isinstance(value, str)}
+
+
 @contextlib.contextmanager
 def _leaving_nothing():
     descriptors, processes = _descriptors(), set(psutil.Process().children(recursive=True))

@@ -212,7 +212,7 @@ def test_forks_leave_nothing_open_or_mapped_in_parent_child_and_worker(executor)
     before = state()
     with contextlib.ExitStack() as stack:
         children = []
-        for seed in range(40):
+        for seed in range(20):
             result = executor.submit(value=_array(seed)).result(60)
             children.append(stack.enter_context(Child(lambda _, result=result: (_sum(result), _open()[1]))))
         del result
@@ -222,7 +222,7 @@ def test_forks_leave_nothing_open_or_mapped_in_parent_child_and_worker(executor)
         for seed, child in enumerate(children):
             # one part that is private, and the page with the word; not those of earlier results
             assert child.ask() == (_sum(_array(seed)), 2)
-    assert (during[0] <= before[0] + [40, 2]).all(), (before, during)  # the pipes to the children
+    assert (during[0] <= before[0] + [20, 2]).all(), (before, during)  # the pipes to the children
     assert (during[1] <= before[1] + [2, 2]).all(), (before, during)
     assert (state() <= before + 2).all()
 
@@ -525,7 +525,7 @@ def test_a_fork_in_a_signal_handler_or_a_garbage_collection_is_like_any_other():
     try:
         with _ends() as ends:
             signal.setitimer(signal.ITIMER_VIRTUAL, 0.01)
-            for seed in range(150):
+            for seed in range(80):
                 held.append((seed, _through(ends, _array(seed, 200_000))))
                 del held[:-3]
                 if seed % 10 == 0:

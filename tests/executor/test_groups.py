@@ -60,7 +60,7 @@ def test_replicas_give_the_video_of_one_process(name, dtype, patched):
 @pytest.mark.parametrize(
     ("layout", "name", "dtype"),
     [
-        ("context", "wan22_i2v", torch.float32),
+        pytest.param("context", "wan22_i2v", torch.float32, marks=pytest.mark.slow),
         pytest.param("cfg", "wan_t2v", torch.bfloat16, marks=pytest.mark.slow),
         pytest.param("cfg", "helios_i2v", torch.float32, marks=pytest.mark.slow),
         ("sharded", "wan22_i2v", torch.bfloat16),
@@ -90,6 +90,7 @@ def test_a_group_draws_the_same_noise_in_every_rank():
     assert identical(first, fakes.family("wan_t2v")(**inputs).frames)
 
 
+@pytest.mark.slow
 def test_a_group_leaves_a_request_together_and_goes_on():
     with executor("wan_t2v", "context") as ex:
         pids = {worker.pid for worker in workers()}

@@ -31,14 +31,16 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each rank got in each case."""
+def results(chosen: set[str], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each rank got in each case; of those that are about a pipeline, in the chosen ones."""
+    wanted = chosen | {case.replace("context", "stock", 1) for case in chosen}
+    run = [case for case in ranks.CASES if case in wanted or case.rsplit(" ", 1)[1] not in ranks.MODELS]
     folder = tmp_path_factory.mktemp("ranks")
     processes = []
     try:
         for rank in range(2):
             with (folder / f"{rank}.log").open("w") as log:
-                command = [sys.executable, str(HERE / "ranks.py"), str(rank), str(folder), *ranks.CASES]
+                command = [sys.executable, str(HERE / "ranks.py"), str(rank), str(folder), *run]
                 environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[1])}
                 processes.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment))
         for process in processes:
@@ -67,10 +69,19 @@ def given(results: list[dict[str, Any]], case: str) -> list[Any]:
     return [rank[case] for rank in results]
 
 
-def cases(*starts: str) -> list[tuple[str, str]]:
+#: Of the cases that are about a pipeline, those that every change is tried with.
+LOOP = (
+    "context ulysses wan22_i2v", "context ulysses helios_40", "context ring wan22_i2v", "sharded wan_t2v_bf16",
+    "sharded wan22_i2v", "sharded wan_vace", "cfg wan_t2v_bf16", "cfg wan22_i2v", "cfg wan_vace", "cfg helios",
+    "cfg skyreels_v2_df",
+)  # fmt: skip
+
+
+def cases(*starts: str) -> list[Any]:
     """The cases that begin so, and the pipeline each is about."""
     found = [(case, case.rsplit(" ", 1)[1]) for case in ranks.CASES if case.startswith(starts)]
-    return [(case, name) for case, name in found if name in ranks.MODELS]
+    marks = {case: () if case in LOOP else (pytest.mark.slow,) for case, _ in found}
+    return [pytest.param(case, name, marks=marks[case]) for case, name in found if name in ranks.MODELS]
 
 
 def same(one: list[np.ndarray], other: list[np.ndarray]) -> bool:
@@ -177,7 +188,7 @@ def test_what_cannot_be_laid_out_is_refused_in_both_ranks(case, results):
 
 
 def test_every_case_is_judged():
-    judged = {case for case, _ in cases("context", "sharded", "cfg", "stock")} | set(REFUSED)
+    judged = {param.values[0] for param in cases("context", "sharded", "cfg", "stock")} | set(REFUSED)
     single = {"sharded properties", "cfg another scheduler", "cfg not a number", "cfg cached", "context anything"}
     single |= {"context device"}
     single |= {f"{layout} after a failure" for layout in ("cfg", "sharded")}

@@ -64,14 +64,17 @@ def run(folder: Path, size: int, cases: list[str]) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module", params=SIZES, ids=["2-ranks", "3-ranks"])
-def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    cases = [case for case in ranks.CASES if not case.startswith("compiled")]  # those take long
+def results(
+    request: pytest.FixtureRequest, chosen: set[str], tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, Any]]:
+    left = {f"tiles {name}" for name in ranks.TILED if name not in chosen}
+    cases = [case for case in ranks.CASES if case not in left and not case.startswith("compiled")]  # those take long
     return run(tmp_path_factory.mktemp("ranks"), request.param, cases)
 
 
 @pytest.fixture(scope="module")
-def pipelines(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run(tmp_path_factory.mktemp("pipelines"), 2, list(ranks.PIPELINES))
+def pipelines(chosen: set[str], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return run(tmp_path_factory.mktemp("pipelines"), 2, [case for case in ranks.PIPELINES if case in chosen])
 
 
 def given(results: list[dict[str, Any]], case: str) -> list[Any]:
@@ -96,7 +99,13 @@ def outcome(call: Any) -> Any:
 # Tiles
 
 
-@pytest.mark.parametrize("name", ranks.TILED)
+LARGE = ("decode 1x15x21", "encode 1x120x168", "encode 9x61x95", "encode 1x64x200")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow) if name.startswith(LARGE) else name for name in ranks.TILED],
+)
 def test_tiles_have_the_bits_of_stock(name, results):
     expected = outcome(lambda: stock_tiled(name))
     for rank in results:
@@ -259,7 +268,14 @@ def alone(name: str) -> np.ndarray:
     return ranks.video(ranks.tiled(name), name)
 
 
-@pytest.mark.parametrize("case", ranks.PIPELINES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        case if case in ("context wan22_i2v", "sharded wan_vace", "cfg wan_animate", "cfg wan22_ti2v")
+        else pytest.param(case, marks=pytest.mark.slow)
+        for case in ranks.PIPELINES
+    ],
+)  # fmt: skip
 def test_layouts_share_the_vae_with_the_bits_of_one_process(case, pipelines):
     layout, name = case.split()
     for rank in pipelines:
@@ -277,7 +293,8 @@ def test_layouts_share_the_vae_with_the_bits_of_one_process(case, pipelines):
 
 @pytest.mark.usefixtures("nothing_left")
 @pytest.mark.parametrize(
-    ("vae_parallel", "layout"), [(True, "cfg"), pytest.param("spatial", "sharded", marks=pytest.mark.slow)]
+    ("vae_parallel", "layout"),
+    [pytest.param(True, "cfg", marks=pytest.mark.slow), pytest.param("spatial", "sharded", marks=pytest.mark.slow)],
 )
 def test_an_executor_shares_the_vae(vae_parallel, layout):
     import vae_ranks

@@ -104,7 +104,7 @@ def test_what_two_rows_stand_for_has_the_bits_of_a_row_per_token(kind, handed, m
     assert handed
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)])
 def test_errors_over_a_whole_loop_are_those_of_stock(dtype, handed):
     """Over many models: of one, either embedding may be luckier by several percent, as the CPU's kernels have it."""
     errors = {"stock": 0.0, "ours": 0.0}

@@ -112,7 +112,9 @@ def test_batches_slices_and_tiles(kind, slicing, tiling):
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("rounds", [4, pytest.param(100, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", ["sliced", "tiled", "residual", pytest.param("divided", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kind", ["tiled", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("sliced", "residual", "divided"))]
+)
 @torch.no_grad()
 def test_patches_may_come_and_go_in_the_middle_of_a_pass(kind, rounds, toggled):
     vae = _build({"residual": RESIDUAL, "divided": REAL}.get(kind, SMALL))
@@ -151,7 +153,10 @@ def test_real_channels_are_divided_and_bit_identical(dtype, monkeypatch):
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("dtype", REAL_DTYPES)
-@pytest.mark.parametrize("what", ["image", "video", "batch", "latents", "weights"])
+@pytest.mark.parametrize(
+    "what",
+    ["image", "weights", *(pytest.param(what, marks=pytest.mark.slow) for what in ("video", "batch", "latents"))],
+)
 @torch.no_grad()
 def test_channels_last(what, dtype):
     """Stock's convolutions go on in that layout, here and there, with other bits: PIL images become tensors of it."""

@@ -150,7 +150,7 @@ class Sequences(RuleBasedStateMachine):
 
 
 @pytest.mark.upstream
-@amounts(30, 1000)
+@amounts(15, 1000)
 def test_any_sequence_leaves_what_is_wanted_and_nothing_else(examples):
     run_state_machine_as_test(
         Sequences, settings=settings(max_examples=examples, stateful_step_count=20, deadline=None)

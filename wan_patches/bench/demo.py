@@ -33,7 +33,7 @@ DEFAULT_PHOTO = "mpl-data/sample_data/grace_hopper.jpg"  # in matplotlib, which 
 PROMPT = "A portrait, the camera moves slowly to the left"
 AMPLIFIED = 16  # differences in the contact sheet
 
-_SMALL = ("wan22_i2v", "wan_t2v", "helios_i2v")
+_SMALL = ("wan22_i2v", "helios_i2v")
 _SIZE, _FRAMES, _STEPS = (256, 320), 17, 2
 #: Heads as wide as the published ones, fewer of them.
 _TRANSFORMER = {"num_attention_heads": 4}
