@@ -19,6 +19,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # threads that spin while they wait tak
 import pytest
 
 import wan_patches
+from wan_patches import tally
+from wan_patches.fidelity import gate
 
 ROOT = Path(__file__).parents[1]
 
@@ -164,8 +166,30 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
 @pytest.fixture(autouse=True)
 def _stock_before_and_after():
     wan_patches.disable()
+    tally.reset()
+    gate.reset()
     yield
     wan_patches.disable()
+
+
+@pytest.fixture
+def any_size():
+    """Forms are asked about inputs of any size."""
+    from wan_patches.ops.dispatch import at_any_size
+
+    with at_any_size():
+        yield
+
+
+@pytest.fixture
+def as_on_cuda(any_size, monkeypatch):
+    """Ops take tensors on the CPU for such on a GPU for which there are kernels."""
+    import torch
+
+    from wan_patches.ops import dispatch, triton
+
+    monkeypatch.setattr(dispatch, "_device", lambda args: torch.device("cuda"))
+    monkeypatch.setattr(triton, "is_usable", lambda device: True)
 
 
 @pytest.fixture
@@ -249,7 +273,6 @@ def torch_npu_stand_in(monkeypatch):
     spec.loader.exec_module(module)
     for name in (spec.name, "torch_npu", "mindiesd"):
         monkeypatch.setitem(sys.modules, name, module)
-    from wan_patches.fidelity import gate
     from wan_patches.ops import npu
 
     npu.forget()

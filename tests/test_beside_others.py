@@ -59,8 +59,13 @@ def rotations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return count
 
-    for name in ("reference", "stacked", "complex_rows"):
-        monkeypatch.setattr(rope, name, counted(name, getattr(rope, name)))
+    op = rope.apply_rotary_emb
+    for name, owner, form in (
+        ("reference", op, "reference"),
+        ("stacked", op, "traced"),
+        ("complex_rows", rope.complex_rows, "function"),
+    ):
+        monkeypatch.setattr(owner, form, counted(name, getattr(owner, form)))
     return calls
 
 
@@ -140,8 +145,8 @@ UNKNOWN = {"old": "torch.empty_like(hidden_states)", "new": "torch.zeros_like(hi
 
 def test_a_wrong_op_would_be_noticed(rotations, monkeypatch):
     """What every test here rests on."""
-    exact = rope.complex_rows
-    monkeypatch.setattr(rope, "complex_rows", lambda x, cos, sin: exact(x, cos, sin) * (1 + 2**-20))
+    exact = rope.complex_rows.function
+    monkeypatch.setattr(rope.complex_rows, "function", lambda x, cos, sin: exact(x, cos, sin) * (1 + 2**-20))
     with pytest.raises(AssertionError, match=r"torch\.equal|equal"):
         same_bits(transformer(), rotations)
 
@@ -453,9 +458,13 @@ call = {
     "return_dict": False,
 }
 seen = []
-for name in ("complex_rows", "reference", "stacked"):
-    form = getattr(rope, name)
-    setattr(rope, name, lambda x, cos, sin, form=form: seen.append(tuple(x.shape)) or form(x, cos, sin))
+op = rope.apply_rotary_emb
+forms = {
+    "complex_rows": (rope.complex_rows, "function"), "reference": (op, "reference"), "stacked": (op, "traced")
+}
+for name, (owner, attribute) in forms.items():
+    form = getattr(owner, attribute)
+    setattr(owner, attribute, lambda x, cos, sin, form=form: seen.append(tuple(x.shape)) or form(x, cos, sin))
 with torch.no_grad():
     model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))
     stock = model(**call)[0]

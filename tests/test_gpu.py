@@ -109,7 +109,7 @@ def test_rotary_embedding_has_the_bits_of_stock(shape, dtype, layout, fresh_gate
         for ours, theirs in zip(rope.apply_rotary_emb_qk(query, key, *halves), stock):
             _identical(ours, theirs)
         _identical(rope.apply_rotary_emb(query, *halves), stock[0])
-    _verdicts_are_exact("rope", "rope of queries and keys")
+    _verdicts_are_exact("rotary embedding", "rotary embedding of queries and keys")
 
 
 @torch.no_grad()
@@ -122,7 +122,7 @@ def test_rotary_embedding_of_helios_has_the_bits_of_stock(fresh_gate):
         with wan_patches.enabled(["rope"]):
             for _ in range(2):
                 _identical(helios.apply_rotary_emb_transposed(x, table), stock)
-    _verdicts_are_exact("rope")
+    _verdicts_are_exact("rotary embedding")
 
 
 @torch.no_grad()
@@ -149,7 +149,7 @@ def test_kernels_run_on_the_device_of_their_input(fresh_gate):
     stock = _stock_rotation(query, cos, sin)
     for _ in range(2):
         _identical(rope.apply_rotary_emb_qk(query, key, cos[..., 0::2], sin[..., 1::2])[0], stock)
-    _verdicts_are_exact("rope of queries and keys")
+    _verdicts_are_exact("rotary embedding of queries and keys")
 
 
 def _rows(kind, seq, dim):
@@ -204,8 +204,8 @@ def test_close_kernels_are_no_further_from_fp64_than_stock(dim, dtype, fresh_gat
         errors.append((_error(normed, exact), _error(stock, exact)))
 
         exact = F.rms_norm(x.double(), (dim,), weight.double(), 1e-6).unflatten(2, (heads, -1))
-        exact = rope.reference(exact, cos.double(), sin.double())
-        stock = rope.reference(F.rms_norm(x, (dim,), weight, 1e-6).unflatten(2, (heads, -1)), cos, sin)
+        exact = rope.apply_rotary_emb.reference(exact, cos.double(), sin.double())
+        stock = rope.apply_rotary_emb.reference(F.rms_norm(x, (dim,), weight, 1e-6).unflatten(2, (heads, -1)), cos, sin)
         errors.append((_error(rms_norm_rope(x, weight, 1e-6, cos, sin, heads), exact), _error(stock, exact)))
     for kernel in (errors[0::2], errors[1::2]):
         ours, theirs = map(sum, zip(*kernel))

@@ -452,13 +452,16 @@ def compatibility(
     json: Annotated[
         Optional[Path], typer.Option(help="Folder for a record, named after the version of diffusers.")  # noqa: UP045
     ] = None,
+    tiny: Annotated[
+        bool, typer.Option("--tiny", help="So small that fast forms have little to do: shows where patches apply.")
+    ] = False,
 ) -> None:
-    """Each pipeline, small: the patches that it gets, equal bits. Exits with status 1 if a single bit differs."""
+    """Each pipeline: its patches, how many calls took fast forms, equal bits. Exits with status 1 if a bit differs."""
     _check(check_folder, json)
     with _errors("bench"):
         from wan_patches.bench import compatibility as run
 
-        rows = run.measure(families or ())
+        rows = run.measure(families or (), tiny)
         typer.echo(text(run.table(rows)))
     different = [row.family for row in rows if not row.identical]
     _end(different, (json, lambda path: run.write_json(path, rows)))

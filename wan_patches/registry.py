@@ -22,9 +22,11 @@ from typing import Any
 import wrapt
 from packaging.version import Version
 
+from wan_patches import tally
 from wan_patches.codeswap import functions_behind, site, stock
 from wan_patches.fidelity import Fidelity, Verdict, gate
 from wan_patches.rewrite import Edit, Unknown, fingerprint
+from wan_patches.tally import Way
 
 logger = logging.getLogger("wan_patches")
 
@@ -72,6 +74,7 @@ class Patch:
     since: the first version of the library that has the module; one of a module's patches may say so for all.
     addition: `"module:object"`: what the patch puts into the module besides edits, by its `put(module)` and `take()`.
     advice: `"module:function"` that gives sentences for `status()`, asked when the module is loaded.
+    runs_with: the name of a patch in the same module; where that one runs, this one should.
     """
 
     name: str
@@ -85,6 +88,7 @@ class Patch:
     since: str | None = None
     addition: str | None = None
     advice: str | None = None
+    runs_with: str | None = None
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,10 @@ class Place:
 
 @dataclass(frozen=True)
 class Report:
-    """The state of one patch: `active`, `waiting for import`, `skipped` (and why) or `off`."""
+    """The state of one patch: `active`, `waiting for import`, `skipped` (and why) or `off`.
+
+    ways: the calls so far, by the way that they took; `note` says what there is to say of them.
+    """
 
     name: str
     module: str
@@ -108,6 +115,18 @@ class Report:
     reason: str = ""
     fidelity: Fidelity = Fidelity.EXACT
     implementations: Mapping[str, str] = field(default_factory=dict)
+    ways: Mapping[Way, int] = field(default_factory=dict)
+    note: str = ""
+
+    @property
+    def calls(self) -> int:
+        """Calls that were counted, which those of compiled code are not."""
+        return sum(self.ways.values())
+
+    @property
+    def fast(self) -> int:
+        """Those of them that took a form other than stock's."""
+        return sum(calls for way, calls in self.ways.items() if way.is_fast)
 
 
 @dataclass(frozen=True)
@@ -177,6 +196,7 @@ class Registry:
         """Knows the given patches, or else those that installed packages register."""
         self._lock = threading.RLock()
         self._entries = None if patches is None else [_Entry(patch) for patch in patches]
+        _pass_over(entry.patch for entry in self._entries or ())
         self._broken_plugins: list[Report] = []
         self._frames = [_Frame(None)]
         self._hooked: set[str] = set()
@@ -238,9 +258,19 @@ class Registry:
 
     def _status(self) -> Status:
         with self._lock:
-            reports = [entry.report() for entry in self._load()]
+            reports = _with_ways([entry.report() for entry in self._load()], [e.patch for e in self._load()])
             advice = tuple(line for entry in self._load() for line in _advice(entry.patch))
             return Status(tuple(reports + self._broken_plugins), tuple(gate.verdicts()), advice)
+
+    def calls(self, since: Mapping[Way, int]) -> dict[str, tuple[int, int]]:
+        """By patch: how many calls took a form other than stock's, and how many there were, since the tally was so."""
+        found: dict[str, tuple[int, int]] = {}
+        for report in self.status().reports:
+            new = {way: n - since.get(way, 0) for way, n in report.ways.items() if n > since.get(way, 0)}
+            if new:
+                fast, total = found.get(report.name, (0, 0))
+                found[report.name] = (fast + sum(n for way, n in new.items() if way.is_fast), total + sum(new.values()))
+        return found
 
     def patches(self) -> list[Patch]:
         """Every patch that there is, wanted or not."""
@@ -274,6 +304,7 @@ class Registry:
                     if wrong := [p for p in loaded if not isinstance(p, Patch)]:
                         raise TypeError(f"{wrong[0]!r} is not a wan_patches.Patch")
                     self._entries += [_Entry(patch) for patch in loaded]
+                    _pass_over(loaded)
                 except Exception as error:  # someone else's plugin must not take ours down
                     reason = f"the plugin {point.value!r} raised {_describe(error)}"
                     self._broken_plugins.append(Report(point.name, point.value, (), SKIPPED, reason))
@@ -408,6 +439,54 @@ class Registry:
             and not entry.patch.optional
             and not _is_older(entry.patch.module.partition(".")[0], since.get(entry.patch.module))
         ]
+
+
+def _pass_over(patches: Iterable[Patch]) -> None:
+    """Has calls counted for the modules that are patched, and not for where they lead."""
+    for patch in patches:
+        paths = [path for path in patch.calls.values() if isinstance(path, str)]
+        for package in {path.partition(":")[0].partition(".")[0] for path in paths}:
+            if package != patch.module.partition(".")[0]:
+                tally.pass_over(package)
+
+
+def _with_ways(reports: list[Report], patches: list[Patch]) -> list[Report]:
+    """The reports of these patches, with what the tally has of them."""
+    counted = tally.counted()
+    found = []
+    for report, patch in zip(reports, patches):
+        paths = {path for path in patch.calls.values() if isinstance(path, str)}
+        ways = {way: n for way, n in counted.items() if way.module == patch.module and way.entry in paths}
+        found.append(replace(report, ways=ways))
+    ran = {(report.module, report.name) for report in found if report.ways}
+    return [
+        replace(report, note=_note(report, (report.module, patch.runs_with) in ran))
+        if report.state == ACTIVE
+        else report
+        for report, patch in zip(found, patches)
+    ]
+
+
+def _note(report: Report, beside: bool) -> str:
+    """What there is to say of the calls of a patch that is active; `beside`: one that it runs with has run."""
+    reasons: dict[str, int] = {}
+    for way, calls in report.ways.items():
+        if not way.is_fast:
+            reasons[way.reason] = reasons.get(way.reason, 0) + calls
+    why = "; ".join(f"{reason} ({calls})" for reason, calls in sorted(reasons.items(), key=lambda item: -item[1]))
+    if not report.ways:
+        if beside:
+            return "no call arrived: something else runs in its place"
+        return "no call counted: those of compiled code are not countable" if _is_compiling() else ""
+    if not report.fast:
+        return f"not taken: {why}"
+    return f"fast in {report.fast} of {report.calls} calls" + (f"; others: {why}" if why else "")
+
+
+def _is_compiling() -> bool:
+    """Whether torch has compiled anything in this process."""
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    return dynamo is not None and bool(dynamo.counters["frames"]["ok"])
 
 
 def _is_older(library: str, version: str | None) -> bool:

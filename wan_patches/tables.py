@@ -60,9 +60,10 @@ def status_table(status: Status) -> list[object]:
     """The status as a table; below it what each patch runs, and what the first-sight gate has found."""
     table = Table(box=box.SIMPLE)
     for column in ("patch", "module", "target", "state"):
-        table.add_column(column, overflow="fold")
+        table.add_column(column, overflow="fold", no_wrap=column == "module")
     for report in status.reports:
-        state = f"{report.state}: {report.reason}" if report.reason else report.state
+        more = report.reason or report.note
+        state = f"{report.state}: {more}" if more else report.state
         targets = ", ".join(target.removesuffix(".__call__") for target in report.targets)
         table.add_row(report.name, report.module.rpartition("diffusers.")[2], targets, state)
     count = Counter(report.state for report in status.reports)
@@ -73,8 +74,8 @@ def status_table(status: Status) -> list[object]:
             runs = running.setdefault((report.name, report.fidelity.value), {})
             runs |= {f"{what} on {device}": None for device, what in report.implementations.items()}
     lines += [f"  {name} ({fidelity}): {'; '.join(runs)}" for (name, fidelity), runs in running.items()]
-    judged = Counter((v.op, v.fidelity.value if v.exact else f"stock used, {v.reason}") for v in status.verdicts)
-    for (op, verdict), n in judged.items():
-        lines.append(f"  gate: {op}: {verdict} ({n} kinds of input)")
+    judged = Counter((v.op, v.form, v.fidelity.value if v.exact else f"not used, {v.reason}") for v in status.verdicts)
+    for (op, form, verdict), n in judged.items():
+        lines.append(f"  gate: {op}, {form}: {verdict} ({n} kinds of input)")
     lines += [f"  {advice}" for advice in status.advice]
     return lines

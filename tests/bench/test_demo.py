@@ -106,16 +106,17 @@ def _nudge(tensor: torch.Tensor) -> torch.Tensor:
 def _plant_rope(monkeypatch):
     from wan_patches.ops import rope
 
-    right = rope.reference
-    monkeypatch.setattr(rope, "_is_fast", lambda *args: False)
-    monkeypatch.setattr(rope, "reference", lambda *args: _nudge(right(*args)))
+    right = rope.apply_rotary_emb.reference
+    rope.apply_rotary_emb.forget()
+    monkeypatch.setattr(rope.complex_rows, "refusal", lambda *args: "planted")
+    monkeypatch.setattr(rope.apply_rotary_emb, "reference", lambda *args: _nudge(right(*args)))
 
 
 def _plant_mask(monkeypatch):
     from wan_patches.ops import conditioning
 
-    right = conditioning.in_latent_frames
-    monkeypatch.setattr(conditioning, "in_latent_frames", lambda *args: 1 - right(*args))
+    right = conditioning.in_latent_frames.function
+    monkeypatch.setattr(conditioning.in_latent_frames, "function", lambda *args: 1 - right(*args))
 
 
 def _plant_frames(monkeypatch):
@@ -126,15 +127,15 @@ def _plant_frames(monkeypatch):
 
 
 def _plant_preprocess(monkeypatch):
-    from wan_patches.ops import resize
+    from wan_patches.ops import images
 
-    right = resize.normalize_uint8
+    right = images.normalize_uint8
 
-    def wrong(images, out=None):
-        result = right(images, out)
+    def wrong(pixels, out=None):
+        result = right(pixels, out)
         return result.copy_(_nudge(result))
 
-    monkeypatch.setattr(resize, "normalize_uint8", wrong)
+    monkeypatch.setattr(images, "normalize_uint8", wrong)
 
 
 @pytest.mark.parametrize(

@@ -267,10 +267,11 @@ def test_a_transformer_without_blocks(name, fidelity, pipelines, against_stock):
 
 
 def test_the_fast_ways_are_taken_with_diffusers_own(pipelines, monkeypatch):
-    from wan_patches.ops import frames, resize
+    from wan_patches.ops import frames
+    from wan_patches.ops import images as op
 
     taken = []
-    for module, name in ((resize, "normalize_uint8"), (frames, "video_to_float")):
+    for module, name in ((op, "normalize_uint8"), (frames, "video_to_float")):
         original = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, o=original, n=name, **k: taken.append(n) or o(*a, **k))
     pipe = pipelines("wan_v2v")

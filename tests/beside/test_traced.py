@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 
 import wan_patches
 from wan_patches.bench.models import FAMILIES, available
-from wan_patches.ops import modulation, rms_norm, rope
+from wan_patches.ops import rms_norm, rope
 
 pytestmark = [pytest.mark.upstream, pytest.mark.usefixtures("one_thread")]
 
@@ -43,12 +43,9 @@ class Listed(TorchFunctionMode):
 
 
 @pytest.fixture(autouse=True)
-def _first_use_at_any_size(monkeypatch):
-    for op in (rope, modulation, rms_norm):
-        monkeypatch.setattr(op, "_SMALL", 0)
+def _first_use_at_any_size(any_size):
     for op in (rope, rms_norm):
         op._is_exact.cache_clear()
-    rope._is_fast.cache_clear()
 
 
 def forward(name):

@@ -12,20 +12,13 @@ pytest.importorskip("transformers")
 
 import wan_patches
 from wan_patches.bench.models import FAMILIES, available
-from wan_patches.ops import modulation, rms_norm, rope
 
 from .watching import WAYS, modules_of, seen, watching
 
-pytestmark = [pytest.mark.upstream, pytest.mark.usefixtures("one_thread")]
+pytestmark = [pytest.mark.upstream, pytest.mark.usefixtures("one_thread", "any_size")]
 
 #: One of each kind of pipeline. All families, classes and ways are for the night.
 NAMES = ["wan22_i2v", "wan_vace", "skyreels_v2_df_i2v", "chronoedit", "sana_video_i2v", "helios_i2v"]
-
-
-@pytest.fixture(autouse=True)
-def _fast_forms_at_any_size(monkeypatch):
-    for op in (rope, modulation, rms_norm):
-        monkeypatch.setattr(op, "_SMALL", 0)
 
 
 @functools.lru_cache(maxsize=1)

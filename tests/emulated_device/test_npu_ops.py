@@ -19,7 +19,7 @@ import torch.nn.functional as F
 import wan_patches
 from wan_patches.bench.models import FAMILIES, available
 from wan_patches.fidelity import Fidelity
-from wan_patches.ops import npu, rope
+from wan_patches.ops import fused_norm, npu, rope
 from wan_patches.ops.npu import attention, norms
 
 pytestmark = pytest.mark.npu_emulated
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.npu_emulated
 # stock's diffusion forcing copies tensors in a way that the emulation cannot follow
 THERE = [name for name in available() if not name.startswith("skyreels_v2_df")]
 
-NPU_OP, TORCH_OP = "rope by npu_rotary_mul", "rope"
+NPU_OP, TORCH_OP = "npu_rotary_mul", "stack + flatten"
 
 
 def frames(pipe: Any, name: str, **more: Any) -> np.ndarray:
@@ -64,21 +64,23 @@ def calls(torch_npu_stand_in: Any, monkeypatch: pytest.MonkeyPatch) -> Counter[s
         function = getattr(module, name)
 
         def count(*args: Any, **kwargs: Any) -> Any:
-            made[name] += 1
+            made["stacked" if name in ("function", "traced") else name] += 1
             return function(*args, **kwargs)
 
         monkeypatch.setattr(module, name, count)
 
     for name in ("npu_rotary_mul", "npu_rms_norm", "npu_layer_norm_eval", "npu_fusion_attention", "attention_forward"):
         counted(torch_npu_stand_in, name)
-    for name in ("stacked", "reference"):
-        counted(rope, name)
+    counted(rope.by_stacking, "function")
+    counted(rope.apply_rotary_emb, "traced")
+    counted(rope.apply_rotary_emb, "reference")
     npu.forget()
     return made
 
 
 def verdicts() -> set[tuple[str, bool]]:
-    return {(verdict.op, verdict.exact) for verdict in wan_patches.status().verdicts if "rope" in verdict.op}
+    found = wan_patches.status().verdicts
+    return {(verdict.form, verdict.exact) for verdict in found if verdict.op == "rotary embedding"}
 
 
 # Rotary embedding
@@ -169,9 +171,9 @@ def test_an_npu_that_rounds_otherwise_or_refuses_gets_the_torch_formulation(
         assert np.array_equal(stock, frames(pipe, "wan_t2v"))
         status = wan_patches.status()
     assert calls == {"stacked": 8}  # and not the slow assignments
-    assert f"gate: {NPU_OP}: stock used, {reason} (1 kinds of input)" in str(status)
+    assert f"gate: rotary embedding, {NPU_OP}: not used, {reason} (1 kinds of input)" in str(status)
     warnings = [record.getMessage() for record in caplog.records if record.name == "wan_patches"]
-    assert sum(warning.startswith(f"{NPU_OP} {reason} on this device") for warning in warnings) == 1
+    assert sum(warning.startswith(f"rotary embedding: {NPU_OP} {reason}; another is used") for warning in warnings) == 1
 
 
 def test_without_the_gate_such_an_npu_would_change_the_video(build, torch_npu_stand_in, monkeypatch):
@@ -230,6 +232,17 @@ def error(out: torch.Tensor, exact: torch.Tensor) -> float:
     return (out.cpu().double() - exact).abs().mean().item()
 
 
+class Norm:
+    """What diffusers' `FP32LayerNorm` computes."""
+
+    def __init__(self, weight: torch.Tensor | None = None, bias: torch.Tensor | None = None) -> None:
+        self.weight, self.bias, self.eps = weight, bias, 1e-6
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        affine = [None if tensor is None else tensor.float() for tensor in (self.weight, self.bias)]
+        return F.layer_norm(x.float(), x.shape[-1:], *affine, self.eps).to(x.dtype)
+
+
 SHAPES = [(1, 70, 1536), (2, 33, 96), (1, 8, 5120), (2, 3, 5, 64)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -261,9 +274,9 @@ def test_layer_norm_is_no_less_accurate_than_torch(shape, dtype, of_weight, devi
         x = draw(*shape, seed=seed, dtype=dtype)
         affine = [None, None] if of_weight is None else [draw(shape[-1], seed=n, dtype=of_weight) for n in (seed, 99)]
         on_npu = [None if tensor is None else tensor.to("npu") for tensor in affine]
-        stock = norms.layer_norm(x, shape[-1:], *affine, 1e-6)
-        norms.layer_norm(x.to("npu"), shape[-1:], *on_npu, 1e-6)
-        ours = norms.layer_norm(x.to("npu"), shape[-1:], *on_npu, 1e-6)
+        stock = fused_norm.cast_norm(x, Norm(*affine))
+        fused_norm.cast_norm(x.to("npu"), Norm(*on_npu))
+        ours = fused_norm.cast_norm(x.to("npu"), Norm(*on_npu))
         exact = F.layer_norm(
             x.double(), shape[-1:], *(None if tensor is None else tensor.double() for tensor in affine), 1e-6
         )
@@ -287,17 +300,17 @@ def test_an_operation_that_rounds_inside_is_not_used(device, torch_npu_stand_in,
             assert torch.equal(norms.rms_norm(x, weight, 1e-6), stock)
     assert not torch.equal(rounds_inside(x, weight)[0], stock)
     (verdict,) = wan_patches.status().verdicts
-    assert (verdict.op, verdict.exact, verdict.fidelity) == ("RMS norm", False, Fidelity.CLOSE)
-    assert "RMS norm is less accurate than the stock formulation" in caplog.text
-    assert "gate: RMS norm: stock used, is less accurate" in str(wan_patches.status())
+    assert (verdict.form, verdict.exact, verdict.fidelity) == ("npu_rms_norm", False, Fidelity.CLOSE)
+    assert "npu_rms_norm is less accurate than the stock formulation" in caplog.text
+    assert "gate: RMS norm by torch_npu, npu_rms_norm: not used, is less accurate" in str(wan_patches.status())
 
 
 def test_one_that_does_not_is_called_close(device, calls):
     x = draw(1, 70, 96, dtype=torch.bfloat16).to("npu")
-    norms.layer_norm(x, (96,), eps=1e-6)
+    fused_norm.cast_norm(x, Norm())
     (verdict,) = wan_patches.status().verdicts
-    assert (verdict.op, verdict.exact, verdict.fidelity) == ("layer norm", True, Fidelity.CLOSE)
-    assert "gate: layer norm: close (1 kinds of input)" in str(wan_patches.status())
+    assert (verdict.form, verdict.exact, verdict.fidelity) == ("npu_layer_norm_eval", True, Fidelity.CLOSE)
+    assert "gate: cast norm in one pass, npu_layer_norm_eval: close (1 kinds of input)" in str(wan_patches.status())
 
 
 def test_what_norms_are_not_for_is_torchs_own(device, calls):
@@ -314,8 +327,8 @@ def test_what_norms_are_not_for_is_torchs_own(device, calls):
         assert torch.equal(ours, F.rms_norm(case[0], (32,), *case[1:]))
     with_grad = x.clone().requires_grad_()
     assert norms.rms_norm(with_grad, weight, 1e-6).requires_grad
-    assert norms.layer_norm(with_grad, (32,), eps=1e-6).requires_grad
-    assert torch.equal(norms.layer_norm(x, (6, 32), eps=1e-6), F.layer_norm(x, (6, 32), eps=1e-6))
+    assert fused_norm.cast_norm(with_grad, Norm()).requires_grad
+    assert torch.equal(fused_norm.cast_norm(x.double(), Norm()), Norm()(x.float()).double())
     assert not calls
 
 
@@ -429,7 +442,7 @@ def test_close_patches_take_the_norms_of_torch_npu(name, build, calls):
         judged = [verdict for verdict in wan_patches.status().verdicts if verdict.fidelity is Fidelity.CLOSE]
     assert np.array_equal(close, again)
     np.testing.assert_allclose(close, stock, rtol=0, atol=0.1)
-    assert {verdict.op for verdict in judged} == {"RMS norm", "layer norm"}
+    assert {verdict.form for verdict in judged} >= {"npu_rms_norm"}
     assert all(verdict.exact for verdict in judged), judged
     assert calls["npu_rms_norm"] > 0
     assert calls["npu_layer_norm_eval"] > 0

@@ -89,12 +89,14 @@ def test_first_sight_is_told_apart_and_the_gates_reason_is_given(pipe, device, m
     from wan_patches.fidelity import gate
 
     gate.reset()
-    monkeypatch.setattr(rope, "stacked", lambda x, cos, sin: x * 2)
+    monkeypatch.setattr(rope.by_stacking, "function", lambda x, cos, sin: x * 2)
     with wan_patches.enabled(["rope"]), wan_patches.profile(trace=False) as wrong:
         call(pipe)
     (row,) = wrong.ops
-    assert (row.first_sight, row.fast) == (1, 0)
-    assert row.reasons == {"the first-sight gate, rope: differs from the stock formulation": row.calls - 1}
+    assert (row.first_sight, row.fast) == (0, 0)
+    ((reason, calls),) = row.reasons.items()
+    assert reason.endswith("stack + flatten differs from the stock formulation")
+    assert calls == row.calls
     assert wrong.crossings is None
     assert "were not counted" in str(wrong)
 

@@ -22,7 +22,7 @@ def inputs():
 
 
 def wrong(x, cos, sin):
-    out = rope.reference(x, cos, sin)
+    out = rope.apply_rotary_emb.reference(x, cos, sin)
     return torch.nextafter(out.cpu(), torch.full(out.shape, torch.inf)).to(out.device)
 
 
@@ -31,23 +31,23 @@ def test_a_pipeline_verifies_there(pipe):
     assert found.exact, found
     assert found.device.startswith("npu")
     assert {stage.name for stage in found.stages} >= {"text", "denoise", "decode", "postprocess"}
-    assert any(verdict.op == "rope" and verdict.exact for verdict in found.status.verdicts)
+    assert any(verdict.op == "rotary embedding" and verdict.exact for verdict in found.status.verdicts)
 
 
 def test_what_the_gate_keeps_away_is_told(pipe, monkeypatch):
-    monkeypatch.setattr(rope, "stacked", wrong)
+    monkeypatch.setattr(rope.by_stacking, "function", wrong)
     found = verify(pipe, repeat=0, **inputs())
     assert found.exact
-    assert any("stock's code run for rope: differs" in note for note in found.notes)
+    assert any("keeps a form away, stack + flatten of rotary embedding: differs" in note for note in found.notes)
 
 
 def test_what_passes_the_gate_and_then_differs_is_named(pipe, monkeypatch):
-    right, calls = rope.stacked, []
+    right, calls = rope.by_stacking.function, []
 
     def wears_out(x, cos, sin):
         calls.append(x)
         return right(x, cos, sin) if len(calls) <= 8 else wrong(x, cos, sin)
 
-    monkeypatch.setattr(rope, "stacked", wears_out)
+    monkeypatch.setattr(rope.by_stacking, "function", wears_out)
     found = verify(pipe, repeat=0, **inputs())
     assert [[patch.name for patch in culprit.patches] for culprit in found.culprits] == [["rope"]]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import wan_patches
-from wan_patches.ops.conditioning import ConditionVideo, condition_mask, in_latent_frames, reference
+from wan_patches.ops.conditioning import ConditionVideo, condition_mask, in_latent_frames
 
 pytestmark = pytest.mark.upstream
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.upstream
 def test_latent_frames_hold_what_pixel_frames_say(temporal, last_frame, batch):
     for latent_frames in (1, 2, 3, 21):
         args = (batch, (latent_frames - 1) * temporal + 1, 3, 5, temporal, torch.device("cpu"), last_frame)
-        expected = reference(*args)
+        expected = condition_mask.reference(*args)
         for make in (in_latent_frames, condition_mask):
             actual = make(*args)
             assert actual.dtype == expected.dtype

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from types import SimpleNamespace
 
@@ -11,16 +12,25 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from wan_patches import tally
 from wan_patches.fidelity import gate
 from wan_patches.ops import modulation as ops
+from wan_patches.ops.dispatch import at_any_size, rechecking
 from wan_patches.ops.modulation import RowPerToken, TwoRows
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGE = 40  # a chunk, in elements
 
 
-def _norm(x):
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
+class _Norm:
+    weight = bias = None
+    eps = 1e-6
+
+    def __call__(self, x):
+        return F.layer_norm(x, x.shape[-1:], eps=self.eps)
+
+
+_norm = _Norm()
 
 
 @st.composite
@@ -72,15 +82,24 @@ def _assert_same(actual, expected):
 @pytest.fixture
 def large(monkeypatch):
     """Small inputs count as large, and fill several chunks."""
-    monkeypatch.setattr(ops, "_SMALL", 1)
     monkeypatch.setattr(ops, "_CHUNK", LARGE)
+    with at_any_size(), rechecking():
+        yield
 
 
-NORMS = [ops.modulated_norm, ops.plain_modulated_norm, ops._modulated_norm_in_chunks, ops._modulated_norm_in_place]
-RESIDUALS = [ops.gated_residual, ops.plain_gated_residual, ops._gated_residual_in_chunks, ops._gated_residual_in_place]
+def _name(form):
+    return form.__name__
 
 
-@pytest.mark.parametrize("form", NORMS)
+def _forms(op):
+    """The op, and its forms that run on CPUs."""
+    return [op, *(form for form in op.forms if form.device != "cuda")]
+
+
+NORMS, RESIDUALS, SUMS = map(_forms, (ops.modulated_norm, ops.gated_residual, ops.residual_norm))
+
+
+@pytest.mark.parametrize("form", NORMS, ids=_name)
 def test_modulated_norms_have_the_bits_of_stock(form, large):
     @settings(max_examples=80, deadline=None, derandomize=True)
     @given(cases())
@@ -94,7 +113,7 @@ def test_modulated_norms_have_the_bits_of_stock(form, large):
         check()
 
 
-@pytest.mark.parametrize("form", RESIDUALS)
+@pytest.mark.parametrize("form", RESIDUALS, ids=_name)
 def test_gated_residuals_have_the_bits_of_stock(form, large):
     @settings(max_examples=80, deadline=None, derandomize=True)
     @given(cases())
@@ -109,7 +128,7 @@ def test_gated_residuals_have_the_bits_of_stock(form, large):
         check()
 
 
-@pytest.mark.parametrize("form", [ops.residual_norm, ops.plain_residual_norm, ops._residual_norm_in_chunks])
+@pytest.mark.parametrize("form", SUMS, ids=_name)
 def test_residual_norms_have_the_bits_of_stock(form, large):
     @settings(max_examples=120, deadline=None, derandomize=True)
     @given(cases(), st.booleans(), st.booleans())
@@ -154,17 +173,12 @@ def test_real_chunks_and_threads(dtype, threads):
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("change", ["strides", "dimensions", "fp64", "modulation dtype", "other border", "shape of y"])
+@pytest.mark.parametrize("change", ["dimensions", "fp64", "modulation dtype", "other border", "shape of y"])
 @torch.no_grad()
-def test_other_inputs_take_the_operations_of_stock(change, large, monkeypatch):
-    for name in ("_modulated_norm_in_chunks", "_gated_residual_in_chunks"):
-        monkeypatch.setattr(ops, name, lambda *args: pytest.fail("not for such input"))
+def test_other_inputs_take_the_operations_of_stock(change, large):
     x, y = torch.randn(2, 2, 12, 8)
     scale, shift = torch.randn(2, 2, 1, 8)
-    if change == "strides":
-        x = x.transpose(0, 1).contiguous().transpose(0, 1)
-        y = y.transpose(0, 1).contiguous().transpose(0, 1)
-    elif change == "dimensions":
+    if change == "dimensions":
         x, y = x[0], y[0]
         scale, shift = scale[0], shift[0]
     elif change == "fp64":
@@ -179,6 +193,39 @@ def test_other_inputs_take_the_operations_of_stock(change, large, monkeypatch):
         _assert_same(ops.modulated_norm(x, _norm, scale, shift), _stock_norm(x, scale, shift))
     if change != "other border":
         _assert_same(ops.gated_residual(x, y, shift), _stock_residual(x, y, shift))
+    assert not any(way.is_fast for way in tally.counted())
+
+
+LAYOUTS = {
+    "as convolutions leave it": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "batch inside": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "with gaps": lambda x: torch.cat([x, x], dim=2)[..., : x.shape[2]],
+    "every other channel": lambda x: x.repeat_interleave(2, dim=2)[..., ::2],
+    "one token for all": lambda x: x[:, :1].expand_as(x),
+    "contiguous": lambda x: x,
+}
+
+
+@pytest.mark.parametrize("of_y", LAYOUTS)
+@pytest.mark.parametrize("of_x", LAYOUTS)
+@torch.no_grad()
+def test_any_layout_takes_a_fast_form_and_results_lie_as_stocks(of_x, of_y, large):
+    for batch, dtype, other in itertools.product((1, 2), DTYPES, DTYPES):
+        torch.manual_seed(0)
+        x, y = LAYOUTS[of_x](torch.randn(batch, 12, 8).to(dtype)), LAYOUTS[of_y](torch.randn(batch, 12, 8).to(other))
+        scale, shift = torch.randn(2, batch, 1, 8)
+        _assert_same(ops.modulated_norm(x, _norm, scale, shift), _stock_norm(x, scale, shift))
+        _assert_same(ops.gated_residual(x, y, shift), _stock_residual(x, y, shift))
+        _assert_same(ops.gated_residual.forms[-1](x, y, shift), _stock_residual(x, y, shift))
+        h, normed = ops.residual_norm(x, y, shift, _norm, scale, shift)
+        _assert_same(h, _stock_residual(x, y, shift))
+        _assert_same(normed, _stock_norm(h, scale, shift))
+        if dtype == other:
+            h, _ = ops.residual_norm(x, y, None, _norm, scale, shift)
+            _assert_same(h, x + y)
+    slow = {way for way in tally.counted() if not way.is_fast}
+    assert {(way.op, way.reason) for way in slow} <= {("gated residual", ops.SLOW)}
+    assert bool(slow) == bool({of_x, of_y} & {"as convolutions leave it", "every other channel"})
 
 
 def test_gradients_flow_as_in_stock(large):
@@ -206,7 +253,7 @@ def test_rows_of_two_kinds_become_the_modulations_of_a_block():
 
 
 @pytest.fixture
-def kernels(monkeypatch):
+def kernels(as_on_cuda, monkeypatch):
     """The way of GPUs on the CPU, with torch's arithmetic in the kernels' place; what they were given."""
     given = []
 
@@ -227,34 +274,25 @@ def kernels(monkeypatch):
 
     stand_in = SimpleNamespace(modulate=modulate, gated_residual=gated_residual, add_and_cast=add_and_cast)
     monkeypatch.setitem(sys.modules, "wan_patches.ops.triton.modulation", stand_in)
-    monkeypatch.setattr(ops.kernels, "is_usable", lambda device: True)
-    monkeypatch.setattr(ops, "is_observed", lambda *tensors: False)
-
-    class OnDevice(torch.Tensor):
-        is_cpu = False
-
-    gate.reset()
-    yield given, lambda x: x.as_subclass(OnDevice)
-    gate.reset()
+    return given
 
 
 @pytest.mark.parametrize("kind", ["row", "two rows"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @torch.no_grad()
 def test_what_kernels_are_given_gives_the_bits_of_stock(dtype, kind, kernels):
-    given, on_device = kernels
+    given = kernels
     x, y = torch.randn(2, 2, 9, 8).to(dtype)
     tensors = torch.randn(2, 2, 1 if kind == "row" else 2, 8)
     scale, shift = tensors if kind == "row" else (TwoRows(tensor, 4, x.shape[1]) for tensor in tensors)
     for _ in range(2):  # the second time without comparison
-        assert torch.equal(ops.modulated_norm(on_device(x), _norm, scale, shift), _stock_norm(x, scale, shift))
-        assert torch.equal(ops.gated_residual(on_device(x), y, shift), _stock_residual(x, y, shift))
-        h, normed = ops.residual_norm(on_device(x), y, None, _norm, scale, shift)
+        assert torch.equal(ops.modulated_norm(x, _norm, scale, shift), _stock_norm(x, scale, shift))
+        assert torch.equal(ops.gated_residual(x, y, shift), _stock_residual(x, y, shift))
+        h, normed = ops.residual_norm(x, y, None, _norm, scale, shift)
         assert torch.equal(h, x + y)
         assert torch.equal(normed, _stock_norm(x + y, scale, shift))
     border = None if kind == "row" else 4
     modulated, gated = ("modulate", tensors[0].shape, border), ("gated_residual", tensors[1].shape, border)
     added = [] if dtype == torch.float32 else [("add_and_cast",)]  # there is nothing to cast
     assert given == [modulated, gated, *added, modulated] * 2
-    assert all(verdict.exact for verdict in gate.verdicts())
-    assert len(gate.verdicts()) == 2 + (dtype != torch.float32)
+    assert [verdict.exact for verdict in gate.verdicts()] == [True] * 3

@@ -37,7 +37,7 @@ def assert_same(result, expected):
 def call(norm, x):
     bias = norm.bias if isinstance(norm.bias, torch.Tensor) else None
     plain = partial(_plain_norm, norm)
-    return op.norm_silu(x, plain, scale=norm.scale, gamma=norm.gamma, bias=bias, in_fp32=_normalizes_in_fp32())
+    return op.norm_silu(x, plain, norm.scale, norm.gamma, bias, _normalizes_in_fp32())
 
 
 def arithmetic(x, denominator, scale, gamma, bias):
@@ -47,7 +47,7 @@ def arithmetic(x, denominator, scale, gamma, bias):
 
 
 @pytest.fixture
-def kernel(monkeypatch):
+def kernel(as_on_cuda, monkeypatch):
     """The way of accelerators on the CPU, with torch's arithmetic in the kernel's place; what it was given."""
     import sys
     from types import SimpleNamespace
@@ -60,14 +60,7 @@ def kernel(monkeypatch):
 
     stand_in = SimpleNamespace(norm_silu=run)
     monkeypatch.setitem(sys.modules, "wan_patches.ops.triton.norm_silu", stand_in)
-    monkeypatch.setattr(op.kernels, "is_usable", lambda device: True)
-
-    class OnDevice(torch.Tensor):
-        is_cpu = False
-
-    gate.reset()
-    yield calls, lambda x: x.as_subclass(OnDevice)
-    gate.reset()
+    return calls
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -82,12 +75,11 @@ def test_cpus_run_the_norm_itself(dtype, monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES)
 @torch.no_grad()
 def test_what_the_kernel_is_given_gives_the_bits_of_the_norm(dtype, bias, kernel):
-    calls, on_device = kernel
     norm, x = case(dtype, bias)
     expected = F.silu(norm(x))
     for _ in range(2):  # the second time without comparison
-        assert_same(call(norm, on_device(x)), expected)
-    assert len(calls) == 2
+        assert_same(call(norm, x), expected)
+    assert len(kernel) == 2
     (verdict,) = gate.verdicts()
     assert verdict.exact
 
@@ -95,24 +87,24 @@ def test_what_the_kernel_is_given_gives_the_bits_of_the_norm(dtype, bias, kernel
 @torch.no_grad()
 def test_weights_of_one_prove_nothing(kernel, monkeypatch):
     """As a norm has them before it is trained; with these, a kernel that leaves them out passes."""
-    _, on_device = kernel
     norm, x = case(torch.float32)
     torch.nn.init.ones_(norm.gamma)
-    monkeypatch.setattr(
-        op, "_fused", lambda x, norm, scale, gamma, *more: op._plain(x, norm, scale, norm.args[0].gamma, *more)
-    )
-    assert_same(call(norm, on_device(x)), F.silu(norm(x)))
+
+    def without_weight(x, norm, scale, gamma, *more):
+        return op.norm_silu.reference(x, norm, scale, norm.args[0].gamma, *more)
+
+    monkeypatch.setattr(op.by_kernel, "function", without_weight)
+    assert_same(call(norm, x), F.silu(norm(x)))
     (verdict,) = gate.verdicts()
     assert not verdict.exact
 
 
 @torch.no_grad()
 def test_a_kernel_that_differs_is_not_used(kernel, monkeypatch):
-    _, on_device = kernel
     norm, x = case(torch.bfloat16)
-    monkeypatch.setattr(op, "_fused", lambda *args: op._plain(*args) * 1.01)
+    monkeypatch.setattr(op.by_kernel, "function", lambda *args: op.norm_silu.reference(*args) * 1.01)
     for _ in range(2):
-        assert_same(call(norm, on_device(x)), F.silu(norm(x)))
+        assert_same(call(norm, x), F.silu(norm(x)))
     (verdict,) = gate.verdicts()
     assert not verdict.exact
 
@@ -120,7 +112,6 @@ def test_a_kernel_that_differs_is_not_used(kernel, monkeypatch):
 @pytest.mark.parametrize("change", ["dtype", "gamma", "strides", "dimensions"])
 @torch.no_grad()
 def test_other_inputs_run_the_norm_itself(change, kernel):
-    calls, on_device = kernel
     norm, x = case(torch.float32)
     if change == "dtype":
         norm, x = norm.double(), x.double()
@@ -130,5 +121,5 @@ def test_other_inputs_run_the_norm_itself(change, kernel):
         x = x.transpose(-1, -2)
     else:
         norm, x = autoencoders.WanRMS_norm(12), x[:, :, 0]
-    assert_same(call(norm, on_device(x)), F.silu(norm(x)))
-    assert calls == []
+    assert_same(call(norm, x), F.silu(norm(x)))
+    assert kernel == []

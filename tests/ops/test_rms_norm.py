@@ -30,13 +30,12 @@ def cases(draw):
 
 @pytest.fixture
 def fast_forms(monkeypatch):
-    calls, form = [], op._in_chunks
-    monkeypatch.setattr(op, "_in_chunks", lambda *args: calls.append(1) or form(*args))
+    calls, form = [], op.in_chunks.function
+    monkeypatch.setattr(op.in_chunks, "function", lambda *args: calls.append(1) or form(*args))
     return calls
 
 
-def test_has_the_bits_of_torch(fast_forms, monkeypatch):
-    monkeypatch.setattr(op, "_SMALL", 1)
+def test_has_the_bits_of_torch(fast_forms, any_size, monkeypatch):
     monkeypatch.setattr(op, "_CHUNK", 200)
 
     @settings(max_examples=150, deadline=None, derandomize=True)
@@ -79,15 +78,13 @@ def test_where_torch_has_another_order_it_is_torch(fast_forms, monkeypatch):
 
 def test_the_trial_finds_another_order(monkeypatch):
     op._is_exact.cache_clear()
-    form = op._in_chunks
-    monkeypatch.setattr(op, "_in_chunks", lambda x, weight, eps: form(x, weight, 2 * eps))
+    form = op.in_chunks.function
+    monkeypatch.setattr(op.in_chunks, "function", lambda x, weight, eps: form(x, weight, 2 * eps))
     assert not op._is_exact(torch.float32, 640, 1)
     op._is_exact.cache_clear()
 
 
-def test_gradients_are_those_of_torch(fast_forms, monkeypatch):
-    monkeypatch.setattr(op, "_SMALL", 1)
-
+def test_gradients_are_those_of_torch(fast_forms, any_size):
     def grads(norm):
         torch.manual_seed(0)
         x, weight = torch.randn(1, 9, 24, requires_grad=True), torch.randn(24, requires_grad=True)

@@ -32,7 +32,7 @@ def _tables(seq: int, dim: int, batch: int = 1, dtype: torch.dtype = torch.float
 
 def _check(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
     expected = _stock_wan()(x, cos, sin)
-    for rotate in (rope.apply_rotary_emb, rope.stacked, rope.reference):
+    for rotate in (rope.apply_rotary_emb, rope.stacked, rope.apply_rotary_emb.reference):
         actual = rotate(x, cos[..., 0::2], sin[..., 1::2])
         assert actual.dtype == expected.dtype
         assert torch.equal(actual, expected), rotate.__name__
@@ -41,9 +41,9 @@ def _check(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
 
 @contextlib.contextmanager
 def _fast_calls():
-    calls, fast = [], rope.complex_rows
+    calls, fast = [], rope.complex_rows.function
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rope, "complex_rows", lambda *args: calls.append(1) or fast(*args))
+        patch.setattr(rope.complex_rows, "function", lambda *args: calls.append(1) or fast(*args))
         yield calls
 
 
@@ -128,13 +128,13 @@ def test_helios_table_per_batch():
 
 def _forget():
     rope._is_exact.cache_clear()
-    rope._is_fast.cache_clear()
+    rope.apply_rotary_emb.forget()
 
 
 def test_an_inexact_processor_is_found_out(monkeypatch):
     """Where complex products round differently, the probe must keep the plain formulation."""
-    exact = rope.complex_rows
-    monkeypatch.setattr(rope, "complex_rows", lambda x, cos, sin: exact(x, cos, sin) * (1 + 2**-7))
+    exact = rope.complex_rows.function
+    monkeypatch.setattr(rope.complex_rows, "function", lambda x, cos, sin: exact(x, cos, sin) * (1 + 2**-7))
     _forget()
     try:
         _check(torch.randn(1, 3000, 4, 64), *_tables(3000, 64))
@@ -163,7 +163,7 @@ def test_autograd_and_transforms_see_plain_torch():
     _stock_wan()(stock_x, cos, sin).square().sum().backward()
     assert torch.equal(x.grad, stock_x.grad)
     batched = torch.func.vmap(lambda v: rope.apply_rotary_emb(v, *half))(x.detach()[None])
-    assert torch.equal(batched[0], rope.reference(x.detach(), *half))
+    assert torch.equal(batched[0], rope.apply_rotary_emb.reference(x.detach(), *half))
     primal, tangent = torch.func.jvp(lambda v: rope.apply_rotary_emb(v, *half), (x.detach(),), (x.detach(),))
     assert torch.equal(primal, tangent)  # it is linear
     with torch.device("meta"):
@@ -264,16 +264,10 @@ def test_queries_and_keys_together_are_bit_identical_to_stock(dtype, heads):
     ],
 )
 def test_input_that_the_kernel_is_not_for_takes_the_plain_formulation(shape, tables, dtype, monkeypatch):
-    def never(*args):
-        raise AssertionError("the kernel was called")
-
-    for name in ("_rotated", "_both"):
-        monkeypatch.setattr(rope, name, never)
     monkeypatch.setattr(rope.kernels, "is_usable", lambda device: True)
     x, (cos, sin) = torch.randn(shape).to(dtype), torch.randn(2, *tables)
-    assert torch.equal(rope.apply_rotary_emb_qk(x, x, cos, sin)[1], rope.reference(x, cos, sin))
-    assert not rope.has_kernel(x, cos, sin)
+    assert torch.equal(rope.apply_rotary_emb_qk(x, x, cos, sin)[1], rope.apply_rotary_emb.reference(x, cos, sin))
+    assert rope.why_no_kernel(x, cos, sin)
     small, table = torch.randn(1, 2, 4, 64, dtype=torch.bfloat16), torch.randn(1, 2, 1, 32)
-    assert rope.has_kernel(small, table, table)  # or the above would say nothing
-    assert not rope.has_kernel(small, table.bfloat16(), table)
-    assert not rope.has_kernel(small, table.clone().requires_grad_(), table)
+    assert rope.why_no_kernel(small, table, table) is None  # or the above would say nothing
+    assert rope.why_no_kernel(small, table.bfloat16(), table)

@@ -79,12 +79,12 @@ def _count(calls, name, form, *args):
 
 
 @pytest.fixture
-def fast_forms(monkeypatch):
+def fast_forms(any_size, monkeypatch):
     """Small inputs take the way of large ones, in several chunks; how often they did."""
     calls = {}
-    for name in ("_modulated_norm_in_chunks", "_gated_residual_in_chunks", "_residual_norm_in_chunks"):
-        monkeypatch.setattr(ops, name, functools.partial(_count, calls, name, getattr(ops, name)))
-    monkeypatch.setattr(ops, "_SMALL", 1)
+    for name in ("modulated_norm_in_chunks", "gated_residual_in_chunks", "residual_norm_in_chunks"):
+        form = getattr(ops, name)
+        monkeypatch.setattr(form, "function", functools.partial(_count, calls, name, form.function))
     monkeypatch.setattr(ops, "_CHUNK", 11 * DIM)
     return calls
 
@@ -105,9 +105,9 @@ def test_blocks_are_bit_identical_to_stock(module, dtype, per_token, fast_forms)
         assert fast_forms == {}
         actual = _outputs(block(*inputs))
     if module == "transformer_helios":
-        assert fast_forms == {"_modulated_norm_in_chunks": 2, "_gated_residual_in_chunks": 2}
+        assert fast_forms == {"modulated_norm_in_chunks": 2, "gated_residual_in_chunks": 2}
     else:
-        names = ("_modulated_norm_in_chunks", "_residual_norm_in_chunks", "_gated_residual_in_chunks")
+        names = ("modulated_norm_in_chunks", "residual_norm_in_chunks", "gated_residual_in_chunks")
         assert fast_forms == dict(zip(names, (1, 2, 1)))
     for ours, stock in zip(actual, expected, strict=True):
         assert ours.dtype == stock.dtype
@@ -158,7 +158,7 @@ def test_a_norm_that_someone_watches_is_called_as_stock_calls_it(fast_forms):
         assert torch.equal(block(*inputs), expected)
     assert [shape for shape, *_ in seen] == [(2, SEQ, DIM)] * 4
     assert all(torch.equal(before, now) for _, before, now in seen)  # nobody wrote to what it returned
-    assert fast_forms == {"_residual_norm_in_chunks": 1, "_gated_residual_in_chunks": 1}  # the third norm
+    assert fast_forms == {"residual_norm_in_chunks": 1, "gated_residual_in_chunks": 1}  # the third norm
 
 
 @torch.no_grad()
@@ -178,7 +178,7 @@ def test_norms_whose_class_has_another_forward_are_called_as_stock_calls_them(fa
     with wan_patches.enabled(["modulation"]):
         assert torch.equal(block(*inputs), expected)
     assert seen == shapes == [(2, SEQ, DIM)] * 3
-    assert fast_forms == {"_gated_residual_in_chunks": 1}
+    assert fast_forms == {"gated_residual_in_chunks": 1}
 
 
 @torch.no_grad()
@@ -324,13 +324,13 @@ def test_helios_is_bit_identical_with_two_rows(dtype, batch, history, config, fa
 def test_helios_without_a_timestep_of_its_own_for_history_has_one_row(fast_forms, monkeypatch):
     model, request = _helios(zero_history_timestep=False), _request()
     expected = model(**request)[0]
-    seen, real = [], ops._modulated_norm_in_chunks
+    seen, real = [], ops.modulated_norm_in_chunks.function
 
     def form(x, norm, scale, shift):
         seen.append(scale.shape)
         return real(x, norm, scale, shift)
 
-    monkeypatch.setattr(ops, "_modulated_norm_in_chunks", form)
+    monkeypatch.setattr(ops.modulated_norm_in_chunks, "function", form)
     with wan_patches.enabled(["modulation"]):
         assert torch.equal(model(**request)[0], expected)
     assert seen[:2] == [(1, 1, 48)] * 2

@@ -10,7 +10,6 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.video_processor import VideoProcessor
 
 from wan_patches.bench.models import images
-from wan_patches.ops import resize
 from wan_patches.patches.preprocess import preprocess, preprocess_video
 
 pytestmark = pytest.mark.upstream
@@ -164,17 +163,22 @@ def test_processors_of_someone_elses_keep_their_ways(monkeypatch):
 
 def test_the_device_form_gives_the_pixels_of_the_cpu_form(monkeypatch):
     """What accelerators run, here on the CPU: one flat array of bytes, cut and resized by the op."""
-    from wan_patches.patches.preprocess import _on_device
+    from wan_patches.ops.images import on_device
+
+    def stock():
+        pytest.fail("not stock's")
 
     frames = images(0, 3, (90, 70)) + images(1, 2, (33, 48)) + images(2, 1, (48, 32))
     for size in ((32, 48), (160, 64), (70, 90)):
         processor = VideoProcessor(vae_scale_factor=1)
         expected = processor.preprocess(frames, *size)
-        actual = _on_device(frames, size, torch.device("cpu"))
+        actual = on_device(frames, size, torch.device("cpu"), stock)
         assert actual.stride() == expected.stride()
         assert torch.equal(actual, expected)
-    monkeypatch.setattr(resize, "lanczos_resize", lambda pixels, h, w: torch.zeros(len(pixels), h, w, 3).byte())
-    assert not torch.equal(_on_device(frames, size, torch.device("cpu")), expected)
+    monkeypatch.setattr(
+        "wan_patches.ops.images.lanczos_resize", lambda pixels, h, w: torch.zeros(len(pixels), h, w, 3).byte()
+    )
+    assert not torch.equal(on_device(frames, size, torch.device("cpu"), stock), expected)
 
 
 def test_pictures_are_not_changed():

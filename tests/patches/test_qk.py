@@ -12,7 +12,7 @@ import torch
 import wan_patches
 from wan_patches.fidelity import Fidelity, gate
 from wan_patches.ops import rms_norm as op
-from wan_patches.ops import rope, triton
+from wan_patches.ops import rope
 
 pytestmark = pytest.mark.upstream
 
@@ -27,11 +27,10 @@ DIM, SEQ = 48, 30
 
 
 @pytest.fixture
-def fast_forms(monkeypatch):
-    calls, form = [], op._in_chunks
-    monkeypatch.setattr(op, "_in_chunks", lambda *args: calls.append(1) or form(*args))
+def fast_forms(any_size, monkeypatch):
+    calls, form = [], op.in_chunks.function
+    monkeypatch.setattr(op.in_chunks, "function", lambda *args: calls.append(1) or form(*args))
     monkeypatch.setattr(op, "_is_exact", lambda *args: True)  # whose trial is a call as well
-    monkeypatch.setattr(op, "_SMALL", 1)
     monkeypatch.setattr(op, "_CHUNK", 7 * DIM)
     return calls
 
@@ -140,24 +139,21 @@ def test_norms_that_had_a_hook_are_torchs_own(fast_forms):
 
 
 @pytest.fixture
-def fused(monkeypatch):
+def fused(as_on_cuda, monkeypatch):
     """Kernels are usable, and exact arithmetic stands for that of norm and rotation; how often it ran."""
-    calls = []
+    calls, rotation = [], rope.apply_rotary_emb.reference
 
     def rms_norm_rope(x, weight, eps, cos, sin, heads):
         calls.append(heads)
         normed = x.double() * torch.rsqrt(x.double().square().mean(-1, keepdim=True) + eps) * weight.double()
-        return rope.reference(normed.unflatten(-1, (heads, -1)), cos.double(), sin.double()).to(x.dtype)
+        return rotation(normed.unflatten(-1, (heads, -1)), cos.double(), sin.double()).to(x.dtype)
 
     def rotate(q, k, cos, sin):
-        return rope.reference(q, cos, sin), None if k is None else rope.reference(k, cos, sin)
+        return rotation(q, cos, sin), None if k is None else rotation(k, cos, sin)
 
-    monkeypatch.setattr(triton, "is_usable", lambda device: True)
     monkeypatch.setitem(sys.modules, "wan_patches.ops.triton.close", SimpleNamespace(rms_norm_rope=rms_norm_rope))
     monkeypatch.setitem(sys.modules, "wan_patches.ops.triton.rope", SimpleNamespace(rotate=rotate))
-    gate.reset()
-    yield calls
-    gate.reset()
+    return calls
 
 
 def _tables(module):

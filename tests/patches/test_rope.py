@@ -8,7 +8,7 @@ import torch
 
 import wan_patches
 from wan_patches.bench.models import FAMILIES, available
-from wan_patches.ops import rope, triton
+from wan_patches.ops import rope
 
 pytestmark = [pytest.mark.upstream, pytest.mark.usefixtures("one_thread")]
 
@@ -21,17 +21,15 @@ def latents(pipe, name):
 
 
 @pytest.fixture
-def pairs(monkeypatch):
+def pairs(as_on_cuda, monkeypatch):
     """Fills with the queries that were rotated together with keys, by what stands for the kernel here."""
     seen = []
 
     def both(query, key, cos, sin):
         seen.append(query)
-        return rope.reference(query, cos, sin), rope.reference(key, cos, sin)
+        return rope.apply_rotary_emb.reference(query, cos, sin), rope.apply_rotary_emb.reference(key, cos, sin)
 
-    monkeypatch.setattr(triton, "is_usable", lambda device: True)
-    monkeypatch.setattr(rope, "_both", both)
-    monkeypatch.setattr(rope, "gate", lambda op, key, ours, stock, *args: ours(*args))
+    monkeypatch.setattr(rope.both_by_kernel, "function", both)
     return seen
 
 

@@ -10,7 +10,6 @@ import torch
 import wan_patches
 from wan_patches.bench.models import FAMILIES, available
 from wan_patches.fidelity import Fidelity
-from wan_patches.ops import modulation as ops
 from wan_patches.ops.modulation import TwoRows, TwoTimesteps
 from wan_patches.patches import timesteps as patch
 
@@ -78,7 +77,7 @@ def test_models_are_handed_what_the_pipeline_knows(kind, handed):
 
 @pytest.mark.parametrize("kind", ["image", "text"])
 @torch.no_grad()
-def test_what_two_rows_stand_for_has_the_bits_of_a_row_per_token(kind, handed, monkeypatch):
+def test_what_two_rows_stand_for_has_the_bits_of_a_row_per_token(kind, handed, any_size, monkeypatch):
     """Where the embedding of a timestep does not depend on how many there are, so does nothing else."""
     pipe = _pipeline(kind)
     embed = type(pipe.transformer.condition_embedder.time_embedder).forward
@@ -97,7 +96,6 @@ def test_what_two_rows_stand_for_has_the_bits_of_a_row_per_token(kind, handed, m
 
     monkeypatch.setattr(project, "forward", each)
     monkeypatch.setattr(patch, "hands_on", lambda module: True)  # although somebody looks
-    monkeypatch.setattr(ops, "_SMALL", 1)
     stock = _latents(pipe, steps=1)
     with wan_patches.enabled(["modulation", "timesteps"], fidelity="close"):
         assert torch.equal(_latents(pipe, steps=1), stock)

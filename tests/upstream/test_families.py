@@ -9,16 +9,9 @@ import torch
 import wan_patches
 from wan_patches.bench.models import FAMILIES, available
 from wan_patches.fidelity import Fidelity
-from wan_patches.ops import modulation, rms_norm, rope
 
-pytestmark = [pytest.mark.upstream, pytest.mark.usefixtures("one_thread", "as_large_inputs")]
-
-
-@pytest.fixture
-def as_large_inputs(monkeypatch):
-    """Tiny models take the way of large ones."""
-    for op in (modulation, rms_norm, rope):
-        monkeypatch.setattr(op, "_SMALL", 1)
+# tiny models take the way of large ones
+pytestmark = [pytest.mark.upstream, pytest.mark.usefixtures("one_thread", "any_size")]
 
 
 def _frames(pipe, name, **more):
@@ -117,8 +110,8 @@ _LARGE = ("wan_t2v", "wan_vace", "wan_animate", "skyreels_v2_t2v", "chronoedit",
 def test_sequences_long_enough_for_the_fast_rotary_embedding(name, dtype, monkeypatch):
     from wan_patches.ops import rope
 
-    calls, fast = [], rope.complex_rows
-    monkeypatch.setattr(rope, "complex_rows", lambda *args: calls.append(1) or fast(*args))
+    calls, fast = [], rope.complex_rows.function
+    monkeypatch.setattr(rope.complex_rows, "function", lambda *args: calls.append(1) or fast(*args))
     _compare(name, dtype=dtype, head_dim=128, size=(192, 96), steps=1)
     if not (name.startswith("skyreels") and _is_complex(name)):
         assert calls

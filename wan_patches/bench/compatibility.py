@@ -1,13 +1,15 @@
-"""Which pipelines of the installed diffusers get which patches, and whether their videos keep every bit.
+"""Which pipelines of the installed diffusers get which patches, how many calls take fast forms, and the videos' bits.
 
-The matrix of diffusers versions (`tox`) writes a record of each. They make the README's table.
+Models have few layers, but are as wide and videos as large as fast forms ask for. The matrix of diffusers versions
+(`tox`) writes a record of each. They make the README's table.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
@@ -20,6 +22,7 @@ from rich import box
 from rich.table import Table
 
 import wan_patches
+from wan_patches import tally
 from wan_patches.bench.measure import MeasurementError, identical
 from wan_patches.bench.models import FAMILIES, Family, available
 from wan_patches.observation import observing
@@ -29,7 +32,10 @@ from wan_patches.observation import observing
 class Row:
     """One family in the installed diffusers.
 
-    `patches`: those whose code was called. `skipped`: those that a module of the pipeline was left without, and why.
+    patches: those whose code was called.
+    skipped: those that a module of the pipeline was left without, and why.
+    calls: by patch, how many calls took a form other than stock's, and how many there were.
+    reasons: by patch, why calls took stock's way, and how many did.
     """
 
     family: str
@@ -37,13 +43,23 @@ class Row:
     patches: tuple[str, ...]
     skipped: Mapping[str, str]
     identical: bool
+    calls: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    reasons: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+
+    @property
+    def fast(self) -> str:
+        """How many calls took fast forms, for people; on a CPU the step loop has none."""
+        fast, total = (sum(column) for column in zip(*self.calls.values())) if self.calls else (0, 0)
+        return f"fast in {fast} of {total} calls" if fast else "not exercised"
 
 
-def measure(families: Iterable[str] = ()) -> list[Row]:
-    """Runs families once stock and once patched, small, in fp32 and on the CPU.
+def measure(families: Iterable[str] = (), tiny: bool = False) -> list[Row]:
+    """Runs families once stock and once patched, on the CPU.
 
     Args:
         families: names in `wan_patches.bench.models.FAMILIES`; none means all that the installed diffusers has.
+        tiny: so small that most calls are below what fast forms are for: a matter of seconds, which shows where patches
+            apply and nothing else.
 
     Raises:
         MeasurementError: the installed diffusers has no such family, or nobody knows it.
@@ -57,16 +73,23 @@ def measure(families: Iterable[str] = ()) -> list[Row]:
             f"{missing[0].name} came with diffusers {since}, this is {diffusers.__version__}; "
             f"it has: {', '.join(available())}."
         )
-    return [_row(FAMILIES[name]) for name in families or available()]
+    return [_row(FAMILIES[name], tiny) for name in families or available()]
 
 
 def table(rows: Iterable[Row]) -> Table:
     """The rows for people."""
-    found = Table("family", "pipeline", "patches", "left stock", "exact", box=box.SIMPLE, pad_edge=False)
+    found = Table("family", "pipeline", "fast calls", "left stock", "exact", box=box.SIMPLE, pad_edge=False)
     for row in rows:
         skipped = "; ".join(f"{name}: {reason}" for name, reason in row.skipped.items())
-        found.add_row(row.family, row.pipeline, ", ".join(row.patches), skipped, "yes" if row.identical else "NO")
+        exact = f"yes, {row.fast}" if row.identical else "NO"
+        found.add_row(row.family, row.pipeline, _counts(row), skipped, exact)
     return found
+
+
+def _counts(row: Row) -> str:
+    """The patches of a family, with calls that took fast forms of all that were counted."""
+    counts = {name: row.calls.get(name) for name in row.patches}
+    return ", ".join(f"{name} {found[0]}/{found[1]}" if found else name for name, found in counts.items())
 
 
 def write_json(folder: Path, rows: Iterable[Row]) -> Path:
@@ -85,10 +108,12 @@ def read_json(folder: Path) -> dict[str, list[Row]]:
     """The rows of every version of diffusers that `folder` has a record of, oldest first."""
     contents = [json.loads(path.read_text()) for path in folder.glob("*.json")]
     contents.sort(key=lambda content: Version(content["versions"]["diffusers"]))
-    return {
-        content["versions"]["diffusers"]: [Row(**row | {"patches": tuple(row["patches"])}) for row in content["rows"]]
-        for content in contents
-    }
+    return {content["versions"]["diffusers"]: [_read(row) for row in content["rows"]] for content in contents}
+
+
+def _read(row: dict[str, Any]) -> Row:
+    calls = {name: (fast, total) for name, (fast, total) in row.get("calls", {}).items()}
+    return Row(**row | {"patches": tuple(row["patches"]), "calls": calls})
 
 
 def markdown(records: Mapping[str, Collection[Row]]) -> str:
@@ -110,10 +135,16 @@ def markdown(records: Mapping[str, Collection[Row]]) -> str:
     return "\n".join([f"| {' | '.join(line)} |" for line in lines] + [""] * bool(notes) + notes)
 
 
-def _row(family: Family) -> Row:
-    pipe = family.build()
-    stock = _video(pipe, family)
+_WIDE: dict[str, Any] = {"dtype": torch.bfloat16, "head_dim": 128, "transformer": {"num_attention_heads": 4}}
+_LARGE: dict[str, Any] = {"size": (320, 320), "frames": 9, "steps": 2}
+_TEXT = "max_sequence_length"  # the published pipelines fill up prompts to 512 tokens
+
+
+def _row(family: Family, tiny: bool) -> Row:
+    pipe = family.build(**({} if tiny else _WIDE))
+    stock = _video(pipe, family, tiny)
     called: set[str] = set()
+    tally.reset()
     with wan_patches.enabled():
         names: dict[int, set[str]] = {}
         for place in wan_patches._registry.places():
@@ -124,16 +155,40 @@ def _row(family: Family) -> Row:
             called.update(names[id(frame.f_code)])
 
         with observing(codes, on_call=note):
-            patched = _video(pipe, family)
-        modules = _modules(pipe)
-        skipped = {report.name: report.reason for report in wan_patches.status().skipped() if report.module in modules}
-    return Row(family.name, type(pipe).__name__, tuple(sorted(called)), skipped, identical(stock, patched))
+            patched = _video(pipe, family, tiny)
+        modules, status = _modules(pipe), wan_patches.status()
+        skipped = {report.name: report.reason for report in status.skipped() if report.module in modules}
+    calls, reasons = _calls(status.reports)
+    same = identical(stock, patched)
+    return Row(family.name, type(pipe).__name__, tuple(sorted(called)), skipped, same, calls, reasons)
 
 
-def _video(pipe: Any, family: Family) -> Any:
+def _calls(reports: Iterable[wan_patches.Report]) -> tuple[dict[str, tuple[int, int]], dict[str, dict[str, int]]]:
+    """Of each patch, in all modules: fast calls and all; why the others took stock's way."""
+    calls: dict[str, tuple[int, int]] = {}
+    reasons: dict[str, dict[str, int]] = {}
+    for report in reports:
+        if not report.ways or report.name in _OF_ACCELERATORS:
+            continue
+        fast, total = calls.get(report.name, (0, 0))
+        calls[report.name] = (fast + report.fast, total + report.calls)
+        for way, count in report.ways.items():
+            if not way.is_fast:
+                why = reasons.setdefault(report.name, {})
+                why[f"{way.op}: {way.reason}"] = why.get(f"{way.op}: {way.reason}", 0) + count
+    return dict(sorted(calls.items())), dict(sorted(reasons.items()))
+
+
+_OF_ACCELERATORS = ("rotary_tables", "step_loop")  # they spare waits for a device, of which CPUs know none
+
+
+def _video(pipe: Any, family: Family, tiny: bool) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)  # Helios' pyramid draws from it in some versions
-        return pipe(**family.inputs()).frames
+        if tiny:
+            return pipe(**family.inputs()).frames
+        long = {_TEXT: 512} if _TEXT in inspect.signature(pipe.__call__).parameters else {}
+        return pipe(**family.inputs(**_LARGE) | long).frames
 
 
 def _modules(pipe: Any) -> set[str]:
@@ -155,4 +210,8 @@ def _cell(record: Iterable[Row], pipeline: str, ever: set[str]) -> str:
     if not all(row.identical for row in rows):
         return "**differs**"
     missing = ever - _patches(rows, pipeline)
-    return f"not {', '.join(sorted(missing))}" if missing else "yes"
+    if missing:
+        return f"not {', '.join(sorted(missing))}"
+    counts = [count for row in rows for count in row.calls.values()]
+    fast, total = (sum(column) for column in zip(*counts)) if counts else (0, 0)
+    return f"{fast} of {total}" if fast else "not exercised"

@@ -302,9 +302,10 @@ def sana_video_i2v(**options: Unpack[Options]) -> diffusers.DiffusionPipeline:
 
 def _sana(name: str, scheduler: Any, options: Options) -> diffusers.DiffusionPipeline:
     make = _Make(**options)
+    heads = make.transformer.get("num_attention_heads", 2)
     config = {
-        "num_attention_heads": 2, "attention_head_dim": make.head_dim, "num_cross_attention_heads": 2,
-        "cross_attention_head_dim": make.head_dim, "cross_attention_dim": 2 * make.head_dim, "num_layers": 2,
+        "num_attention_heads": heads, "attention_head_dim": make.head_dim, "num_cross_attention_heads": heads,
+        "cross_attention_head_dim": make.head_dim, "cross_attention_dim": heads * make.head_dim, "num_layers": 2,
         "caption_channels": TEXT_DIM, "patch_size": (1, 2, 2), **make.transformer,
     }  # fmt: skip
     return make.pipeline(

@@ -152,12 +152,13 @@ def _cases(quick: bool) -> list[Case]:
     if not quick:
         cases.append(_rope((1, 32760, 12, 128)))
     blocks = [_block((1, 4095, 1536)), _block((1, 4095, 1536), "a row per token")]
-    if _has_helios():
+    if _has("transformer_helios"):
         cases.append(_helios_rope((1, 4095, 40, 128)))
         blocks.append(_block((1, 4095, 1536), "Helios, two rows", border=2559))
     return [
         *cases,
         *(blocks if quick else [_block((1, 4095, 5120)), *blocks]),
+        *_strided_blocks(),
         _qk_norms((1, 4095, 1536)),
         _rope((1, 4095, 12, 44), "rope, odd head size"),
         _rope((1, 64, 2, 32), "rope, tiny"),
@@ -210,8 +211,8 @@ def _rope(shape: tuple[int, int, int, int], op: str = "rope", *, fused: bool = F
     return Case(op, _by(shape), make)
 
 
-def _has_helios() -> bool:
-    return importlib.util.find_spec("diffusers.models.transformers.transformer_helios") is not None
+def _has(module: str) -> bool:
+    return importlib.util.find_spec(f"diffusers.models.transformers.{module}") is not None
 
 
 def _helios_rope(shape: tuple[int, int, int, int]) -> Case:
@@ -223,6 +224,30 @@ def _helios_rope(shape: tuple[int, int, int, int]) -> Case:
         return lambda: stock(x, both), lambda: patched(x, both)
 
     return Case("rope, Helios", _by(shape), make)
+
+
+def _strided_blocks() -> list[Case]:
+    """Blocks whose hidden states lie in memory as the convolution before them leaves them."""
+    shape, families = (1, 4096, 1536), ("chronoedit", "skyreels_v2")
+    return [_of_family(shape, family) for family in families if _has(f"transformer_{family}")] + [
+        _of_family(shape, "wan", "VACE")
+    ]
+
+
+def _of_family(shape: tuple[int, int, int], family: str, name: str = "") -> Case:
+    block = {"skyreels_v2": "SkyReelsV2TransformerBlock"}.get(family, "WanTransformerBlock")
+
+    def make(device: torch.device, dtype: torch.dtype) -> tuple[Call, Call]:
+        batch, seq, dim = shape
+        module = importlib.import_module(f"diffusers.models.transformers.transformer_{family}")
+        stock, patched = _both(lambda: _method(getattr(module, block), "forward"))
+        around = block_without_layers(dim, device)
+        x = torch.randn(batch, dim, seq).to(device, dtype).transpose(1, 2)
+        temb = torch.randn(1, 6, dim).to(device, dtype)
+        rest = (None,) * (stock.__code__.co_argcount - 4)  # text before `temb`, tables and a mask after it
+        return lambda: stock(around, x, None, temb, *rest), lambda: patched(around, x, None, temb, *rest)
+
+    return Case(f"block without its layers, {name or family}, as convolutions leave it", _by(shape), make)
 
 
 def _block(shape: tuple[int, int, int], kind: str = "", *, border: int | None = None) -> Case:

@@ -16,8 +16,8 @@ from rich import box
 from rich.table import Table
 
 from wan_patches.bench.measure import machine
-from wan_patches.fidelity import Gate, signature
 from wan_patches.ops import rope
+from wan_patches.ops.dispatch import op
 
 _PIPELINES = "from diffusers import WanPipeline, WanImageToVideoPipeline, HeliosPipeline\n"
 _EVERYTHING = """
@@ -49,7 +49,7 @@ def measure(repeats: int = 5) -> list[Row]:
         Row("enable(), Wan T2V, I2V and Helios imported", _enable(_PIPELINES, repeats)),
         Row("enable(), every patched module imported", _enable(_EVERYTHING, repeats)),
         Row("rotary embedding on a CPU, a call", _dispatch_on_cpu()),
-        Row("an operation behind the gate, a call", _dispatch_behind_gate()),
+        Row("an op of three tensors, decided, a call", _dispatch_of_a_form()),
     ]
 
 
@@ -77,22 +77,26 @@ def _enable(before: str, repeats: int) -> float:
 
 
 def _dispatch_on_cpu() -> float:
-    """A call that ends in the plain formulation, less that formulation."""
+    """A call that is too small for any form, less the reference."""
     x, cos, sin = torch.randn(1, 16, 2, 32), torch.randn(1, 16, 1, 16), torch.randn(1, 16, 1, 16)
-    return _difference(lambda: rope.apply_rotary_emb(x, cos, sin), lambda: rope.reference(x, cos, sin))
+    return _difference(lambda: rope.apply_rotary_emb(x, cos, sin), lambda: rope.apply_rotary_emb.reference(x, cos, sin))
 
 
-def _dispatch_behind_gate() -> float:
-    """Three tensors through a gate that knows them, less the call of what it guards."""
+def _dispatch_of_a_form() -> float:
+    """Three tensors whose form is decided, less the call of that form."""
     x, cos, sin = torch.randn(1, 16, 2, 32), torch.randn(1, 16, 1, 16), torch.randn(1, 16, 1, 16)
-    gate = Gate()
 
-    def guarded(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        return x
+    return _difference(lambda: _measured(x, cos, sin), lambda: _first(x, cos, sin))
 
-    return _difference(
-        lambda: gate("op", signature(x, cos, sin), guarded, guarded, x, cos, sin), lambda: guarded(x, cos, sin)
-    )
+
+@op("the first of three tensors")
+def _measured(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+@_measured.form("the first")
+def _first(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    return x
 
 
 def _difference(

@@ -7,10 +7,14 @@ from typing import Any
 
 import torch
 
-from wan_patches.fidelity import gate
-from wan_patches.originals import are_torchs
+from wan_patches.ops.dispatch import Key, op
 
 
+def _key(*args: Any) -> Key | None:
+    return (*args, torch.get_default_dtype())
+
+
+@op("condition mask", key=_key, autocasts=False)
 def condition_mask(
     batch: int,
     frames: int,
@@ -23,8 +27,7 @@ def condition_mask(
     """The mask that Wan's image-to-video models get beside the condition latents.
 
     Latent frame 0 stands for pixel frame 0, each later one for `temporal` pixel frames; a channel of the
-    mask is one for a pixel frame that an image gives, zero otherwise. Built in latent frames on `device`:
-    no pixel-frame tensor, no list indexing, no upload.
+    mask is one for a pixel frame that an image gives, zero otherwise.
 
     Args:
         batch, height, width: of the latents.
@@ -34,25 +37,11 @@ def condition_mask(
 
     Returns:
         `(batch, temporal, latent_frames, height, width)` of torch's default dtype, which keeps the
-        concatenation with half-precision latents in fp32, as in stock; an expanded view. EXACT.
+        concatenation with half-precision latents in fp32, as in stock; an expanded view.
 
     Raises:
         RuntimeError: where `frames` does not fit `temporal`, or there is nothing to mask, as in stock.
     """
-    args = (batch, frames, height, width, temporal, device, last_frame)
-    if (frames - 1) % temporal != 0 or min(batch, frames, height, width) < 1:
-        return reference(*args)
-    if not are_torchs(torch.repeat_interleave, torch.concat):
-        return reference(*args)
-    if torch.device(device).type == "cpu":
-        return in_latent_frames(*args)
-    return gate("condition mask", (*args, torch.get_default_dtype()), in_latent_frames, reference, *args)
-
-
-def reference(
-    batch: int, frames: int, height: int, width: int, temporal: int, device: torch.device, last_frame: bool
-) -> torch.Tensor:
-    """The plain formulation: a mask of pixel frames, its first frame repeated, folded into latent frames."""
     given = torch.ones(batch, 1, frames, height, width)
     given[:, :, 1 : frames - last_frame] = 0
     first = torch.repeat_interleave(given[:, :, :1], dim=2, repeats=temporal)
@@ -60,15 +49,25 @@ def reference(
     return padded.view(batch, -1, temporal, height, width).transpose(1, 2).to(device)
 
 
+@condition_mask.form("built in latent frames")
 def in_latent_frames(
-    batch: int, frames: int, height: int, width: int, temporal: int, device: torch.device, last_frame: bool
+    batch: int, frames: int, height: int, width: int, temporal: int, device: torch.device, last_frame: bool = False
 ) -> torch.Tensor:
-    """The same values, built where and in the size in which they are needed."""
+    """The same values, built where and in the size in which they are needed: no list indexing, no upload."""
     mask = torch.zeros((1, temporal, (frames - 1) // temporal + 1, 1, 1), device=device)
     mask[:, :, 0] = 1
     if last_frame:
         mask[:, -1, -1] = 1
     return mask.expand(batch, -1, -1, height, width)
+
+
+@in_latent_frames.refuses
+def _(
+    batch: int, frames: int, height: int, width: int, temporal: int, device: torch.device, last_frame: bool = False
+) -> str | None:
+    if (frames - 1) % temporal != 0 or min(batch, frames, height, width) < 1:
+        return "there is nothing to mask, or the frames do not fit"
+    return None
 
 
 class ConditionVideo:

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
+
+from wan_patches.ops.dispatch import Key, key_of, op
 
 _CPU_CHUNK = 4_800_000  # elements, four frames of 480 x 832: less is faster on idle cores, not on shared ones
 _CHUNK = 1 << 24  # elements on accelerators: 64 MiB of fp32, few launches
@@ -106,6 +109,44 @@ def video_to_float(
     if out is None:
         out = torch.empty_strided(*layout(video, torch.float32), dtype=torch.float32, device="cpu")
     return out.copy_(made)
+
+
+def _key(video: torch.Tensor, *others: Any) -> Key | None:
+    return key_of(video)
+
+
+Make = Callable[[torch.Tensor, "torch.Tensor | None"], torch.Tensor]
+
+
+@op("frames to uint8", key=_key, autocasts=False)
+def to_uint8(
+    video: torch.Tensor, make: Make, of_stock: Callable[[torch.Tensor], torch.Tensor], out: torch.Tensor | None
+) -> torch.Tensor:
+    """Frames on the CPU.
+
+    Args:
+        video: as in `video_to_uint8`.
+        make: that function, of `video` and `out`.
+        of_stock: stock's way, to a new tensor.
+        out: where frames can go that are made on the CPU.
+    """
+    return of_stock(video)
+
+
+@op("frames to float", key=_key, autocasts=False)
+def to_float(
+    video: torch.Tensor, make: Make, of_stock: Callable[[torch.Tensor], torch.Tensor], out: torch.Tensor | None
+) -> torch.Tensor:
+    """As `to_uint8`, with `video_to_float`."""
+    return of_stock(video)
+
+
+@to_uint8.form("a few frames at a time")
+@to_float.form("a few frames at a time")
+def in_chunks(
+    video: torch.Tensor, make: Make, of_stock: Callable[[torch.Tensor], torch.Tensor], out: torch.Tensor | None
+) -> torch.Tensor:
+    return make(video, out).cpu()
 
 
 def layout(video: torch.Tensor, dtype: torch.dtype) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -1,83 +1,115 @@
 """Norms with what stands before and after them in one pass over memory. CLOSE: only rounding moves.
 
-The functions of `wan_patches.ops.modulation` by the same names, for norms that tell their parameters, and RMS norms
-with the rotary embedding: a row stays in fp32 from where it is read to where the result is stored. How far that is from
-the truth proves itself at first sight: on a sample of the tokens, its mean error against float64 must be at most 1.01
-times that of stock's operations. Residual sums keep their bits. Where there is no kernel, the exact forms run.
+The ops of `wan_patches.ops.modulation` by the same names, for norms that tell their parameters, and RMS norms with the
+rotary embedding: a row stays in fp32 from where it is read to where the result is stored. How far that is from the
+truth proves itself at first sight: on a sample of the tokens, its mean error against float64 must be at most 1.01 times
+that of stock's operations. Residual sums keep their bits. Where there is no kernel, the exact forms run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
-
 import torch
 import torch.nn.functional as F
 
-from wan_patches.fidelity import Fidelity, gate, signature
+from wan_patches.fidelity import Fidelity
 from wan_patches.ops import modulation as exact
 from wan_patches.ops import rope
 from wan_patches.ops import triton as kernels
 from wan_patches.ops.accuracy import SAMPLE, double, is_as_accurate
-from wan_patches.ops.modulation import Modulation
-from wan_patches.ops.tracing import is_observed
+from wan_patches.ops.dispatch import op
+from wan_patches.ops.modulation import LayerNorm, Modulation
+from wan_patches.ops.npu import norms as npu
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
-class LayerNorm(Protocol):
-    """A layer norm over the last axis, in fp32, which returns new memory."""
-
-    weight: torch.Tensor | None
-    bias: torch.Tensor | None
-    eps: float
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
+# What the forms must agree with
 
 
-def modulated_norm(x: torch.Tensor, norm: LayerNorm, scale: Modulation, shift: Modulation) -> torch.Tensor:
-    """`wan_patches.ops.modulation.modulated_norm`, in one kernel on GPUs."""
-    if not _has_kernel(x, norm, scale, shift):
-        return exact.modulated_norm(x, norm, scale, shift)
-    return _gated(x, None, None, norm, scale, shift)[1]
+def _norm_agrees(
+    ours: torch.Tensor,
+    stock: torch.Tensor,
+    h: torch.Tensor,
+    norm: LayerNorm,
+    scale: Modulation | None = None,
+    shift: Modulation | None = None,
+) -> bool:
+    """Whether a norm of `h`, modulated or not, is as accurate as stock's."""
+    tokens = _some(h.shape[1])
+    weight, bias = (None if tensor is None else double(tensor) for tensor in (norm.weight, norm.bias))
+    truth = F.layer_norm(double(h[:, tokens]), h.shape[-1:], weight, bias, norm.eps)
+    if scale is not None and shift is not None:
+        factor, term = (double(exact.as_tensor(rows)[:, tokens]) for rows in (scale, shift))
+        truth = truth * (1 + factor) + term
+    return is_as_accurate(ours[:, tokens], stock[:, tokens], truth)
 
 
-def cast_norm(x: torch.Tensor, norm: LayerNorm) -> torch.Tensor:
-    """`wan_patches.ops.modulation.cast_norm`, in one kernel on GPUs and one operation on NPUs."""
-    if x.device.type == "npu":
-        from wan_patches.ops.npu.norms import layer_norm
-
-        return layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
-    if not _has_kernel(x, norm):
-        return exact.cast_norm(x, norm)
-    return _gated(x, None, None, norm, None, None)[1]
-
-
-def residual_norm(
+def _residual_agrees(
+    ours: Pair,
+    stock: Pair,
     x: torch.Tensor,
     y: torch.Tensor,
-    by: Modulation | None,
+    gate: Modulation | None,
     norm: LayerNorm,
     scale: Modulation | None,
     shift: Modulation | None,
-) -> Pair:
-    """`wan_patches.ops.modulation.residual_norm`, in one kernel on GPUs; on NPUs its norm is `cast_norm`."""
-    if x.device.type == "npu" and scale is None:
-        h = x + y if by is None else exact.gated_residual(x, y, by)
-        return h, cast_norm(h, norm)
-    modulations = [modulation for modulation in (by, scale, shift) if modulation is not None]
-    if not _has_kernel(x, norm, *modulations) or not exact.is_like(y, x) or (by is None and y.dtype != x.dtype):
-        return exact.residual_norm(x, y, by, norm, scale, shift)
-    return _gated(x, y, by, norm, scale, shift)
+) -> bool:
+    return torch.equal(ours[0], stock[0]) and _norm_agrees(ours[1], stock[1], stock[0], norm, scale, shift)
 
 
-def rms_norm_rope(
+def _rotation_agrees(
+    ours: torch.Tensor,
+    stock: torch.Tensor,
     x: torch.Tensor,
     weight: torch.Tensor,
     eps: float,
     cos: torch.Tensor,
     sin: torch.Tensor,
-    plain: Callable[[], torch.Tensor],
+) -> bool:
+    tokens = _some(x.shape[1])
+    wide = double(x[:, tokens].flatten(2))
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * double(weight)
+    reference = rope.apply_rotary_emb.reference
+    truth = reference(normed.unflatten(2, x.shape[2:]), double(cos[:, tokens]), double(sin[:, tokens]))
+    return is_as_accurate(ours[:, tokens], stock[:, tokens], truth)
+
+
+def _some(seq: int) -> slice:
+    """Tokens from all over a sequence."""
+    return slice(None, None, max(1, seq // SAMPLE))
+
+
+# The ops
+
+
+@op("modulated norm in one pass", fidelity=Fidelity.CLOSE, agree=_norm_agrees)
+def modulated_norm(x: torch.Tensor, norm: LayerNorm, scale: Modulation, shift: Modulation) -> torch.Tensor:
+    """`wan_patches.ops.modulation.modulated_norm`, in one kernel on GPUs."""
+    return exact.modulated_norm.reference(x, norm, scale, shift)
+
+
+@op("cast norm in one pass", fidelity=Fidelity.CLOSE, agree=_norm_agrees)
+def cast_norm(x: torch.Tensor, norm: LayerNorm) -> torch.Tensor:
+    """`wan_patches.ops.modulation.cast_norm`, in one kernel on GPUs and one operation on NPUs."""
+    return exact.cast_norm.reference(x, norm)
+
+
+@op("residual norm in one pass", fidelity=Fidelity.CLOSE, agree=_residual_agrees)
+def residual_norm(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    gate: Modulation | None,
+    norm: LayerNorm,
+    scale: Modulation | None,
+    shift: Modulation | None,
+) -> Pair:
+    """`wan_patches.ops.modulation.residual_norm`, in one kernel on GPUs; on NPUs its norm is `cast_norm`."""
+    return exact.residual_norm.reference(x, y, gate, norm, scale, shift)
+
+
+@op("RMS norm and rotary embedding in one pass", fidelity=Fidelity.CLOSE, agree=_rotation_agrees)
+def rms_norm_rope(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, cos: torch.Tensor, sin: torch.Tensor
 ) -> torch.Tensor:
     """The RMS norm of `x` over all its heads and the rotary embedding of that, in one kernel on GPUs.
 
@@ -86,113 +118,156 @@ def rms_norm_rope(
         weight: `(heads * head_dim,)`.
         eps: added to the mean square.
         cos, sin: as in `wan_patches.ops.rope.apply_rotary_emb`, fp32.
-        plain: the formulation that it stands for; runs where there is no kernel.
     """
-    if (
-        not rope.has_kernel(x, cos, sin)
-        or not weight.is_contiguous()
-        or not {x.dtype, weight.dtype} <= set(exact.DTYPES)
-    ):
-        return plain()
-    key = (*signature(x, weight, cos, sin), eps)
-
-    def agree(ours: torch.Tensor, stock: torch.Tensor) -> bool:
-        tokens = _some(x.shape[1])
-        wide = double(x[:, tokens].flatten(2))
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * double(weight)
-        truth = rope.reference(normed.unflatten(2, x.shape[2:]), double(cos[:, tokens]), double(sin[:, tokens]))
-        return is_as_accurate(ours[:, tokens], stock[:, tokens], truth)
-
-    def kernel(x: torch.Tensor, weight: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        from wan_patches.ops.triton.close import rms_norm_rope
-
-        return rms_norm_rope(x.flatten(2), weight, eps, cos, sin, x.shape[2])
-
-    args = (x, weight, cos, sin)
-    name = "RMS norm and rope in one pass"
-    return gate(name, key, kernel, lambda *_: plain(), *args, agree=agree, fidelity=Fidelity.CLOSE)
+    return rope.apply_rotary_emb.reference(_normed(x, weight, eps), cos, sin)
 
 
-def _gated(
+def _normed(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    return F.rms_norm(x.flatten(2), weight.shape, weight, eps).unflatten(2, x.shape[2:])
+
+
+# One kernel
+
+_KERNEL = "one kernel"
+
+
+@modulated_norm.form(_KERNEL, device="cuda", smallest=exact.SMALL_ELSEWHERE)
+def modulated_norm_kernel(x: torch.Tensor, norm: LayerNorm, scale: Modulation, shift: Modulation) -> torch.Tensor:
+    from wan_patches.ops.triton.close import layer_norm_modulate
+
+    rows = exact.as_rows(scale), exact.as_rows(shift)
+    return layer_norm_modulate(x, norm.weight, norm.bias, *rows, norm.eps, exact.border_of(scale))
+
+
+@cast_norm.form(_KERNEL, device="cuda", smallest=exact.SMALL_ELSEWHERE)
+def cast_norm_kernel(x: torch.Tensor, norm: LayerNorm) -> torch.Tensor:
+    from wan_patches.ops.triton.close import layer_norm_modulate
+
+    return layer_norm_modulate(x, norm.weight, norm.bias, None, None, norm.eps, None)
+
+
+@residual_norm.form(_KERNEL, device="cuda", smallest=exact.SMALL_ELSEWHERE)
+def residual_norm_kernel(
     x: torch.Tensor,
-    y: torch.Tensor | None,
-    by: Modulation | None,
+    y: torch.Tensor,
+    gate: Modulation | None,
     norm: LayerNorm,
     scale: Modulation | None,
     shift: Modulation | None,
 ) -> Pair:
-    tensors = [tensor for tensor in (x, y, norm.weight, norm.bias) if tensor is not None]
-    given = tuple(None if modulation is None else exact.kind_of(modulation) for modulation in (by, scale, shift))
-    key = (*signature(*tensors), norm.weight is None, norm.eps, y is None, given)
-    agree = _no_less_accurate(norm, scale, shift)
-    args = (x, y, by, norm, scale, shift)
-    return gate("layer norm in one pass", key, _kernel, _plain, *args, agree=agree, fidelity=Fidelity.CLOSE)
+    from wan_patches.ops.triton.close import residual_layer_norm_modulate
 
-
-def _kernel(
-    x: torch.Tensor,
-    y: torch.Tensor | None,
-    by: Modulation | None,
-    norm: LayerNorm,
-    scale: Modulation | None,
-    shift: Modulation | None,
-) -> Pair:
-    from wan_patches.ops.triton.close import layer_norm_modulate, residual_layer_norm_modulate
-
-    modulations = (by, scale, shift)
-    by_rows, factor, term = (None if modulation is None else exact.as_rows(modulation) for modulation in modulations)
+    modulations = (gate, scale, shift)
+    gate_rows, factor, term = (None if modulation is None else exact.as_rows(modulation) for modulation in modulations)
     border = next((exact.border_of(modulation) for modulation in modulations if modulation is not None), None)
-    if y is None:
-        return x, layer_norm_modulate(x, norm.weight, norm.bias, factor, term, norm.eps, border)
-    return residual_layer_norm_modulate(x, y, by_rows, norm.weight, norm.bias, factor, term, norm.eps, border)
+    return residual_layer_norm_modulate(x, y, gate_rows, norm.weight, norm.bias, factor, term, norm.eps, border)
 
 
-def _plain(
+@rms_norm_rope.form(_KERNEL, device="cuda", smallest=exact.SMALL_ELSEWHERE)
+def rms_norm_rope_kernel(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, cos: torch.Tensor, sin: torch.Tensor
+) -> torch.Tensor:
+    from wan_patches.ops.triton.close import rms_norm_rope
+
+    return rms_norm_rope(x.flatten(2), weight, eps, cos, sin, x.shape[2])
+
+
+@modulated_norm_kernel.refuses
+def _(x: torch.Tensor, norm: LayerNorm, scale: Modulation, shift: Modulation) -> str | None:
+    return _why_no_kernel(x, norm, scale, shift)
+
+
+@cast_norm_kernel.refuses
+def _(x: torch.Tensor, norm: LayerNorm) -> str | None:
+    return _why_no_kernel(x, norm)
+
+
+@residual_norm_kernel.refuses
+def _(
     x: torch.Tensor,
-    y: torch.Tensor | None,
-    by: Modulation | None,
+    y: torch.Tensor,
+    gate: Modulation | None,
     norm: LayerNorm,
     scale: Modulation | None,
     shift: Modulation | None,
-) -> Pair:
-    if y is not None:
-        return exact.plain_residual_norm(x, y, by, norm, scale, shift)
-    if scale is None or shift is None:
-        return x, exact.plain_cast_norm(x, norm)
-    return x, exact.plain_modulated_norm(x, norm, scale, shift)
+) -> str | None:
+    given = [modulation for modulation in (gate, scale, shift) if modulation is not None]
+    return _why_no_kernel(x, norm, *given) or exact.why_not_sum(x, y, gate) or exact.why_strided(y)
 
 
-def _no_less_accurate(norm: LayerNorm, scale: Modulation | None, shift: Modulation | None) -> Callable[..., bool]:
-    def agree(ours: Pair, stock: Pair) -> bool:
-        h, normed = stock
-        if not torch.equal(ours[0], h):
-            return False
-        tokens = _some(h.shape[1])
-        weight, bias = (None if tensor is None else double(tensor) for tensor in (norm.weight, norm.bias))
-        truth = F.layer_norm(double(h[:, tokens]), h.shape[-1:], weight, bias, norm.eps)
-        if scale is not None and shift is not None:
-            factor, term = (double(exact.as_tensor(rows)[:, tokens]) for rows in (scale, shift))
-            truth = truth * (1 + factor) + term
-        return is_as_accurate(ours[1][:, tokens], normed[:, tokens], truth)
-
-    return agree
+@rms_norm_rope_kernel.refuses
+def _(x: torch.Tensor, weight: torch.Tensor, eps: float, cos: torch.Tensor, sin: torch.Tensor) -> str | None:
+    if not weight.is_contiguous() or weight.dtype not in exact.DTYPES:
+        return "the weight does not fit"
+    return rope.why_no_kernel(x, cos, sin)
 
 
-def _some(seq: int) -> slice:
-    """Tokens from all over a sequence."""
-    return slice(None, None, max(1, seq // SAMPLE))
-
-
-def _has_kernel(x: torch.Tensor, norm: LayerNorm, *modulations: Modulation) -> bool:
-    if not kernels.is_usable(x.device) or not exact.is_fast(x, *modulations):
-        return False
+def _why_no_kernel(x: torch.Tensor, norm: LayerNorm, *modulations: Modulation) -> str | None:
+    if not kernels.is_usable(x.device):
+        return "Triton is not installed"
+    if (reason := exact.why_not(x, *modulations) or exact.why_strided(x)) is not None:
+        return reason
     from wan_patches.ops.triton.close import MAX_DIM
 
     given = [tensor for tensor in (norm.weight, norm.bias) if tensor is not None]
-    return (
-        x.shape[-1] <= MAX_DIM
-        and not is_observed(x, *given)
-        and all(
-            tensor.dtype in exact.DTYPES and tensor.device == x.device and tensor.is_contiguous() for tensor in given
-        )
+    fits = x.shape[-1] <= MAX_DIM and all(
+        tensor.dtype in exact.DTYPES and tensor.device == x.device and tensor.is_contiguous() for tensor in given
     )
+    return None if fits else "the hidden states are too wide, or the weights do not fit"
+
+
+# One operation of torch_npu
+
+
+@cast_norm.form("npu_layer_norm_eval", device="npu")
+def cast_norm_on_npu(x: torch.Tensor, norm: LayerNorm) -> torch.Tensor:
+    return npu.layer_norm(x, norm.weight, norm.bias, norm.eps)
+
+
+@residual_norm.form("npu_layer_norm_eval after the residual sum", device="npu")
+def residual_norm_on_npu(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    gate: Modulation | None,
+    norm: LayerNorm,
+    scale: Modulation | None,
+    shift: Modulation | None,
+) -> Pair:
+    h = x + y if gate is None else exact.gated_residual_in_place(x, y, gate)
+    return h, cast_norm_on_npu(h, norm)
+
+
+@cast_norm_on_npu.refuses
+def _(x: torch.Tensor, norm: LayerNorm) -> str | None:
+    return npu.why_no_layer_norm(x, norm.weight, norm.bias)
+
+
+@residual_norm_on_npu.refuses
+def _(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    gate: Modulation | None,
+    norm: LayerNorm,
+    scale: Modulation | None,
+    shift: Modulation | None,
+) -> str | None:
+    if scale is not None or shift is not None:
+        return "npu_layer_norm_eval does not modulate"
+    given = [] if gate is None else [gate]
+    sums = exact.why_not(x, *given) or exact.why_not_sum(x, y, gate)
+    return sums or npu.why_no_layer_norm(x, norm.weight, norm.bias)
+
+
+# The exact forms, where there is nothing better
+
+
+@rms_norm_rope.form("one after the other")
+def _one_after_the_other(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, cos: torch.Tensor, sin: torch.Tensor
+) -> torch.Tensor:
+    return rope.apply_rotary_emb(_normed(x, weight, eps), cos, sin)
+
+
+modulated_norm.forms_of(exact.modulated_norm)
+cast_norm.forms_of(exact.cast_norm)
+residual_norm.forms_of(exact.residual_norm)

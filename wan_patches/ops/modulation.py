@@ -5,7 +5,8 @@
     residual norm:    h = x + y or a gated residual, and the norm of h, modulated or not
 
 Every operation is rounded in fp32, and the result once more to the dtype of `x`: that is stock's order of arithmetic.
-`norm` is a layer norm and stays ATen's; it works on each token by itself and returns new memory.
+`norm` is a layer norm and stays ATen's; it works on each token by itself and returns new memory. Results lie in memory
+as stock's do, whatever the strides of the arguments.
 
 Hidden states are `(batch, seq, dim)`. A scale, a shift or a gate is fp32 and `(1 or batch, rows, dim)`: one row for all
 tokens, a row per token, `TwoRows`, or `RowPerToken`, which is one that has not been computed.
@@ -13,23 +14,32 @@ tokens, a row per token, `TwoRows`, or `RowPerToken`, which is one that has not 
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
 
 import torch
 
-from wan_patches.fidelity import gate as first_sight
-from wan_patches.fidelity import signature
 from wan_patches.ops import triton as kernels
-from wan_patches.ops.tracing import is_observed
+from wan_patches.ops.dispatch import ACCELERATOR, op
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-_SMALL = 1 << 17  # elements below which the plain formulation's few calls are the fastest
+_SMALL = 1 << 17  # elements below which stock's few calls are the fastest on CPUs
+SMALL_ELSEWHERE = 1 << 14  # and on accelerators, where it has not been measured yet
+SLOW = "stock's operations are the fastest in fp32, where channels do not lie next to each other"
 _CHUNK = 1 << 19  # elements worked on at a time on CPUs: they stay in the cache from the first operation to the last
 
-Norm = Callable[[torch.Tensor], torch.Tensor]
+
+class LayerNorm(Protocol):
+    """A layer norm over the last axis, in fp32, which returns new memory."""
+
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+    eps: float
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
 
 
 class TwoRows(NamedTuple):
@@ -120,37 +130,34 @@ class RowPerToken(NamedTuple):
 Modulation = torch.Tensor | TwoRows | RowPerToken
 
 
-def modulated_norm(x: torch.Tensor, norm: Norm, scale: Modulation, shift: Modulation) -> torch.Tensor:
-    """The norm of `x` in fp32, scaled and shifted; a new tensor like `x`. EXACT: the bits of the plain formulation."""
-    if not is_fast(x, scale, shift):
-        return plain_modulated_norm(x, norm, scale, shift)
-    if x.is_cpu:
-        return _modulated_norm_in_chunks(x, norm, scale, shift)
-    key = (*signature(x), *kind_of(scale), *kind_of(shift))
-    fast = _modulated_norm_kernel if kernels.is_usable(x.device) else _modulated_norm_in_place
-    return first_sight("modulated norm", key, fast, plain_modulated_norm, x, norm, scale, shift)
+@op("modulated norm")
+def modulated_norm(x: torch.Tensor, norm: LayerNorm, scale: Modulation, shift: Modulation) -> torch.Tensor:
+    """The norm of `x` in fp32, scaled and shifted; a new tensor like `x`."""
+    return (norm(x.float()) * (1 + as_tensor(scale)) + as_tensor(shift)).type_as(x)
 
 
+@op("gated residual")
 def gated_residual(x: torch.Tensor, y: torch.Tensor, gate: Modulation, cast: bool = False) -> torch.Tensor:
-    """`x` plus `y` times `gate`; a new tensor like `x`. EXACT: the bits of the plain formulation.
+    """`x` plus `y` times `gate`; a new tensor like `x`.
 
     y: what attention or the feed-forward layer made of `x`, of its shape.
     cast: stock casts `y` to fp32 by itself, which makes a difference in fp64 only.
     """
-    if not is_fast(x, gate) or not is_like(y, x):
-        return plain_gated_residual(x, y, gate, cast)
-    if x.is_cpu:
-        return _gated_residual_in_chunks(x, y, gate)
-    key = (*signature(x, y), *kind_of(gate))
-    fast = _gated_residual_kernel if kernels.is_usable(x.device) else _gated_residual_in_place
-    return first_sight("gated residual", key, fast, plain_gated_residual, x, y, gate)
+    return (x.float() + (y.float() if cast else y) * as_tensor(gate)).type_as(x)
 
 
+@op("cast norm")
+def cast_norm(x: torch.Tensor, norm: LayerNorm) -> torch.Tensor:
+    """The norm of `x` in fp32, a new tensor like `x`."""
+    return norm(x.float()).type_as(x)
+
+
+@op("residual norm")
 def residual_norm(
     x: torch.Tensor,
     y: torch.Tensor,
     gate: Modulation | None,
-    norm: Norm,
+    norm: LayerNorm,
     scale: Modulation | None,
     shift: Modulation | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -162,62 +169,12 @@ def residual_norm(
         norm, scale, shift: as in `modulated_norm`; None for `norm` alone.
 
     Returns:
-        The sum and the norm, new tensors like `x`. EXACT: the bits of the plain formulations, one after the other.
+        The sum and the norm, new tensors like `x`.
     """
-    modulations = [modulation for modulation in (gate, scale, shift) if modulation is not None]
-    if not is_fast(x, *modulations) or not is_like(y, x) or (gate is None and y.dtype != x.dtype):
-        return plain_residual_norm(x, y, gate, norm, scale, shift)
-    if x.is_cpu:
-        return _residual_norm_in_chunks(x, y, gate, norm, scale, shift)
-    if gate is None and x.dtype != torch.float32 and kernels.is_usable(x.device):
-        key = (*signature(x, y), *map(kind_of, modulations))
-        args = (x, y, gate, norm, scale, shift)
-        return first_sight("residual norm", key, _residual_norm_kernel, plain_residual_norm, *args)
-    h = x + y if gate is None else gated_residual(x, y, gate)
-    return h, cast_norm(h, norm) if scale is None or shift is None else modulated_norm(h, norm, scale, shift)
-
-
-def cast_norm(x: torch.Tensor, norm: Norm) -> torch.Tensor:
-    """`norm(x.float()).type_as(x)`, by ATen's own kernels. EXACT; on CPUs the fp32 tensors are never whole."""
-    if not x.is_cpu or x.dtype == torch.float32 or not is_fast(x):
-        return plain_cast_norm(x, norm)
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    for b, chunk in _chunks(x):
-        out[b, chunk].copy_(norm(x[b, chunk].float()))
-    return out
-
-
-# The plain formulations, which compilers and autograd see
-
-
-def plain_modulated_norm(x: torch.Tensor, norm: Norm, scale: Modulation, shift: Modulation) -> torch.Tensor:
-    """`modulated_norm` in stock's operations."""
-    return (norm(x.float()) * (1 + as_tensor(scale)) + as_tensor(shift)).type_as(x)
-
-
-def plain_gated_residual(x: torch.Tensor, y: torch.Tensor, gate: Modulation, cast: bool = False) -> torch.Tensor:
-    """`gated_residual` in stock's operations."""
-    return (x.float() + (y.float() if cast else y) * as_tensor(gate)).type_as(x)
-
-
-def plain_cast_norm(x: torch.Tensor, norm: Norm) -> torch.Tensor:
-    """`cast_norm` in stock's operations."""
-    return norm(x.float()).type_as(x)
-
-
-def plain_residual_norm(
-    x: torch.Tensor,
-    y: torch.Tensor,
-    gate: Modulation | None,
-    norm: Norm,
-    scale: Modulation | None,
-    shift: Modulation | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`residual_norm` in stock's operations."""
-    h = x + y if gate is None else plain_gated_residual(x, y, gate)
+    h = x + y if gate is None else gated_residual.reference(x, y, gate)
     if scale is None or shift is None:
-        return h, plain_cast_norm(h, norm)
-    return h, plain_modulated_norm(h, norm, scale, shift)
+        return h, cast_norm.reference(h, norm)
+    return h, modulated_norm.reference(h, norm, scale, shift)
 
 
 def as_tensor(modulation: Modulation) -> torch.Tensor:
@@ -227,36 +184,50 @@ def as_tensor(modulation: Modulation) -> torch.Tensor:
 
 # CPUs: a few tokens at a time
 
+_IN_CHUNKS = "a few tokens at a time"
 
-def _modulated_norm_in_chunks(x: torch.Tensor, norm: Norm, scale: Modulation, shift: Modulation) -> torch.Tensor:
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+
+@modulated_norm.form(_IN_CHUNKS, device="cpu", smallest=_SMALL)
+def modulated_norm_in_chunks(x: torch.Tensor, norm: LayerNorm, scale: Modulation, shift: Modulation) -> torch.Tensor:
+    x = in_rows(x)
+    out = torch.empty_like(x)
     for b, chunk in _chunks(x, scale, shift):
         normed = norm(x[b, chunk].float())
         out[b, chunk].copy_(normed.mul_(1 + _rows(scale, b, chunk)).add_(_rows(shift, b, chunk)))
     return out
 
 
-def _gated_residual_in_chunks(x: torch.Tensor, y: torch.Tensor, gate: Modulation) -> torch.Tensor:
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+@gated_residual.form(_IN_CHUNKS, device="cpu", smallest=_SMALL)
+def gated_residual_in_chunks(x: torch.Tensor, y: torch.Tensor, gate: Modulation, cast: bool = False) -> torch.Tensor:
+    like, x, y = _sum_like(x, y, gate), in_rows(x), in_rows(y)
+    out = torch.empty_like(x)
     for b, chunk in _chunks(x, gate):
         product = y[b, chunk] * _rows(gate, b, chunk)
         out[b, chunk].copy_(product.add_(x[b, chunk]))
+    return laid_out(out, like)
+
+
+@cast_norm.form(_IN_CHUNKS, device="cpu", smallest=_SMALL)
+def cast_norm_in_chunks(x: torch.Tensor, norm: LayerNorm) -> torch.Tensor:
+    x = in_rows(x)
+    out = torch.empty_like(x)
+    for b, chunk in _chunks(x):
+        out[b, chunk].copy_(norm(x[b, chunk].float()))
     return out
 
 
-def _residual_norm_in_chunks(
+@residual_norm.form(_IN_CHUNKS, device="cpu", smallest=_SMALL)
+def residual_norm_in_chunks(
     x: torch.Tensor,
     y: torch.Tensor,
     gate: Modulation | None,
-    norm: Norm,
+    norm: LayerNorm,
     scale: Modulation | None,
     shift: Modulation | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    h, out = (
-        torch.empty_like(x, memory_format=torch.contiguous_format),
-        torch.empty_like(x, memory_format=torch.contiguous_format),
-    )
-    for b, chunk in _chunks(x, *(modulation for modulation in (gate, scale, shift) if modulation is not None)):
+    like, x, y = _sum_like(x, y, gate), in_rows(x), in_rows(y)
+    h, out = torch.empty_like(x), torch.empty_like(x)
+    for b, chunk in _chunks(x, *_given(gate, scale, shift)):
         if gate is None:
             torch.add(x[b, chunk], y[b, chunk], out=h[b, chunk])
         else:
@@ -266,7 +237,57 @@ def _residual_norm_in_chunks(
         if scale is not None and shift is not None:
             normed.mul_(1 + _rows(scale, b, chunk)).add_(_rows(shift, b, chunk))
         out[b, chunk].copy_(normed)
-    return h, out
+    return laid_out(h, like), out
+
+
+def in_rows(x: torch.Tensor) -> torch.Tensor:
+    """`x`, contiguous: `(batch, seq, dim)`."""
+    if x.is_contiguous():
+        return x.as_strided(x.shape, _contiguous_strides(x.shape))  # of one sample or token, strides can be any
+    return torch.stack([sample.contiguous() for sample in x])  # of two axes, which ATen copies in blocks
+
+
+def laid_out(x: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
+    """`x`, contiguous, in other strides."""
+    if x.stride() == strides:
+        return x
+    out = torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device)
+    for sample, rows in zip(out, x):
+        if sample.stride(0) < sample.stride(1):
+            sample, rows = sample.t(), rows.t()
+        sample.copy_(rows)
+    return out
+
+
+def _sum_like(x: torch.Tensor, y: torch.Tensor, gate: Modulation | None) -> tuple[int, ...]:
+    """The strides of the residual sum in stock."""
+    if x.is_contiguous() and y.is_contiguous():
+        return _contiguous_strides(x.shape)
+    return _strides_of_sum(x.shape, x.stride(), x.dtype, y.stride(), y.dtype, gate is not None)
+
+
+def _contiguous_strides(shape: torch.Size) -> tuple[int, ...]:
+    _, seq, dim = shape
+    return seq * dim, dim, 1
+
+
+@functools.lru_cache(maxsize=256)
+def _strides_of_sum(
+    shape: torch.Size,
+    x_strides: tuple[int, ...],
+    x_dtype: torch.dtype,
+    y_strides: tuple[int, ...],
+    y_dtype: torch.dtype,
+    is_gated: bool,
+) -> tuple[int, ...]:
+    """Asks torch, of tensors without memory; in fp32 for a plain sum, where those in bf16 answer wrongly."""
+    dtypes = (x_dtype, y_dtype) if is_gated else (torch.float32, torch.float32)
+    x, y = (
+        torch.empty_strided(shape, strides, dtype=dtype, device="meta")
+        for strides, dtype in zip((x_strides, y_strides), dtypes)
+    )
+    gate = torch.empty((1, 1, shape[-1]), device="meta")
+    return (gated_residual.reference(x, y, gate) if is_gated else x + y).stride()
 
 
 def _chunks(x: torch.Tensor, *modulations: Modulation) -> Iterator[tuple[int, slice]]:
@@ -294,8 +315,48 @@ def _rows(modulation: Modulation, b: int, chunk: slice) -> torch.Tensor:
 
 # Accelerators
 
+_IN_PLACE = "in place"
+_KERNEL = "one kernel after the norm"
 
-def _modulated_norm_in_place(x: torch.Tensor, norm: Norm, scale: Modulation, shift: Modulation) -> torch.Tensor:
+
+@modulated_norm.form(_KERNEL, device="cuda", smallest=SMALL_ELSEWHERE)
+def modulated_norm_kernel(x: torch.Tensor, norm: LayerNorm, scale: Modulation, shift: Modulation) -> torch.Tensor:
+    from wan_patches.ops.triton.modulation import modulate
+
+    return modulate(norm(x.float()), as_rows(scale), as_rows(shift), x.dtype, border_of(scale))
+
+
+@gated_residual.form("one kernel", device="cuda", smallest=SMALL_ELSEWHERE)
+def gated_residual_kernel(x: torch.Tensor, y: torch.Tensor, gate: Modulation, cast: bool = False) -> torch.Tensor:
+    from wan_patches.ops.triton.modulation import gated_residual
+
+    return gated_residual(x, y, as_rows(gate), border_of(gate))
+
+
+@residual_norm.form("a kernel before the norm, and one after it", device="cuda", smallest=SMALL_ELSEWHERE)
+def residual_norm_kernels(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    gate: Modulation | None,
+    norm: LayerNorm,
+    scale: Modulation | None,
+    shift: Modulation | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from wan_patches.ops.triton.modulation import add_and_cast, modulate
+
+    if gate is None and x.dtype != torch.float32:
+        h, wide = add_and_cast(x, y)
+    else:
+        h = x + y if gate is None else gated_residual_kernel(x, y, gate)
+        wide = h.float()
+    normed = norm(wide)
+    if scale is None or shift is None:
+        return h, normed.type_as(x)
+    return h, modulate(normed, as_rows(scale), as_rows(shift), x.dtype, border_of(scale))
+
+
+@modulated_norm.form(_IN_PLACE, device=ACCELERATOR, smallest=SMALL_ELSEWHERE)
+def modulated_norm_in_place(x: torch.Tensor, norm: LayerNorm, scale: Modulation, shift: Modulation) -> torch.Tensor:
     normed = norm(x.float())
     for tokens, rows in _kinds_of_tokens(scale):
         normed[:, tokens].mul_(1 + rows)
@@ -304,11 +365,27 @@ def _modulated_norm_in_place(x: torch.Tensor, norm: Norm, scale: Modulation, shi
     return normed.type_as(x)
 
 
-def _gated_residual_in_place(x: torch.Tensor, y: torch.Tensor, gate: Modulation) -> torch.Tensor:
-    product = torch.empty_like(y, dtype=torch.float32, memory_format=torch.contiguous_format)
+@gated_residual.form(_IN_PLACE, device=ACCELERATOR, smallest=SMALL_ELSEWHERE)
+def gated_residual_in_place(x: torch.Tensor, y: torch.Tensor, gate: Modulation, cast: bool = False) -> torch.Tensor:
+    total = torch.empty_strided(x.shape, _sum_like(x, y, gate), dtype=torch.float32, device=x.device)
     for tokens, rows in _kinds_of_tokens(gate):
-        torch.mul(y[:, tokens], rows, out=product[:, tokens])
-    return product.add_(x).type_as(x)
+        torch.mul(y[:, tokens], rows, out=total[:, tokens])
+    return total.add_(x).type_as(x)
+
+
+@residual_norm.form(_IN_PLACE, device=ACCELERATOR, smallest=SMALL_ELSEWHERE)
+def residual_norm_in_place(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    gate: Modulation | None,
+    norm: LayerNorm,
+    scale: Modulation | None,
+    shift: Modulation | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    h = x + y if gate is None else gated_residual_in_place(x, y, gate)
+    if scale is None or shift is None:
+        return h, cast_norm.reference(h, norm)
+    return h, modulated_norm_in_place(h, norm, scale, shift)
 
 
 def _kinds_of_tokens(modulation: Modulation) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -317,30 +394,6 @@ def _kinds_of_tokens(modulation: Modulation) -> Iterator[tuple[slice, torch.Tens
         yield slice(modulation.border, None), modulation.rows[:, 1:]
     else:
         yield slice(None), as_rows(modulation)
-
-
-def _modulated_norm_kernel(x: torch.Tensor, norm: Norm, scale: Modulation, shift: Modulation) -> torch.Tensor:
-    from wan_patches.ops.triton.modulation import modulate
-
-    return modulate(norm(x.float()), as_rows(scale), as_rows(shift), x.dtype, border_of(scale))
-
-
-def _gated_residual_kernel(x: torch.Tensor, y: torch.Tensor, gate: Modulation) -> torch.Tensor:
-    from wan_patches.ops.triton.modulation import gated_residual
-
-    return gated_residual(x, y, as_rows(gate), border_of(gate))
-
-
-def _residual_norm_kernel(
-    x: torch.Tensor, y: torch.Tensor, gate: None, norm: Norm, scale: Modulation | None, shift: Modulation | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    from wan_patches.ops.triton.modulation import add_and_cast, modulate
-
-    h, wide = add_and_cast(x, y)
-    normed = norm(wide)
-    if scale is None or shift is None:
-        return h, normed.type_as(x)
-    return h, modulate(normed, as_rows(scale), as_rows(shift), x.dtype, border_of(scale))
 
 
 def as_rows(modulation: Modulation) -> torch.Tensor:
@@ -358,21 +411,91 @@ def border_of(modulation: Modulation) -> int | None:
 # When
 
 
-def is_fast(x: torch.Tensor, *modulations: Modulation) -> bool:
-    """Whether `x` and what it is modulated with are such as the fast forms are for."""
-    return _reason_against(x, *modulations) is None
-
-
-def _reason_against(x: torch.Tensor, *modulations: Modulation) -> str | None:
-    if is_observed(x, *itertools.chain(*map(_parts, modulations))):
-        return "a compiler, autograd or a transform looks on"
-    if x.dim() != 3 or x.dtype not in DTYPES or not x.is_contiguous() or x.is_meta or x.numel() == 0:
-        return "the hidden states are not (batch, seq, dim), contiguous, in fp32, bf16 or fp16"
-    if x.is_cpu and x.numel() < _SMALL:
-        return "it is the fastest for so few elements"
+def why_not(x: torch.Tensor, *modulations: Modulation) -> str | None:
+    """Why the forms are not for `x` and what it is modulated with; None where they are."""
+    if x.dim() != 3 or x.dtype not in DTYPES or x.is_meta or x.numel() == 0:
+        return "the hidden states are not (batch, seq, dim) in fp32, bf16 or fp16"
     if not all(_fits(modulation, x) for modulation in modulations) or len(set(map(border_of, modulations))) > 1:
         return "the modulation is not in fp32, or does not fit"
     return None
+
+
+def why_not_sum(x: torch.Tensor, y: torch.Tensor, gate: Modulation | None) -> str | None:
+    """Why `y` is not what the forms add to `x`; None where it is."""
+    fits = y.shape == x.shape and y.dtype in DTYPES and y.device == x.device
+    return None if fits and (gate is not None or y.dtype == x.dtype) else "what is added does not fit"
+
+
+def why_strided(*hidden_states: torch.Tensor) -> str | None:
+    """Why kernels that write hidden states do not take these; None where they do."""
+    return None if all(x.is_contiguous() for x in hidden_states) else "the hidden states are not contiguous"
+
+
+def _needs_triton(x: torch.Tensor) -> str | None:
+    return None if kernels.is_usable(x.device) else "Triton is not installed"
+
+
+@modulated_norm_kernel.refuses
+def _(x: torch.Tensor, norm: LayerNorm, scale: Modulation, shift: Modulation) -> str | None:
+    return _needs_triton(x) or why_not(x, scale, shift)
+
+
+@modulated_norm_in_chunks.refuses
+@modulated_norm_in_place.refuses
+def _(x: torch.Tensor, norm: LayerNorm, scale: Modulation, shift: Modulation) -> str | None:
+    return why_not(x, scale, shift)
+
+
+@gated_residual_kernel.refuses
+def _(x: torch.Tensor, y: torch.Tensor, gate: Modulation, cast: bool = False) -> str | None:
+    return _needs_triton(x) or why_not(x, gate) or why_not_sum(x, y, gate) or why_strided(x, y)
+
+
+@gated_residual_in_chunks.refuses
+def _(x: torch.Tensor, y: torch.Tensor, gate: Modulation, cast: bool = False) -> str | None:
+    if x.dtype == torch.float32 and (x.stride(2), y.stride(2)) != (1, 1):
+        return SLOW
+    return why_not(x, gate) or why_not_sum(x, y, gate)
+
+
+@gated_residual_in_place.refuses
+def _(x: torch.Tensor, y: torch.Tensor, gate: Modulation, cast: bool = False) -> str | None:
+    return why_not(x, gate) or why_not_sum(x, y, gate)
+
+
+@cast_norm_in_chunks.refuses
+def _(x: torch.Tensor, norm: LayerNorm) -> str | None:
+    return "in fp32 there is nothing to cast" if x.dtype == torch.float32 else why_not(x)
+
+
+@residual_norm_kernels.refuses
+def _(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    gate: Modulation | None,
+    norm: LayerNorm,
+    scale: Modulation | None,
+    shift: Modulation | None,
+) -> str | None:
+    fits = why_not(x, *_given(gate, scale, shift)) or why_not_sum(x, y, gate) or why_strided(x, y)
+    return _needs_triton(x) or fits
+
+
+@residual_norm_in_chunks.refuses
+@residual_norm_in_place.refuses
+def _(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    gate: Modulation | None,
+    norm: LayerNorm,
+    scale: Modulation | None,
+    shift: Modulation | None,
+) -> str | None:
+    return why_not(x, *_given(gate, scale, shift)) or why_not_sum(x, y, gate)
+
+
+def _given(*modulations: Modulation | None) -> list[Modulation]:
+    return [modulation for modulation in modulations if modulation is not None]
 
 
 def _fits(modulation: Modulation, x: torch.Tensor) -> bool:
@@ -394,20 +517,8 @@ def _fits(modulation: Modulation, x: torch.Tensor) -> bool:
     )
 
 
-def is_like(y: torch.Tensor, x: torch.Tensor) -> bool:
-    """Whether `y` is what the fast forms can add to `x`."""
-    return (
-        y.shape == x.shape and y.dtype in DTYPES and y.device == x.device and y.is_contiguous() and not is_observed(y)
-    )
-
-
 def _parts(modulation: Modulation) -> tuple[torch.Tensor, ...]:
     """The tensors that a modulation is made of."""
     if isinstance(modulation, TwoRows):
         return (modulation.rows,)
     return tuple(modulation) if isinstance(modulation, RowPerToken) else (modulation,)
-
-
-def kind_of(modulation: Modulation) -> tuple[object, ...]:
-    """The part of a gate key that a modulation contributes."""
-    return (type(modulation), *signature(*_parts(modulation)), border_of(modulation))

@@ -13,59 +13,43 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from wan_patches.fidelity import gate, signature
 from wan_patches.ops import triton as kernels
+from wan_patches.ops.dispatch import Key, key_of, op
 
 Norm = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_SMALL = 1 << 12  # elements below which stock's calls are left alone, which has not been measured yet
 _GRID = 65535  # blocks along the second and third axis of a launch
 
 
+def _key(
+    x: torch.Tensor, norm: Norm, scale: float, gamma: torch.Tensor, bias: torch.Tensor | None, in_fp32: bool
+) -> Key | None:
+    return key_of(x, scale, gamma, bias, in_fp32)
+
+
+@op("RMS norm + SiLU", key=_key)
 def norm_silu(
-    x: torch.Tensor,
-    norm: Norm,
-    *,
-    scale: float,
-    gamma: torch.Tensor,
-    bias: torch.Tensor | None,
-    in_fp32: bool,
+    x: torch.Tensor, norm: Norm, scale: float, gamma: torch.Tensor, bias: torch.Tensor | None, in_fp32: bool
 ) -> torch.Tensor:
     """SiLU of the RMS norm of `x` over its channels.
 
     Args:
         x: `(batch, channels, frames, height, width)`, any strides.
-        norm: the plain formulation of the norm, of `x`, `gamma` and `bias`: runs on CPUs, and wherever no kernel does.
+        norm: stock's formulation of the norm, of `x`, `gamma` and `bias`: runs on CPUs, and wherever no kernel does.
         scale, gamma, bias: of that norm: a number; `channels` values; the same or None.
         in_fp32: whether `norm` divides in fp32 where `x` has a half dtype.
 
     Returns:
-        A new tensor like `x`. EXACT: the bits of SiLU of `norm`; the kernel is behind the first-sight gate.
+        A new tensor like `x`.
     """
-    if x.is_cpu or not _has_kernel(x, gamma, bias):
-        return _plain(x, norm, scale, gamma, bias, in_fp32)
-    key = (*signature(x, gamma), scale, bias is None, in_fp32)
-    return gate("RMS norm + SiLU", key, _fused, _plain, x, norm, scale, gamma, bias, in_fp32)
-
-
-def _plain(
-    x: torch.Tensor,
-    norm: Norm,
-    scale: float,
-    gamma: torch.Tensor,
-    bias: torch.Tensor | None,
-    in_fp32: bool,
-) -> torch.Tensor:
     return F.silu(norm(x, gamma, bias), inplace=True)
 
 
-def _fused(
-    x: torch.Tensor,
-    norm: Norm,
-    scale: float,
-    gamma: torch.Tensor,
-    bias: torch.Tensor | None,
-    in_fp32: bool,
+@norm_silu.form("a kernel after the reduction", device="cuda", smallest=_SMALL)
+def by_kernel(
+    x: torch.Tensor, norm: Norm, scale: float, gamma: torch.Tensor, bias: torch.Tensor | None, in_fp32: bool
 ) -> torch.Tensor:
     from wan_patches.ops.triton.norm_silu import norm_silu as kernel
 
@@ -74,14 +58,15 @@ def _fused(
     return kernel(x, denominator, scale, gamma, bias)
 
 
-def _has_kernel(x: torch.Tensor, gamma: torch.Tensor, bias: torch.Tensor | None) -> bool:
-    return (
-        kernels.is_usable(x.device)
-        and x.dim() == 5
-        and x.dtype in _DTYPES
-        and x.stride(-1) == 1
-        and x.stride(-2) == x.shape[-1]
-        and x.shape[0] * x.shape[1] <= _GRID
-        and x.shape[2] <= _GRID
-        and all(part.dtype == x.dtype and part.is_contiguous() for part in (gamma, bias) if part is not None)
-    )
+@by_kernel.refuses
+def _(
+    x: torch.Tensor, norm: Norm, scale: float, gamma: torch.Tensor, bias: torch.Tensor | None, in_fp32: bool
+) -> str | None:
+    if not kernels.is_usable(x.device):
+        return "Triton is not installed"
+    if x.dim() != 5 or x.dtype not in _DTYPES or x.stride(-1) != 1 or x.stride(-2) != x.shape[-1]:
+        return "the frames do not lie in memory row by row"
+    if x.shape[0] * x.shape[1] > _GRID or x.shape[2] > _GRID:
+        return "there are too many frames or channels"
+    fits = all(part.dtype == x.dtype and part.is_contiguous() for part in (gamma, bias) if part is not None)
+    return None if fits else "the weight does not fit"

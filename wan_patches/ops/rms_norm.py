@@ -12,12 +12,13 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from wan_patches.ops.tracing import is_observed
+from wan_patches.ops.dispatch import op
 
-_SMALL = 1 << 17  # elements below which the plain formulation's few calls are the fastest
+_SMALL = 1 << 17  # elements below which torch's few calls are the fastest
 _CHUNK = 1 << 19  # elements worked on at a time: they stay in the cache from the first operation to the last
 
 
+@op("RMS norm")
 def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float | None) -> torch.Tensor:
     """The RMS norm of each row of `x`.
 
@@ -27,15 +28,14 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float | None) ->
         eps: None for the smallest number of its dtype, as torch has it.
 
     Returns:
-        A new tensor. EXACT: the bits of `torch.nn.functional.rms_norm`.
+        A new tensor.
     """
-    if _reason_against(x, weight, eps) is not None:
-        return F.rms_norm(x, x.shape[-1:], weight, eps)
+    return F.rms_norm(x, x.shape[-1:], weight, eps)
+
+
+@rms_norm.form("a few tokens at a time", device="cpu", smallest=_SMALL)
+def in_chunks(x: torch.Tensor, weight: torch.Tensor | None, eps: float | None) -> torch.Tensor:
     assert eps is not None
-    return _in_chunks(x, weight, eps)
-
-
-def _in_chunks(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
     batch, seq, dim = x.shape
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     wide = None if weight is None else weight.float()
@@ -48,29 +48,25 @@ def _in_chunks(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torc
     return out
 
 
-def _reason_against(x: torch.Tensor, weight: torch.Tensor | None, eps: float | None) -> str | None:
-    """Why such input is torch's; None where `_in_chunks` is for it, and exact on this machine."""
-    if not x.is_cpu or x.dim() != 3 or eps is None or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return "it is not (batch, seq, dim) in fp32, bf16 or fp16, or not on a CPU"
-    if x.numel() < _SMALL:
-        return "it is the fastest for so few elements"
-    if is_observed(x) if weight is None else is_observed(x, weight):
-        return "a compiler, autograd or a transform looks on"
+@in_chunks.refuses
+def _(x: torch.Tensor, weight: torch.Tensor | None, eps: float | None) -> str | None:
+    if x.dim() != 3 or eps is None or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return "it is not (batch, seq, dim) in fp32, bf16 or fp16"
     batch, seq, dim = x.shape
     if x.stride(2) != 1 or x.stride(1) < dim or (batch > 1 and x.stride(0) < seq * x.stride(1)):
         return "the result would lie in another order in memory"
     if weight is not None and (weight.dtype != x.dtype or weight.shape != (dim,) or not weight.is_cpu):
         return "the weight does not fit"
     exact = _is_exact(x.dtype, dim, torch.get_num_threads())
-    return None if exact else "no other is exact with this torch, on this processor"
+    return None if exact else "no other form is exact with this torch, on this processor"
 
 
 @functools.lru_cache(maxsize=64)
 def _is_exact(dtype: torch.dtype, dim: int, threads: int) -> bool:
-    """Tries `_in_chunks` on this processor and this torch, where the order of operations may be another."""
+    """Tries `in_chunks` on this processor and this torch, where the order of operations may be another."""
     generator = torch.Generator("cpu").manual_seed(0)  # the user's random state is not ours to move
     step = max(1, _CHUNK // dim)
     x = torch.randn((1, step + 3, dim), generator=generator, dtype=torch.float32, device="cpu").to(dtype)
     weight = torch.randn((dim,), generator=generator, dtype=torch.float32, device="cpu").to(dtype)
     with torch.no_grad():
-        return torch.equal(_in_chunks(x, weight, 1e-6), F.rms_norm(x, (dim,), weight, 1e-6))
+        return torch.equal(in_chunks(x, weight, 1e-6), F.rms_norm(x, (dim,), weight, 1e-6))

@@ -15,19 +15,20 @@ import functools
 
 import torch
 
-from wan_patches.fidelity import gate, signature
 from wan_patches.ops import triton as kernels
+from wan_patches.ops.dispatch import ACCELERATOR, op
 from wan_patches.ops.npu import rope as npu
-from wan_patches.ops.tracing import is_observed, is_transformed
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _GRAIN = 32768  # at::internal::GRAIN_SIZE: elements below which ATen does not split an elementwise operation
-_SMALL = 1 << 14  # elements below which the plain formulation's few calls are the fastest
+_SMALL = 1 << 14  # elements below which stock's few calls are the fastest on CPUs
+_SMALL_ELSEWHERE = 1 << 12  # and on GPUs, where it has not been measured yet
 _CHUNK = 1 << 18  # complex numbers per thread and chunk: little scratch, and few parallel regions to wait for
 _GRID = 65535  # blocks along the second axis of a launch
 _CHANNELS = 1 << 15  # of a token, which one block of a launch goes through
 
 
+@op("rotary embedding", autocasts=False)
 def apply_rotary_emb(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotates pairs of neighbouring channels.
 
@@ -37,23 +38,16 @@ def apply_rotary_emb(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> t
             usually `(1 or batch, seq, 1, head_dim / 2)` in fp32.
 
     Returns:
-        A new tensor like `x`. EXACT: the bits of the strided assignment (`reference`).
+        A new tensor like `x`.
     """
-    if torch.compiler.is_compiling() or _is_transformed(x, cos, sin):
-        return stacked(x, cos, sin)
-    if x.is_cpu:
-        if x.numel() < _SMALL or not _is_fast(
-            x.dtype, x.shape, cos.dtype, cos.shape, sin.dtype, sin.shape, torch.get_num_threads()
-        ):
-            return reference(x, cos, sin)
-        return complex_rows(x, cos, sin)
-    if x.is_meta:
-        return stacked(x, cos, sin)
-    if x.device.type == "npu" and npu.is_usable(x, cos, sin):
-        return gate("rope by npu_rotary_mul", signature(x, cos, sin), npu.rotary_mul, _gated, x, cos, sin)
-    return _gated(x, cos, sin)
+    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
+    out = torch.empty_like(x)
+    out[..., 0::2] = first * cos - second * sin
+    out[..., 1::2] = first * sin + second * cos
+    return out
 
 
+@op("rotary embedding of queries and keys", autocasts=False)
 def apply_rotary_emb_qk(
     query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -64,84 +58,31 @@ def apply_rotary_emb_qk(
         cos, sin: as there.
 
     Returns:
-        New tensors like `query` and `key`. EXACT, as there.
+        New tensors like `query` and `key`.
     """
-    alike = (key.shape, key.dtype, key.device) == (query.shape, query.dtype, query.device)
-    if is_observed(query, key) or not alike or not has_kernel(query, cos, sin):
-        return apply_rotary_emb(query, cos, sin), apply_rotary_emb(key, cos, sin)
-    return gate("rope of queries and keys", signature(query, key, cos, sin), _both, _each, query, key, cos, sin)
+    return apply_rotary_emb.reference(query, cos, sin), apply_rotary_emb.reference(key, cos, sin)
 
 
-def why_stock(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> str | None:
-    """Why such input takes the plain formulation, asked afterwards: a call is too short to tell. None: unknown."""
-    if not x.is_cpu:
-        return None
-    if x.numel() < _SMALL:
-        return "it is the fastest for so few elements"
-    return "no other is exact for this dtype, this shape and this number of threads"
-
-
-def reference(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """The plain formulation: two strided assignments into an empty tensor, in stock's order of arithmetic."""
-    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
-    out = torch.empty_like(x)
-    out[..., 0::2] = first * cos - second * sin
-    out[..., 1::2] = first * sin + second * cos
-    return out
-
-
+@apply_rotary_emb.trace
 def stacked(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """The form without assignments, for compilers, autograd and devices where strided stores are slow."""
     first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
     pairs = torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-1)
     out = pairs.flatten(-2).type_as(x)
-    return out if out.shape == x.shape else reference(x, cos, sin)  # which raises, as tables must not enlarge `x`
+    # tables must not enlarge `x`, which the reference tells
+    return out if out.shape == x.shape else apply_rotary_emb.reference(x, cos, sin)
 
 
-def _gated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    fast = _rotated if has_kernel(x, cos, sin) else stacked
-    return gate("rope", signature(x, cos, sin), fast, reference, x, cos, sin)
-
-
-def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    from wan_patches.ops.triton.rope import rotate
-
-    return rotate(x, None, cos, sin)[0]
-
-
-def _both(
+@apply_rotary_emb_qk.trace
+def _each_traced(
     query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    from wan_patches.ops.triton.rope import rotate
-
-    rotated, of_key = rotate(query, key, cos, sin)
-    assert of_key is not None
-    return rotated, of_key
+    return stacked(query, cos, sin), stacked(key, cos, sin)
 
 
-def _each(
-    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return reference(query, cos, sin), reference(key, cos, sin)
-
-
-def has_kernel(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> bool:
-    """Whether a kernel takes such queries or keys, `(batch, seq, heads, head_dim)`, and such tables."""
-    if not kernels.is_usable(x.device) or x.dim() != 4 or x.dtype not in _DTYPES or is_observed(cos, sin):
-        return False
-    batch, seq, heads, dim = x.shape
-    return (
-        x.numel() > 0
-        and dim % 2 == 0
-        and batch <= _GRID
-        and heads * dim <= _CHANNELS
-        and all(table.dtype == torch.float32 and table.device == x.device for table in (cos, sin))
-        and all(table.shape in ((1, seq, 1, dim // 2), (batch, seq, 1, dim // 2)) for table in (cos, sin))
-    )
-
-
+@apply_rotary_emb.form("complex product over whole rows", device="cpu", smallest=_SMALL)
 def complex_rows(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """The CPU form: multiply pairs as complex numbers, a few tokens at a time. `_is_fast` says where it is exact.
+    """The CPU form: multiply pairs as complex numbers, a few tokens at a time. Its refusal says where it is exact.
 
     ATen's vector code for complex products rounds like the formula above, its scalar code for the rest of
     a row may fuse. So every thread gets whole rows of a multiple of 16 pairs (see `_step`).
@@ -175,34 +116,76 @@ def complex_rows(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
     return out
 
 
-@functools.lru_cache(maxsize=1024)
-def _is_fast(
-    dtype: torch.dtype,
-    shape: torch.Size,
-    cos_dtype: torch.dtype,
-    cos_shape: torch.Size,
-    sin_dtype: torch.dtype,
-    sin_shape: torch.Size,
-    threads: int,
-) -> bool:
-    """Whether `complex_rows` applies to such input, and is exact on this machine."""
-    if len(shape) != 4 or dtype not in _DTYPES:
-        return False
-    batch, seq, heads, dim = shape
-    if dim % 32 or cos_dtype != torch.float32 or sin_dtype != torch.float32:
-        return False
-    if any(table not in ((1, seq, 1, dim // 2), (batch, seq, 1, dim // 2)) for table in (cos_shape, sin_shape)):
-        return False
-    return _step(seq, heads, dim // 2, threads) > 0 and _is_exact(dtype, heads, dim, threads)
+@complex_rows.refuses
+def _(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> str | None:
+    if x.dim() != 4 or x.dtype not in _DTYPES or x.shape[3] % 32 or {cos.dtype, sin.dtype} != {torch.float32}:
+        return "the head dimension is no multiple of 32, or a dtype is another"
+    batch, seq, heads, dim = x.shape
+    if any(table.shape not in ((1, seq, 1, dim // 2), (batch, seq, 1, dim // 2)) for table in (cos, sin)):
+        return "the tables are not one for each token"
+    threads = torch.get_num_threads()
+    if _step(seq, heads, dim // 2, threads) == 0 or not _is_exact(x.dtype, heads, dim, threads):
+        return "no other form is exact for this dtype, this shape and this number of threads"
+    return None
 
 
-def _is_transformed(*tensors: torch.Tensor) -> bool:
-    """Whether something looks into the operations: autograd, a transform, a tracer, a tensor subclass."""
-    gradients = torch.is_grad_enabled()
-    for tensor in tensors:  # this is a part of the time of small inputs
-        if type(tensor) is not torch.Tensor or (gradients and tensor.requires_grad):
-            return True
-    return is_transformed()
+@apply_rotary_emb.form("npu_rotary_mul", device="npu")
+def by_npu(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    return npu.rotary_mul(x, cos, sin)
+
+
+by_npu.refuses(npu.why_not)
+
+
+@apply_rotary_emb.form("one kernel", device="cuda", smallest=_SMALL_ELSEWHERE)
+def by_kernel(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    from wan_patches.ops.triton.rope import rotate
+
+    return rotate(x, None, cos, sin)[0]
+
+
+@apply_rotary_emb_qk.form("one kernel", device="cuda", smallest=_SMALL_ELSEWHERE)
+def both_by_kernel(
+    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from wan_patches.ops.triton.rope import rotate
+
+    rotated, of_key = rotate(query, key, cos, sin)
+    assert of_key is not None
+    return rotated, of_key
+
+
+@by_kernel.refuses
+def why_no_kernel(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> str | None:
+    """Why no kernel takes such queries or keys, and such tables; None where one does."""
+    if not kernels.is_usable(x.device):
+        return "Triton is not installed"
+    if x.dim() != 4 or x.dtype not in _DTYPES or x.numel() == 0:
+        return "the kernel is not for such queries and keys"
+    batch, seq, heads, dim = x.shape
+    if dim % 2 or batch > _GRID or heads * dim > _CHANNELS:
+        return "the kernel is not for such queries and keys"
+    fits = all(table.dtype == torch.float32 and table.device == x.device for table in (cos, sin)) and all(
+        table.shape in ((1, seq, 1, dim // 2), (batch, seq, 1, dim // 2)) for table in (cos, sin)
+    )
+    return None if fits else "the tables are not one for each token, in fp32"
+
+
+@both_by_kernel.refuses
+def _(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> str | None:
+    if (key.shape, key.dtype, key.device) != (query.shape, query.dtype, query.device):
+        return "queries and keys are not alike"
+    return why_no_kernel(query, cos, sin)
+
+
+@apply_rotary_emb_qk.form("each by itself")
+def one_after_the_other(
+    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return apply_rotary_emb(query, cos, sin), apply_rotary_emb(key, cos, sin)
+
+
+by_stacking = apply_rotary_emb.form("stack + flatten", device=ACCELERATOR)(stacked)
 
 
 @functools.lru_cache(maxsize=256)
@@ -231,7 +214,7 @@ def _is_exact(dtype: torch.dtype, heads: int, dim: int, threads: int) -> bool:
         if _step(seq, heads, dim // 2, threads) > 0:
             x = random((1, seq, heads, dim)).to(dtype)
             cos, sin = random((2, 1, seq, 1, dim // 2))
-            if not torch.equal(complex_rows(x, cos, sin), reference(x, cos, sin)):
+            if not torch.equal(complex_rows(x, cos, sin), apply_rotary_emb.reference(x, cos, sin)):
                 return False
     return True
 

@@ -15,7 +15,8 @@ import math
 
 import torch
 
-from wan_patches.fidelity import gate, signature
+from wan_patches import tally
+from wan_patches.ops.dispatch import ACCELERATOR, op
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -33,7 +34,7 @@ def blend(first: torch.Tensor, second: torch.Tensor, extent: int, dim: int) -> t
         dim: -2, along the height, or -1, along the width.
 
     Returns:
-        `second`. EXACT: the bits of the row by row assignment (`reference`).
+        `second`. EXACT: the bits of the row by row assignment (`cross_fade`).
     """
     extent = min(first.shape[dim], second.shape[dim], extent)
     if extent <= 0 or second.numel() == 0:
@@ -41,10 +42,11 @@ def blend(first: torch.Tensor, second: torch.Tensor, extent: int, dim: int) -> t
     tail = first.narrow(dim, first.shape[dim] - extent, extent)
     head = second.narrow(dim, 0, extent)
     if not head.is_cpu:
-        head.copy_(gate("tile blend", (*signature(tail, head), dim), vectorised, reference, tail, head, dim))
-    elif _reason_against(head, dim) is not None:
-        head.copy_(reference(tail, head, dim))
+        head.copy_(cross_fade(tail, head, dim))
+    elif (reason := _reason_against(head, dim)) is not None:
+        head.copy_(cross_fade.stock(reason, tail, head, dim))
     else:
+        tally.count(cross_fade.name, "a few frames at a time, in place")
         chunked(tail, head, dim)
     return second
 
@@ -56,8 +58,9 @@ def _reason_against(head: torch.Tensor, dim: int) -> str | None:
     return None if _is_exact(head.dtype) else "no other is exact on this processor"
 
 
-def reference(tail: torch.Tensor, head: torch.Tensor, dim: int) -> torch.Tensor:
-    """The plain formulation: a new tensor, row by row, in stock's order of arithmetic."""
+@op("tile blend")
+def cross_fade(tail: torch.Tensor, head: torch.Tensor, dim: int) -> torch.Tensor:
+    """An overlap: a new tensor like `head`. Row by row, in stock's order of arithmetic."""
     out, extent = torch.empty_like(head), head.shape[dim]
     for i in range(extent):
         row = tail.select(dim, i) * (1 - i / extent) + head.select(dim, i) * (i / extent)
@@ -65,6 +68,7 @@ def reference(tail: torch.Tensor, head: torch.Tensor, dim: int) -> torch.Tensor:
     return out
 
 
+@cross_fade.form("all rows at once", device=ACCELERATOR)
 def vectorised(tail: torch.Tensor, head: torch.Tensor, dim: int) -> torch.Tensor:
     """The form for accelerators: a new tensor, all rows at once."""
     falling, rising = _weights(head, dim)
@@ -116,7 +120,7 @@ def _is_exact(dtype: torch.dtype) -> bool:
         tail, head = (
             torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(dtype) for _ in "ab"
         )
-        expected = reference(tail, head, dim)
+        expected = cross_fade.reference(tail, head, dim)
         chunked(tail, head, dim)
         if not torch.equal(head, expected):
             return False

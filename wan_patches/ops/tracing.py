@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 import torch
+from torch._C import (
+    _are_functorch_transforms_active,
+    _is_tracing,
+    _len_torch_dispatch_stack,
+    _len_torch_function_stack,
+)
+from torch.autograd import forward_ad
 from torch.overrides import _get_current_function_mode_stack as _modes
 from torch.utils._device import DeviceContext
 
@@ -28,11 +35,11 @@ def is_transformed() -> bool:
     A mode that only says where new tensors are made (`torch.device`) is none.
     """
     return (
-        torch._C._are_functorch_transforms_active()
-        or torch.jit.is_tracing()
-        or torch.autograd.forward_ad._current_level >= 0
-        or torch._C._len_torch_dispatch_stack() > 0  # `make_fx`, fake tensors, counters of operations
-        or (torch._C._len_torch_function_stack() > 0 and any(type(mode) is not DeviceContext for mode in _modes()))
+        _are_functorch_transforms_active()
+        or _is_tracing()
+        or forward_ad._current_level >= 0
+        or _len_torch_dispatch_stack() > 0  # `make_fx`, fake tensors, counters of operations
+        or (_len_torch_function_stack() > 0 and any(type(mode) is not DeviceContext for mode in _modes()))
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from wan_patches import tally
 from wan_patches.originals import are_torchs, has_librarys, is_watched
 from wan_patches.patches.forwards import hands_on
 from wan_patches.patches.versions import since
@@ -29,7 +30,7 @@ def _patch(module: str, *targets: Target, optional: bool = False) -> Patch:
         name="conditioning",
         module=f"diffusers.{module}",
         targets=targets,
-        calls={_CALL: "wan_patches.ops.conditioning:condition_mask"},
+        calls={_CALL: f"{__name__}:condition_mask"},
         implementations={"all devices": "built in latent frames"},
         optional=optional,
         since=since(module),
@@ -89,6 +90,20 @@ PATCHES = (
 )
 
 
+def condition_mask(
+    batch: int, frames: int, height: int, width: int, temporal: int, device: Any, last_frame: bool
+) -> Any:
+    """The mask of given frames; see `wan_patches.ops.conditioning`."""
+    import torch
+
+    from wan_patches.ops.conditioning import condition_mask as op
+
+    args = (batch, frames, height, width, temporal, torch.device(device), last_frame)
+    if not are_torchs(torch.repeat_interleave, torch.concat):
+        return op.stock("torch's functions are not its own", *args)
+    return op(*args)
+
+
 def condition_video(vae: Any, first: Any, last: Any, *zeros: int) -> Any:
     """The given frames and `zeros`, the shape of those between: a `ConditionVideo` where `vae` takes slices of it.
 
@@ -99,8 +114,10 @@ def condition_video(vae: Any, first: Any, last: Any, *zeros: int) -> Any:
 
     from wan_patches.ops.conditioning import ConditionVideo
 
-    if _reason_against(vae, first, last, *zeros) is not None:
+    if (reason := _reason_against(vae, first, last, *zeros)) is not None:
+        tally.note("condition video", "", reason)
         return torch.cat([first, first.new_zeros(*zeros), *([] if last is None else [last])], dim=2)
+    tally.note("condition video", "never built")
     return ConditionVideo(first, zeros[2], last)
 
 

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from wan_patches import tally
 from wan_patches.codeswap import STOCK
 from wan_patches.delivery import Delivery, delivery
 from wan_patches.patches.processors import POSTPROCESS, is_stock, known
@@ -45,7 +46,8 @@ def postprocess_video(stock: Callable[..., Any], processor: Any, video: Any, out
     it goes where `wan_patches.delivery` says: computed into the memory given there, or copied to it once from an
     accelerator.
     """
-    if _reason_against(processor, video, output_type, kwargs) is not None:
+    if (reason := _reason_against(processor, video, output_type, kwargs)) is not None:
+        tally.note("frames", "", reason)
         return stock(processor, video, output_type, **kwargs)
     to = delivery.get()
     if output_type == "np":
@@ -81,14 +83,14 @@ def _to_pil(stock: Callable[..., Any], processor: Any, video: Any, to: Delivery 
 
     from wan_patches.ops import frames
 
-    def reference(video: torch.Tensor) -> torch.Tensor:
+    def of_stock(video: torch.Tensor) -> torch.Tensor:
         with np.errstate(invalid="ignore"):
             images = stock(processor, video, "pil")
         return torch.from_numpy(np.stack([np.stack([np.asarray(i) for i in batch]) for batch in images]))
 
     total = torch.zeros((), dtype=torch.float32, device=video.device)
     op = functools.partial(frames.video_to_uint8, total=total)
-    made = _made("frames to uint8", op, reference, video, torch.uint8, to)
+    made = _made(frames.to_uint8, op, of_stock, video, torch.uint8, to)
     if total.isnan():  # of which numpy warns, or raises, as it is told to
         return stock(processor, video, "pil")
     image = PIL.Image.fromarray if to is None else to.image
@@ -100,22 +102,24 @@ def _to_numpy(stock: Callable[..., Any], processor: Any, video: Any, to: Deliver
 
     from wan_patches.ops import frames
 
-    def reference(video: torch.Tensor) -> torch.Tensor:
+    def of_stock(video: torch.Tensor) -> torch.Tensor:
         return torch.from_numpy(stock(processor, video, "np"))
 
-    return _made("frames to float", frames.video_to_float, reference, video, torch.float32, to).numpy()
+    return _made(frames.to_float, frames.video_to_float, of_stock, video, torch.float32, to).numpy()
 
 
 def _made(
-    name: str, op: Callable[..., Any], reference: Callable[..., Any], video: Any, dtype: Any, to: Delivery | None
+    op: Callable[..., Any],
+    make: Callable[..., Any],
+    of_stock: Callable[..., Any],
+    video: Any,
+    dtype: Any,
+    to: Delivery | None,
 ) -> Any:
     """The frames on the CPU: in the memory of `to` where there is one, behind the gate on accelerators."""
-    from wan_patches.fidelity import gate, signature
     from wan_patches.ops.frames import layout
 
     out = None if to is None else to.empty_strided(*layout(video, dtype), dtype)
-    if video.is_cpu:
-        return op(video, out)
-    made = gate(name, signature(video), lambda video: op(video, out).cpu(), reference, video)
+    made = op(video, make, of_stock, out)
     # at first sight, and where ours is not exact, the gate gives what stock made, in memory of its own
     return made if out is None or made is out else out.copy_(made)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from wan_patches import tally
 from wan_patches.fidelity import Fidelity
 from wan_patches.originals import are_torchs
 from wan_patches.patches.forwards import is_untouched, runs
@@ -143,9 +144,7 @@ def modulated_norm(norm: Any, x: Any, scale: Modulation, shift: Modulation) -> A
     """`(norm(x.float()) * (1 + scale) + shift).type_as(x)`; see `wan_patches.ops.modulation`."""
     from wan_patches.ops import modulation as ops
 
-    return (ops.modulated_norm if _reason_against_norm(norm) is None else ops.plain_modulated_norm)(
-        x, norm, scale, shift
-    )
+    return _unless(_reason_against_norm(norm), ops.modulated_norm, x, norm, scale, shift)
 
 
 def gated_residual(x: Any, y: Any, gate: Modulation, cast: bool = False) -> Any:
@@ -161,42 +160,42 @@ def residual_norm(
     """A residual sum and its norm; see `wan_patches.ops.modulation`."""
     from wan_patches.ops import modulation as ops
 
-    return (ops.residual_norm if _reason_against_norm(norm) is None else ops.plain_residual_norm)(
-        x, y, gate, norm, scale, shift
-    )
+    return _unless(_reason_against_norm(norm), ops.residual_norm, x, y, gate, norm, scale, shift)
 
 
 def cast_norm(norm: Any, x: Any) -> Any:
     """`norm(x.float()).type_as(x)`; see `wan_patches.ops.modulation`."""
     from wan_patches.ops import modulation as ops
 
-    return (ops.cast_norm if _reason_against_norm(norm) is None else ops.plain_cast_norm)(x, norm)
+    return _unless(_reason_against_norm(norm), ops.cast_norm, x, norm)
 
 
 def close_modulated_norm(norm: Any, x: Any, scale: Modulation, shift: Modulation) -> Any:
     """`modulated_norm`, with rounding that moves; see `wan_patches.ops.fused_norm`."""
-    from wan_patches.ops import fused_norm, modulation
+    from wan_patches.ops import fused_norm as ops
 
-    return (fused_norm.modulated_norm if _reason_against_norm(norm) is None else modulation.plain_modulated_norm)(
-        x, norm, scale, shift
-    )
+    return _unless(_reason_against_norm(norm), ops.modulated_norm, x, norm, scale, shift)
 
 
 def close_residual_norm(
     norm: Any, x: Any, y: Any, gate: Modulation | None = None, scale: Any = None, shift: Any = None
 ) -> tuple[Any, Any]:
     """`residual_norm`, with rounding that moves; see `wan_patches.ops.fused_norm`."""
-    from wan_patches.ops import fused_norm, modulation
+    from wan_patches.ops import fused_norm as ops
 
-    function = fused_norm.residual_norm if _reason_against_norm(norm) is None else modulation.plain_residual_norm
-    return function(x, y, gate, norm, scale, shift)
+    return _unless(_reason_against_norm(norm), ops.residual_norm, x, y, gate, norm, scale, shift)
 
 
 def close_cast_norm(norm: Any, x: Any) -> Any:
     """`cast_norm`, with rounding that moves; see `wan_patches.ops.fused_norm`."""
-    from wan_patches.ops import fused_norm, modulation
+    from wan_patches.ops import fused_norm as ops
 
-    return (fused_norm.cast_norm if _reason_against_norm(norm) is None else modulation.plain_cast_norm)(x, norm)
+    return _unless(_reason_against_norm(norm), ops.cast_norm, x, norm)
+
+
+def _unless(reason: str | None, op: Any, *args: Any) -> Any:
+    """What `op` gives, in stock's operations where there is a reason for them."""
+    return op(*args) if reason is None else op.stock(reason, *args)
 
 
 def modulations(table: Any, temb: Any) -> Any:
@@ -226,8 +225,13 @@ def two_rows(model: Any, history: Any, current: Any) -> Any:
 
     from wan_patches.ops.modulation import TwoRows
 
-    if _reason_against_rows(model) is not None or not (_is_repeated(history, 2) and _is_repeated(current, 2)):
+    reason = _reason_against_rows(model)
+    if reason is None and not (_is_repeated(history, 2) and _is_repeated(current, 2)):
+        reason = "tokens of one kind have several rows"
+    if reason is not None:
+        tally.note("rows of two kinds", "", reason)
         return torch.cat([history, current], dim=2)
+    tally.note("rows of two kinds", "one row for each kind of tokens")
     if history.shape[2] == 0:
         return current[:, :, 0]
     border, seq = history.shape[2], history.shape[2] + current.shape[2]

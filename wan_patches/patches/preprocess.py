@@ -9,9 +9,9 @@ computes on the result before it reaches the device (VACE's reference images), c
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import groupby
 from typing import Any
 
+from wan_patches import tally
 from wan_patches.originals import are_torchs, has_librarys
 from wan_patches.patches.processors import PREPROCESS, PREPROCESS_VIDEO, is_stock, known
 from wan_patches.patches.versions import since
@@ -20,6 +20,7 @@ from wan_patches.rewrite import Replace
 
 _CALL = "_wan_patches_preprocess"
 _CALL_VIDEO = "_wan_patches_preprocess_video"
+_NOT_STOCKS = "the processor does something else, or has a method that is not stock's"
 _SETTINGS = {
     "do_resize": True,
     "resample": "lanczos",
@@ -113,10 +114,12 @@ def preprocess(processor: Any, device: Any, *args: Any, **kwargs: Any) -> Any:
 
     given = _arguments(processor, PREPROCESS, args, kwargs)
     if given is None:
+        tally.note("preprocess", "", _NOT_STOCKS)
         return stock()
     image, height, width = given
     images = image if isinstance(image, list) else [image]
-    if _reason_against(processor, [images], height, width) is not None:
+    if (reason := _reason_against(processor, [images], height, width)) is not None:
+        tally.note("preprocess", "", reason)
         return stock()
     return _tensor(images, _size(processor, images, height, width), device, stock)
 
@@ -125,10 +128,12 @@ def preprocess_video(processor: Any, device: Any, *args: Any, **kwargs: Any) -> 
     """`processor.preprocess_video(video, height, width)` on `device`: `(videos, 3, frames, height, width)`, fp32."""
     given = _arguments(processor, PREPROCESS_VIDEO, args, kwargs)
     if given is None:
+        tally.note("preprocess", "", _NOT_STOCKS)
         return processor.preprocess_video(*args, **kwargs)
     video, height, width = given
     videos = video if isinstance(video, list) and video and isinstance(video[0], list) else [video]
-    if _reason_against(processor, videos, height, width) is not None:
+    if (reason := _reason_against(processor, videos, height, width)) is not None:
+        tally.note("preprocess", "", reason)
         return processor.preprocess_video(*args, **kwargs)
 
     def stock() -> Any:
@@ -193,59 +198,6 @@ def _tensor(images: list[Any], size: tuple[int, int], device: Any, stock: Callab
     """`(images, 3, *size)` on `device`: what `stock()` uploads, in its strides (channels last, as arrays have them)."""
     import torch
 
-    from wan_patches.fidelity import gate
+    from wan_patches.ops.images import preprocessed
 
-    device = torch.device("cpu" if device is None else device)
-    if device.type == "cpu":
-        return _on_cpu(images, size)
-    if _reason_against_sizes(images, size) is not None:
-        return stock().to(device)
-    key = (device, size, tuple(image.size for image in images))
-    return gate("preprocess", key, lambda: _on_device(images, size, device), lambda: stock().to(device))
-
-
-def _reason_against_sizes(images: list[Any], size: tuple[int, int]) -> str | None:
-    """Why these images are not resized on an accelerator; None where they can be."""
-    from wan_patches.ops.resize import supported
-
-    known = all(supported(image.height, image.width, *size) for image in images)
-    return None if known else "there is no exact resize between these sizes"
-
-
-def _on_cpu(images: list[Any], size: tuple[int, int]) -> Any:
-    import numpy as np
-    import PIL.Image
-    import torch
-
-    from wan_patches.ops.resize import normalize_uint8
-
-    height, width = size
-    out: Any = None
-    for nth, image in enumerate(images):
-        resized = torch.from_numpy(
-            np.array(image.resize((width, height), resample=PIL.Image.Resampling.LANCZOS, reducing_gap=None))
-        )
-        if out is None:  # not before Pillow has said what it thinks of the size
-            shape = (len(images), height, width, 3)
-            out = torch.empty(shape, dtype=torch.float32, device="cpu").permute(0, 3, 1, 2)
-        normalize_uint8(resized[None], out=out[nth : nth + 1])
-    return out
-
-
-def _on_device(images: list[Any], size: tuple[int, int], device: Any) -> Any:
-    """One upload for all images, as the bytes that they are."""
-    import numpy as np
-    import torch
-
-    from wan_patches.ops.resize import lanczos_resize, normalize_uint8
-
-    flat = torch.from_numpy(np.concatenate([np.asarray(image).reshape(-1) for image in images])).to(device)
-    out = torch.empty((len(images), *size, 3), dtype=torch.float32, device=device).permute(0, 3, 1, 2)
-    done, start = 0, 0
-    for (width, height), group in groupby(images, key=lambda image: image.size):
-        count = len(list(group))
-        end = start + count * height * width * 3
-        pixels = flat[start:end].view(count, height, width, 3)
-        normalize_uint8(lanczos_resize(pixels, *size), out=out[done : done + count])
-        done, start = done + count, end
-    return out
+    return preprocessed(images, size, torch.device("cpu" if device is None else device), stock)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from wan_patches import tally
 from wan_patches.fidelity import Fidelity
 from wan_patches.originals import are_torchs
 from wan_patches.patches import rope
@@ -42,6 +43,7 @@ def _exact(module: str, processor: str, function: str, fingerprint: str, *norms:
             "CPUs": "norms a few tokens at a time",
             "CUDA with Triton": "where `rope` is in force, one kernel for queries and keys",
         },
+        runs_with="modulation",
     )
 
 
@@ -64,6 +66,7 @@ def _close(module: str, processor: str, function: str, fingerprint: str, *norms:
             "CUDA with Triton": "where `rope` is in force, one kernel for norm and rotation",
             "NPUs": "npu_rms_norm",
         },
+        runs_with="modulation",
     )
 
 
@@ -102,7 +105,8 @@ PATCHES = (
 
 def qk_norm(norm: Any, x: Any) -> Any:
     """`norm(x)` for `x` of `(batch, seq, dim)`: without the call where it is `torch.nn.RMSNorm` and nothing else."""
-    if _reason_against_norm(norm, x) is not None:
+    if (reason := _reason_against_norm(norm, x)) is not None:
+        tally.note("RMS norm", "", reason)
         return norm(x)
     from wan_patches.ops.rms_norm import rms_norm
 
@@ -148,14 +152,11 @@ def close_rotate_both(
 
 
 def _normed_and_rotated(rotate: Callable[..., Any], norm: Any, x: Any, tables: tuple[Any, ...]) -> Any:
-    def plain() -> Any:
-        return rotate(norm(x.flatten(2)).unflatten(2, x.shape[2:]), *tables)
-
     if _reason_against_both(rotate, x) is not None:
-        return plain()
+        return rotate(norm(x.flatten(2)).unflatten(2, x.shape[2:]), *tables)
     from wan_patches.ops.fused_norm import rms_norm_rope
 
-    return rms_norm_rope(x, norm.weight, norm.eps, *_halves(tables), plain)
+    return rms_norm_rope(x, norm.weight, norm.eps, *_halves(tables))
 
 
 def _is_left_to_rotation(norm: Any, x: Any) -> bool:

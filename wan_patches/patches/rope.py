@@ -22,6 +22,7 @@ def _patch(module: str, qualname: str, edit: Body, formerly: str | None = None) 
             "other devices, compilers, autograd": "stack + flatten",
         },
         since=since(module),
+        runs_with="modulation",
     )
 
 

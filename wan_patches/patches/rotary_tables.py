@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from wan_patches.patches.step_loop import can_move, is_accelerator
+from wan_patches.patches.step_loop import can_move, is_accelerator, noted
 from wan_patches.patches.versions import since
 from wan_patches.registry import Patch, Target
 from wan_patches.rewrite import Edit, Replace
@@ -43,7 +43,7 @@ def ends(rows: Any) -> Any:
 
     from wan_patches.ops.tracing import is_observed
 
-    if not is_accelerator(rows.device) or is_observed(rows) or len(rows) == 0:
+    if not noted("ends", is_accelerator(rows.device) and not is_observed(rows) and len(rows) > 0):
         return rows[[0, -1]]
     return torch.stack((rows[0], rows[-1]))
 
@@ -57,7 +57,7 @@ def frame_indices(rope: Any, indices: Any, device: Any) -> Any:
 
     from wan_patches.ops import step_loop
 
-    if not can_move(rope, indices, device):
+    if not noted("frame indices", can_move(rope, indices, device)):
         return indices.to(device=device, dtype=torch.float32)
     # a copy of the kept one, as it is handed on to methods that may be anybody's
     return step_loop.on_device(rope, indices.to(dtype=torch.float32), torch.device(device)).clone()

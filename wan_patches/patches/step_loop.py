@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from wan_patches import tally
 from wan_patches.originals import are_torchs, has_librarys
 from wan_patches.patches.versions import since
 from wan_patches.registry import Known, Patch, Target
 from wan_patches.rewrite import Edit, Replace, Unknown
 
+_WAITS = "the device is a CPU, or values are not known on the host"
 _REACHES = "_wan_patches_reaches"
 _SIGMA, _NUMBERS, _SOLVE = "_wan_patches_sigma", "_wan_patches_numbers", "_wan_patches_solve"
 _MOVED, _SHIFTED = "_wan_patches_moved", "_wan_patches_shifted"
@@ -240,6 +242,7 @@ PATCHES = (*_UPDATES, *_SCHEDULES, *_LOOPS)
 def reaches(timesteps: Any, t: Any, boundary: Any) -> Any:
     """`t >= boundary`, where `t` is an element of `timesteps`; true or false."""
     host = _on_host(timesteps, t)
+    noted("boundary", host is not None)
     return t >= boundary if host is None else bool(host >= boundary)
 
 
@@ -248,7 +251,7 @@ def sigma(scheduler: Any, index: Any, device: Any) -> Any:
     from wan_patches.ops import step_loop
 
     sigmas = scheduler.sigmas
-    if type(index) is not int or not can_move(scheduler, sigmas, device):
+    if not noted("sigma", type(index) is int and can_move(scheduler, sigmas, device)):
         return sigmas[index].to(device)
     return step_loop.on_device(scheduler, sigmas, device)[index]
 
@@ -259,7 +262,7 @@ def numbers(values: Any, device: Any, dtype: Any = None) -> Any:
 
     from wan_patches.ops import step_loop
 
-    if not _are_numbers(values, device):
+    if not noted("numbers", _are_numbers(values, device)):
         return torch.tensor(values, dtype=dtype, device=device)
     return step_loop.numbers(values, device, dtype)
 
@@ -276,7 +279,7 @@ def solve(scheduler: Any, matrix: Any, rhs: Any, order: Any, ahead: int, schedul
 
     can = scheduled and is_accelerator(matrix.device) and are_torchs(torch.linalg.solve)
     can = can and not is_observed(matrix, rhs, scheduler.sigmas)
-    if can and _is_regular(scheduler, order, scheduler.step_index + ahead):
+    if noted("solve", can and _is_regular(scheduler, order, scheduler.step_index + ahead)):
         return torch.linalg.solve_ex(matrix, rhs)[0]
     return torch.linalg.solve(matrix, rhs)
 
@@ -287,7 +290,7 @@ def moved(scheduler: Any, values: Any, device: Any, dtype: Any = None) -> Any:
 
     from wan_patches.ops import step_loop
 
-    if device is None or not can_move(scheduler, values, device):
+    if not noted("schedule", device is not None and can_move(scheduler, values, device)):
         return values.to(device=device, dtype=dtype)
     return step_loop.moved(scheduler, values.to(dtype=dtype), torch.device(device))
 
@@ -297,7 +300,8 @@ def shifted(scheduler: Any, mu: Any, sigmas: Any) -> Any:
     from wan_patches.ops import step_loop
     from wan_patches.ops.tracing import is_observed
 
-    if not is_accelerator(sigmas.device) or is_observed(sigmas) or not has_librarys(scheduler, "time_shift"):
+    can = is_accelerator(sigmas.device) and not is_observed(sigmas) and has_librarys(scheduler, "time_shift")
+    if not noted("shifted schedule", can):
         return scheduler.time_shift(mu, 1.0, sigmas)
     host = step_loop.noted(sigmas)
     with step_loop.tracked():
@@ -310,7 +314,7 @@ def shifted(scheduler: Any, mu: Any, sigmas: Any) -> Any:
 def index(scheduler: Any, timestep: Any) -> Any:
     """`scheduler.index_for_timestep(timestep)`, which compares with every timestep on the device."""
     host = _on_host(scheduler.timesteps, timestep)
-    if host is None or not has_librarys(scheduler, "index_for_timestep"):
+    if not noted("step index", host is not None and has_librarys(scheduler, "index_for_timestep")):
         return scheduler.index_for_timestep(timestep)
     from wan_patches.ops import step_loop
 
@@ -325,7 +329,8 @@ def timesteps(model_output: Any, timestep: Any) -> Any:
 
     batch, device = model_output.shape[0], model_output.device
     is_there = isinstance(timestep, torch.Tensor) and timestep.dim() == 0 and timestep.device == device
-    if not is_accelerator(device) or not is_there or is_observed(model_output, timestep):
+    can = is_accelerator(device) and is_there and not is_observed(model_output, timestep)
+    if not noted("timesteps", can):
         return torch.full((batch,), timestep, dtype=torch.long, device=device)
     return timestep.to(torch.long).repeat(batch)
 
@@ -337,9 +342,16 @@ def take(template: Any, rows: Any) -> Any:
     from wan_patches.ops.tracing import is_observed
 
     some = rows.is_cpu and rows.dtype == torch.int64 and rows.dim() == 1 and len(rows) > 0
-    if not some or not is_accelerator(template.device) or is_observed(template, rows):
+    can = some and is_accelerator(template.device) and not is_observed(template, rows)
+    if not noted("timestep matrix", can):
         return template[rows]
     return torch.stack([template[row] for row in rows.tolist()])
+
+
+def noted(op: str, can: bool) -> bool:
+    """Counts a call, which does not wait if it `can`; says it again."""
+    tally.note(op, "without a wait" if can else "", "" if can else _WAITS)
+    return can
 
 
 def is_accelerator(device: Any) -> bool:

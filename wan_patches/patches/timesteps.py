@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from wan_patches import tally
 from wan_patches.fidelity import Fidelity
 from wan_patches.originals import has_librarys
 from wan_patches.patches.forwards import hands_on, runs
@@ -92,8 +93,10 @@ def image_timesteps(pipe: Any, model: Any, of_tokens: Any, latents: Any) -> Any:
 
     from wan_patches.ops.modulation import TwoTimesteps
 
-    if _reason_against(pipe, model) is not None:
+    if (reason := _reason_against(pipe, model)) is not None:
+        tally.note("timesteps of tokens", "", reason)
         return of_tokens.unsqueeze(0).expand(latents.shape[0], -1)
+    tally.note("timesteps of tokens", "one for each kind of tokens")
     batch, _, frames, *_ = latents.shape
     seq = of_tokens.shape[0]
     return TwoTimesteps(torch.stack((of_tokens[0], of_tokens[-1])), seq // frames, (batch, seq))
@@ -101,8 +104,10 @@ def image_timesteps(pipe: Any, model: Any, of_tokens: Any, latents: Any) -> Any:
 
 def text_timesteps(pipe: Any, model: Any, of_tokens: Any, latents: Any) -> Any:
     """What the model gets where all tokens have one timestep: one for each sample."""
-    if _reason_against(pipe, model) is not None:
+    if (reason := _reason_against(pipe, model)) is not None:
+        tally.note("timesteps of tokens", "", reason)
         return of_tokens.unsqueeze(0).expand(latents.shape[0], -1)
+    tally.note("timesteps of tokens", "one for all tokens")
     return of_tokens[-1:].expand(latents.shape[0])
 
 

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+from wan_patches import tally
 from wan_patches.codeswap import STOCK
 from wan_patches.instances import own_methods
 from wan_patches.originals import are_torchs, has_librarys, is_librarys, is_watched
@@ -29,6 +30,7 @@ logger = logging.getLogger("wan_patches")
 _HERE = "wan_patches.patches.vae"
 _MODULE = "diffusers.models.autoencoders.autoencoder_kl_wan"
 _CLONE = "_wan_patches_vae_unchanged"
+_SHORT = "shared windows, no clones"
 _STEP = 2  # frames at a time in the largest layers: half of stock's
 _ROWS = 16  # that are upsampled at a time there
 _IN_FP32 = "13d23c0e7d565d8e"  # the text of a norm that takes lengths and quotients of half dtypes in fp32
@@ -126,8 +128,12 @@ def decode(stock: Callable[..., Any], vae: Any, z: Any, return_dict: bool = True
     """
     import torch
 
-    if torch.compiler.is_compiling() or vae.use_tiling or _reason_against_decode(vae, z) is not None:
+    if torch.compiler.is_compiling() or vae.use_tiling:
         return stock(vae, z, return_dict)
+    if (reason := _reason_against_decode(vae, z)) is not None:
+        tally.count("decode", "", reason)
+        return stock(vae, z, return_dict)
+    tally.count("decode", "chunks written where they belong")
     from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
     from diffusers.models.autoencoders.vae import DecoderOutput
 
@@ -206,7 +212,7 @@ def encode_chunk(stock: Callable[..., Any], encoder: Any, x: Any, feat_cache: An
 
 def residual_block(stock: Callable[..., Any], block: Any, x: Any, feat_cache: Any, feat_idx: list[int]) -> Any:
     """Norm, SiLU, convolution, twice, and the shortcut added where the result lies."""
-    if not _is_fast(feat_cache):
+    if not _noted("residual block", _reason_against_caches(feat_cache)):
         return stock(block, x, feat_cache, feat_idx)
     shortcut = x if block.in_dim == block.out_dim else _convolution(block.conv_shortcut)(x)
     y = _causal(block.conv1, feat_cache, feat_idx, x, norm=block.norm1)
@@ -215,7 +221,8 @@ def residual_block(stock: Callable[..., Any], block: Any, x: Any, feat_cache: An
 
 def resample(stock: Callable[..., Any], module: Any, x: Any, feat_cache: Any, feat_idx: list[int]) -> Any:
     """Up or down by two in height and width, and in time where the mode says so."""
-    if not _is_fast(feat_cache) or module.mode == "none":
+    reason = "there is nothing to resample" if module.mode == "none" else _reason_against_caches(feat_cache)
+    if not _noted("resample", reason):
         return stock(module, x, feat_cache, feat_idx)
     frames = x.transpose(1, 2)
     up = module.mode.startswith("up")
@@ -250,12 +257,15 @@ def _causal(conv: Any, caches: Any, index: list[int], x: Any, norm: Any = None, 
 def _normed(norm: Any, x: Any) -> Any:
     """`WanRMS_norm` and SiLU."""
     import torch
+    import torch.nn.functional as F
 
+    if x.is_cpu:
+        return F.silu(norm(x), inplace=True)
     from wan_patches.ops.norm_silu import norm_silu
 
     bias = norm.bias if isinstance(norm.bias, torch.Tensor) else None
     plain = functools.partial(_plain_norm, norm)
-    return norm_silu(x, plain, scale=norm.scale, gamma=norm.gamma, bias=bias, in_fp32=_normalizes_in_fp32())
+    return norm_silu(x, plain, norm.scale, norm.gamma, bias, _normalizes_in_fp32())
 
 
 def _plain_norm(norm: Any, x: Any, gamma: Any, bias: Any) -> Any:
@@ -516,25 +526,42 @@ def _is_rounding(result: Any) -> bool:
 # Who takes the short way
 
 
+def _noted(op: str, reason: str | None) -> bool:
+    """Counts a call that takes the short way unless there is a reason; says whether it does."""
+    tally.note(op, "" if reason else _SHORT, reason or "")
+    return reason is None
+
+
 def _is_fast(feat_cache: Any) -> bool:
+    return _reason_against_caches(feat_cache) is None
+
+
+def _reason_against_caches(feat_cache: Any) -> str | None:
+    """Why layers that are handed these frame caches take stock's way; None where they need not."""
     import torch
 
     if torch.compiler.is_compiling():
-        return False
+        return "it is being compiled"
     from wan_patches.ops.vae import FrameCaches
 
-    return type(feat_cache) is FrameCaches and not feat_cache.declined and _reason_against_now() is None
+    if type(feat_cache) is not FrameCaches:
+        return "the frame caches are stock's, or somebody's own"
+    return "the pass began as stock's" if feat_cache.declined else _reason_against_now()
 
 
 def _begins_fast(feat_cache: Any, coder: Any, x: Any) -> bool:
     """Whether a chunk `x` goes the short way; if not, what follows it in the same pass does not either."""
-    if not _is_fast(feat_cache):
-        return False
-    reason = _reason_against_input(x) or _reason_against(coder)
-    if reason is not None:
-        feat_cache.declined = True
-        _tell("A pass over a video", reason)
-    return reason is None
+    import torch
+
+    reason = _reason_against_caches(feat_cache)
+    if reason is None:
+        reason = _reason_against_input(x) or _reason_against(coder)
+        if reason is not None:
+            feat_cache.declined = True
+            _tell("A pass over a video", reason)
+    elif not torch.compiler.is_compiling():
+        reason = _reason_against(coder) or reason  # why the caches are stock's
+    return _noted(type(coder).__name__, reason)
 
 
 def _reason_against_input(x: Any) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from wan_patches import tally
 from wan_patches.codeswap import STOCK
 from wan_patches.registry import Patch, Target
 from wan_patches.rewrite import Body
@@ -34,7 +35,8 @@ def blend(stock: Callable[..., Any], vae: Any, a: Any, b: Any, blend_extent: Any
     """
     from wan_patches.ops import tiling
 
-    if _reason_against(a, b, blend_extent, dim) is not None:
+    if (reason := _reason_against(a, b, blend_extent, dim)) is not None:
+        tally.note("tile blend", "", reason)
         return stock(vae, a, b, blend_extent)
     return tiling.blend(a, b, blend_extent, dim)
 

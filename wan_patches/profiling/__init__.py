@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import wan_patches
+from wan_patches import tally
 from wan_patches.observation import Observation, observing
 from wan_patches.outputs import check_file
 from wan_patches.profiling.crossings import Crossing, count_crossings, has_accelerator, recorder
@@ -177,7 +178,8 @@ def profile(pipe: Any = None, *, trace: bool | None = None) -> Iterator[Profile]
         with torchs or contextlib.nullcontext():
             start = time.perf_counter()
             try:
-                with observing(observer.wants, on_call=observer.enter, on_return=observer.leave) as observation:
+                watched = observing(observer.wants, on_call=observer.enter, on_return=observer.leave)
+                with tally.listening(observer.count), watched as observation:
                     yield found
             finally:
                 found.seconds = time.perf_counter() - start - observer.preparing

@@ -1,10 +1,4 @@
-"""Follows the calls of pipelines and of patched operations from outside, and the way that each took.
-
-Which way a call took is seen from what ran inside it. Stock's way is the code that the patched function had before
-(`STOCK`), a function called `reference` in the package of the operation, or a call for which a function called
-`_reason_against` there gave a reason. `why_stock` beside an operation, which takes its arguments, is asked for a reason
-afterwards. A patch of somebody else's that keeps to these names is told in the same way.
-"""
+"""Follows the calls of pipelines and of what patched code calls from outside; which way each took, the tally tells."""
 
 from __future__ import annotations
 
@@ -17,27 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import wan_patches
 from wan_patches.profiling.crossings import has_accelerator, mark
-from wan_patches.registry import Patch, Target
 from wan_patches.stages import Stopwatch, synchronize, watching
+from wan_patches.tally import DISPATCH, FIRST_SIGHT, Way
 
 if TYPE_CHECKING:
     import torch
-
-UNKNOWN = "unknown"
-
-#: What patches call that computes nothing: no rows of their own.
-_BOOKKEEPING = (
-    ("wan_patches.patches.vae", "clear_cache"),
-    ("wan_patches.patches.vae", "unchanged"),
-    *(("wan_patches.patches.modulation", name) for name in ("modulations", "two_rows", "tokens_first", "current_row")),
-    *(
-        ("wan_patches.patches.timesteps", name)
-        for name in (
-            *("flattened_timesteps", "embed_timesteps", "output_modulations"),
-            *("image_timesteps", "text_timesteps"),
-        )
-    ),
-)
 
 
 @dataclass
@@ -66,9 +44,10 @@ class PipelineProfile:
 
 @dataclass
 class OpProfile:
-    """The calls of what one patch calls in the code that it changes.
+    """The calls of what one patch calls in the code that it changes, as far as they are counted (`wan_patches.tally`).
 
     calls: all of them. `stock` took stock's way; `first_sight` took both, because the first-sight gate compared them.
+    forms: what computed the others, and how many.
     seconds: of the calls, the device waited for on both ends; `own_seconds` without those of other operations
         that were called inside.
     reasons: why calls took stock's way, and how many did.
@@ -81,6 +60,7 @@ class OpProfile:
     first_sight: int = 0
     seconds: float = 0.0
     own_seconds: float = 0.0
+    forms: dict[str, int] = field(default_factory=dict)
     reasons: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -89,24 +69,20 @@ class OpProfile:
         return self.calls - self.stock - self.first_sight
 
 
-_OP, _STOCK, _REASON, _PROBE, _GATE, _FIRST_SIGHT, _PIPELINE = range(7)
+_OP, _PIPELINE = range(2)
 
 
 @dataclass
 class _Call:
-    """A call of an operation that has not returned, or of a probe, in which nothing counts."""
+    """A call from patched code that has not returned, and the ways that it has taken so far."""
 
     frame: FrameType
-    op: _Op | None = None
-    device: Any = None
+    op: _Op
+    device: Any
     mark: Any = None
     start: float = 0.0
     inner: float = 0.0
-    stock: bool = False
-    first_sight: bool = False
-    parts: bool = False
-    asked: bool = False
-    reason: str | None = None
+    ways: list[Way] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -118,9 +94,9 @@ class _Op:
     module: str
     function: str
 
-    @property
-    def has_row(self) -> bool:
-        return (self.module, self.function) not in _BOOKKEEPING
+    def found(self) -> Any:
+        """The function, or the op of `wan_patches.ops.dispatch`; None while its module is not loaded."""
+        return getattr(sys.modules.get(self.module), self.function, None)
 
 
 @dataclass
@@ -153,18 +129,12 @@ class Observer:
         self._rows: dict[tuple[str, str], OpProfile] = {}
         self._calls: list[_Call] = []
         self._running: list[_PipelineCall] = []
-        self._standing: dict[str, str | None] = {}  # by module: what the last call that asked for a reason was told
         self._ops: dict[str, list[_Op]] = {}
-        self._targets: dict[str, list[tuple[Patch, Target]]] = {}
         for patch in wan_patches._registry.patches():
             for name, path in patch.calls.items():
                 if isinstance(path, str):
                     module, _, function = path.partition(":")
                     self._ops.setdefault(function, []).append(_Op(patch.name, name, module, function))
-            for target in patch.targets:
-                for qualname in filter(None, (target.qualname, target.formerly)):
-                    self._targets.setdefault(qualname.rpartition(".")[2], []).append((patch, target))
-        self._packages = {_package(op.module) for ops in self._ops.values() for op in ops}
 
     def wants(self, frame: FrameType) -> bool:
         """Whether calls of this code are to be told."""
@@ -174,25 +144,13 @@ class Observer:
         return role is not None
 
     def _role(self, frame: FrameType) -> tuple[int, Any] | None:
-        code, module = frame.f_code, str(frame.f_globals.get("__name__", ""))
-        name = code.co_name
-        if ops := [op for op in self._ops.get(name, ()) if _code(op) is code]:
-            return _OP, ops
-        if module == "wan_patches.fidelity":
-            return {"__call__": (_GATE, None), "_first_sight": (_FIRST_SIGHT, None)}.get(name)
-        if name == "__call__" and self._is_watched_kind(_first_argument(frame)):
-            return _PIPELINE, None
-        if _package(module) in self._packages:
-            if name == "reference":
-                return _STOCK, None
-            if name.startswith("_reason_against"):
-                return _REASON, None
-            if name == "_is_exact":
-                return _PROBE, None
-        for patch, target in self._targets.get(name, ()):
-            if any(function.__code__ is code for function in wan_patches._registry.stock(patch, target)):
-                return _STOCK, None
-        return None
+        code, owner = frame.f_code, _first_argument(frame)
+        if code.co_name == "__call__":
+            if frame.f_globals.get("__name__") == DISPATCH and hasattr(owner, "forms"):
+                return _OP, None  # of any op: which one, its frame tells
+            return (_PIPELINE, None) if self._is_watched_kind(owner) else None
+        ops = [op for op in self._ops.get(code.co_name, ()) if getattr(op.found(), "__code__", None) is code]
+        return (_OP, ops) if ops else None
 
     def _is_watched_kind(self, owner: Any) -> bool:
         return _is_pipeline(owner) if self._pipe is None else isinstance(owner, type(self._pipe))
@@ -201,38 +159,31 @@ class Observer:
         role, value = self._roles[id(frame.f_code)]
         if role == _PIPELINE:
             self._enter_pipeline(frame)
-        elif role == _OP:
+        else:
             caller = frame.f_back
             names = caller.f_code.co_names if caller is not None else ()
-            for op in value:
+            for op in self._named(frame) if value is None else value:
                 if op.name in names:  # not where somebody calls the function by another name
                     self._enter_op(frame, op)
                     return
-        elif role == _PROBE:
-            self._calls.append(_Call(frame))
-        elif role == _STOCK and self._calls:
-            self._calls[-1].stock = True
+
+    def _named(self, frame: FrameType) -> list[_Op]:
+        """What patches call that is the op whose call begins."""
+        found = _first_argument(frame)
+        return [op for op in self._ops.get(found.__name__, ()) if op.found() is found]
+
+    def count(self, way: Way) -> None:
+        """Takes note of the way of a call, which is the one that was entered last."""
+        if self._calls:
+            self._calls[-1].ways.append(way)
 
     def leave(self, frame: FrameType, value: Any) -> None:
         role, _ = self._roles[id(frame.f_code)]
         if role == _PIPELINE:
             if self._running and self._running[-1].frame is frame:
                 self._leave_pipeline(self._running.pop(), value)
-        elif not self._calls:
-            return
-        elif self._calls[-1].frame is frame:
-            call = self._calls.pop()
-            if call.op is not None:
-                self._leave_op(call, call.op)
-        elif role == _REASON:
-            self._calls[-1].asked = True
-            self._calls[-1].reason = self._calls[-1].reason or value
-        elif role == _FIRST_SIGHT:
-            self._calls[-1].first_sight = True
-        elif role == _GATE:
-            verdict = frame.f_locals.get("verdict")
-            if verdict is not None and not verdict.exact:
-                self._calls[-1].reason = f"the first-sight gate, {verdict.op}: {verdict.reason}"
+        elif self._calls and self._calls[-1].frame is frame:
+            self._leave_op(self._calls.pop())
 
     def close(self) -> None:
         """Takes off what was put on pipelines whose calls were not seen to end, because another profiler was set."""
@@ -248,21 +199,22 @@ class Observer:
     def _enter_op(self, frame: FrameType, op: _Op) -> None:
         call = _Call(frame, op, self._device(frame))
         synchronize(call.device)
-        if self._marks and op.has_row:
+        if self._marks:
             call.mark = mark(f"wan_patches: {op.patch}: {op.function}")
             call.mark.__enter__()
         self._calls.append(call)
         call.start = time.perf_counter()
 
-    def _leave_op(self, call: _Call, op: _Op) -> None:
+    def _leave_op(self, call: _Call) -> None:
         synchronize(call.device)
         seconds = time.perf_counter() - call.start
         if call.mark is not None:
             call.mark.__exit__(None, None, None)
-        if call.asked:
-            self._standing[op.module] = call.reason
-        if not op.has_row:
+        if not call.ways:  # it handed on what others compute
+            if self._calls:
+                self._calls[-1].inner += call.inner
             return
+        op, ways = call.op, call.ways
         row = self._rows.get((op.patch, op.function))
         if row is None:
             row = self._rows[op.patch, op.function] = OpProfile(op.patch, op.function)
@@ -270,16 +222,15 @@ class Observer:
         row.calls += 1
         row.seconds += seconds
         row.own_seconds += seconds - call.inner
-        is_stock = call.stock or call.reason is not None
-        if call.first_sight:
+        if any(way.reason == FIRST_SIGHT for way in ways):
             row.first_sight += 1
-        elif is_stock:
-            reason = self._reason(call, op)
-            row.stock += 1
-            row.reasons[reason] = row.reasons.get(reason, 0) + 1
+        else:
+            form = next((way.form for way in ways if way.form), None)
+            counts, why = (row.reasons, ways[0].reason) if form is None else (row.forms, form)
+            row.stock += form is None
+            counts[why] = counts.get(why, 0) + 1
         if self._calls:
             self._calls[-1].inner += seconds
-            self._calls[-1].parts |= not is_stock or call.first_sight
 
     def _device(self, frame: FrameType) -> torch.device:
         """Where a call computes: that of the pipeline around it, else of its arguments."""
@@ -293,12 +244,6 @@ class Observer:
                 found += [value] if isinstance(value, torch.device) else []
                 found += [value.device] if isinstance(value, torch.Tensor) else []
         return next((device for device in found if device.type != "cpu"), torch.device("cpu"))
-
-    def _reason(self, call: _Call, op: _Op) -> str:
-        around = [outer.reason for outer in self._calls if outer.op is not None and outer.op.module == op.module]
-        reason = next(filter(None, (call.reason, *reversed(around), self._standing.get(op.module))), None)
-        reason = reason or _afterwards(call.frame)
-        return reason or ("stock's loop over parts, which are counted by themselves" if call.parts else UNKNOWN)
 
     # Pipelines
 
@@ -353,10 +298,6 @@ def _package(module: str) -> str:
     return module.partition(".")[0]
 
 
-def _code(op: _Op) -> Any:
-    return getattr(getattr(sys.modules.get(op.module), op.function, None), "__code__", None)
-
-
 def _first_argument(frame: FrameType) -> Any:
     code = frame.f_code
     return frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
@@ -377,13 +318,3 @@ def _device_of(pipe: Any) -> torch.device:
         with contextlib.suppress(Exception):
             return torch.device(getattr(pipe, name))
     return torch.device("cpu")
-
-
-def _afterwards(frame: FrameType) -> str | None:
-    """Why a call that is just returning took stock's way, by the `why_stock` beside its function if there is one."""
-    why, code, given = frame.f_globals.get("why_stock"), frame.f_code, frame.f_locals
-    if why is None:
-        return None
-    with contextlib.suppress(Exception):  # it may be another function's
-        return why(*(given[name] for name in code.co_varnames[: code.co_argcount]))  # type: ignore[no-any-return]
-    return None

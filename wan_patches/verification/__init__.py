@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from wan_patches import tally
 from wan_patches.fidelity import Fidelity
 from wan_patches.outputs import check_file
 from wan_patches.registry import ACTIVE, SKIPPED, WAITING, Patch, Status
@@ -101,6 +102,7 @@ class Verification:
     repeat: measured runs of each.
     status: the patches, as `wan_patches.status()` gives them. facts: versions and the machine.
     notes: what else is worth knowing.
+    calls: by patch, how many calls took a form other than stock's, and how many there were, in all patched runs.
     undecided: why nothing can be said about the patches; empty where something can. Stock does not repeat itself, or no
         patch was in force, or no patched function was seen to run though nothing is compiled.
     """
@@ -124,6 +126,7 @@ class Verification:
     status: Status
     facts: Mapping[str, str]
     notes: tuple[str, ...]
+    calls: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     undecided: str = ""
     strips: Strips | None = field(default=None, repr=False, compare=False)
 
@@ -134,6 +137,14 @@ class Verification:
         False also where nothing can be said (`undecided`): use `verdict` to tell the two apart.
         """
         return self.verdict == SAME
+
+    @property
+    def exercise(self) -> str:
+        """How many calls took forms other than stock's, in words; where none did, nothing is said about those."""
+        fast, total = (sum(column) for column in zip(*self.calls.values())) if self.calls else (0, 0)
+        if fast:
+            return f"fast in {fast} of {total} calls"
+        return "fast forms were not exercised" + ("" if total else ": no call was counted")
 
     @property
     def verdict(self) -> str:
@@ -239,6 +250,7 @@ def verify(
 
 
 def _verify(subject: Subject, choice: Choice, repeat: int) -> Verification:
+    before = tally.counted()
     with choice.patched():
         ops = ops_of(choice.registry.places())
     # once unwatched: on accelerators the first-sight gate gives stock's results at first, and compilers compile
@@ -293,7 +305,7 @@ def _verify(subject: Subject, choice: Choice, repeat: int) -> Verification:
     compared = compare_calls(stock, patched, ops)
     parting = first_parting(stock, patched, compared)
     with choice.patched():
-        status = choice.registry.status()
+        status, calls = choice.registry.status(), choice.registry.calls(before)
     in_force = tuple(dict.fromkeys(report.name for report in status.reports if report.state == ACTIVE))
     displaced = stock.displaced or patched.displaced
     undecided = ""
@@ -335,6 +347,7 @@ def _verify(subject: Subject, choice: Choice, repeat: int) -> Verification:
             *_notes_on_patches(choice, status),
             *_notes_on_results(video, parting, culprits, undecided),
         ),
+        calls=calls,
         undecided=undecided,
         strips=strips,
     )
@@ -416,8 +429,8 @@ def _notes_on_patches(choice: Choice, status: Status) -> Iterator[str]:
         else:
             why = "which is not for this version of diffusers"
         yield f"Not in force: {name}, {why}."
-    for op, reason in dict.fromkeys((one.op, one.reason) for one in status.verdicts if not one.exact):
-        yield f"Here the first-sight gate has stock's code run for {op}: {reason}."
+    for form, op, reason in dict.fromkeys((one.form, one.op, one.reason) for one in status.verdicts if not one.exact):
+        yield f"Here the first-sight gate keeps a form away, {form} of {op}: {reason}."
 
 
 def _notes_on_results(

@@ -55,7 +55,7 @@ def _verdict(found: Verification) -> str:
     if found.error:
         return f"FAILED with patches: {found.error} ({what})"
     if found.exact:
-        return f"Every bit is the same ({what})"
+        return f"Every bit is the same, {found.exercise} ({what})"
     return f"NOT the same bits ({what})"
 
 

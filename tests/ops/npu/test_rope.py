@@ -26,8 +26,8 @@ def inputs(batch=1, seq=6, heads=3, dim=8, dtype=torch.bfloat16, tables=1):
 @pytest.mark.parametrize("shape", [{}, {"batch": 2}, {"dim": 2}, {"dim": 128, "heads": 12}, {"seq": 1}])
 def test_same_bits_as_the_plain_formulation(shape, dtype, torch_npu_stand_in):
     given = inputs(dtype=dtype, **shape)
-    assert rope.is_usable(*given)
-    ours, plain = rope.rotary_mul(*given), op.reference(*given)
+    assert rope.why_not(*given) is None
+    ours, plain = rope.rotary_mul(*given), op.apply_rotary_emb.reference(*given)
     assert torch.equal(ours, plain)
     assert ours.dtype == plain.dtype
     assert ours.stride() == plain.stride()
@@ -38,8 +38,8 @@ def test_same_bits_for_part_of_a_fused_projection(dtype, torch_npu_stand_in):
     x, cos, sin = inputs(heads=4, dtype=dtype)
     x = torch.cat([x, x + 1, x - 1], dim=2)[:, :, 4:8]
     assert not x.is_contiguous()
-    assert rope.is_usable(x, cos, sin)
-    ours, plain = rope.rotary_mul(x, cos, sin), op.reference(x, cos, sin)
+    assert rope.why_not(x, cos, sin) is None
+    ours, plain = rope.rotary_mul(x, cos, sin), op.apply_rotary_emb.reference(x, cos, sin)
     assert torch.equal(ours, plain)
     assert ours.stride() == plain.stride()
 
@@ -60,12 +60,12 @@ def test_same_bits_for_part_of_a_fused_projection(dtype, torch_npu_stand_in):
     ids=["batch of tables", "B*N", "D", "fp64", "3-D", "bf16 tables", "fp64 tables", "one token", "other strides"],
 )
 def test_what_is_beyond_the_limits_is_not_for_it(given, torch_npu_stand_in):
-    assert not rope.is_usable(*given)
+    assert rope.why_not(*given)
 
 
 def test_an_odd_head_dim_is_not_for_it(torch_npu_stand_in):
     x, cos, sin = inputs()
-    assert not rope.is_usable(x[..., :7], cos[..., :3], sin[..., :3])
+    assert rope.why_not(x[..., :7], cos[..., :3], sin[..., :3])
 
 
 def test_the_stand_in_refuses_what_is_beyond_the_limits(torch_npu_stand_in):
@@ -86,7 +86,7 @@ def test_the_stand_in_refuses_what_is_beyond_the_limits(torch_npu_stand_in):
 def test_a_torch_npu_that_cannot_be_used_is_a_line(module, reason, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_npu", module)
     npu.forget()
-    assert not rope.is_usable(*inputs())
+    assert rope.why_not(*inputs())
     (line,) = npu.problems()
     assert line.startswith(f"torch_npu.npu_rotary_mul cannot be used, other formulations run: {reason}")
     npu.forget()
@@ -98,7 +98,7 @@ def test_torch_npu_whose_import_raises_what_is_no_import_error_is_a_line(tmp_pat
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "torch_npu", raising=False)
     npu.forget()
-    assert not rope.is_usable(*inputs())
+    assert rope.why_not(*inputs())
     assert npu.problem("torch_npu:npu_rotary_mul") == "RuntimeError: libhccl.so: no such file"
     npu.forget()
 

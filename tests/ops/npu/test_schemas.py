@@ -82,8 +82,8 @@ def test_our_calls_fit_the_schemas_of_every_version(dtype, calls):
     rope.rotary_mul(x, torch.ones(1, 6, 1, 4), torch.ones(1, 6, 1, 4))
     for parameter in (None, weight, weight.float()):
         norms._rms_norm(x, parameter, 1e-6)
-        norms._layer_norm(x, parameter, None, 1e-6)
-        norms._layer_norm(x, parameter, weight, 1e-6)
+        norms.layer_norm(x, parameter, None, 1e-6)
+        norms.layer_norm(x, parameter, weight, 1e-6)
     assert {name for name, _, _ in calls} == {*refresh.FUNCTIONS} - {"npu_fusion_attention"}
     check(calls)
 

@@ -26,7 +26,7 @@ def modulated(h, weight, bias, scale, shift):
 
 def rotated(x, weight, cos, sin, heads):
     normed = F.rms_norm(x, x.shape[-1:], weight, EPS).unflatten(-1, (heads, -1))
-    return rope.reference(normed, cos, sin)
+    return rope.apply_rotary_emb.reference(normed, cos, sin)
 
 
 def mean_error(found, exact):

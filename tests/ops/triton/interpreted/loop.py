@@ -8,7 +8,6 @@ from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 
 import wan_patches
 from wan_patches.fidelity import gate
-from wan_patches.ops import fused_norm, modulation
 
 
 def _model(dtype):
@@ -36,12 +35,9 @@ def _denoised(model, dtype, seed):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @torch.no_grad()
-def test_denoising(dtype, monkeypatch):
-    monkeypatch.setattr(fused_norm.kernels, "is_usable", lambda device: True)
-    monkeypatch.setattr(modulation, "_SMALL", 1)
+def test_denoising(dtype, as_on_cuda):
     exact, model = _model(torch.float16).to(torch.float64), _model(torch.float16).to(dtype)
     errors = {"stock": 0.0, "ours": 0.0}
-    gate.reset()
     for seed in range(5):
         truth = _denoised(exact, torch.float64, seed)
         stock = _denoised(model, dtype, seed)
@@ -53,4 +49,3 @@ def test_denoising(dtype, monkeypatch):
     assert all(verdict.exact for verdict in gate.verdicts()), gate.verdicts()
     assert errors["stock"] > 0
     assert errors["ours"] <= 1.01 * errors["stock"], errors["ours"] / errors["stock"]
-    gate.reset()

@@ -91,17 +91,15 @@ def test_packed_tables_of_helios(dtype, batch):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_dispatch_and_gate(dtype, monkeypatch):
+def test_dispatch_and_gate(dtype, as_on_cuda, monkeypatch):
     """As on a GPU, where `apply_rotary_emb` takes the kernel once it has proved itself."""
     from diffusers.models.transformers import transformer_wan
 
     import wan_patches
     from wan_patches.fidelity import gate
-    from wan_patches.ops import rope, triton
+    from wan_patches.ops import rope
     from wan_patches.patches.qk import rotate_both
 
-    monkeypatch.setattr(triton, "is_usable", lambda device: True)
-    gate.reset()
     q, k = torch.randn(2, 1, 8, 4, 64).to(dtype)
     cos, sin = tables(8, 64)
     expected = stock(q, cos, sin), stock(k, cos, sin)
@@ -109,9 +107,9 @@ def test_dispatch_and_gate(dtype, monkeypatch):
         for ours, theirs in zip(rope.apply_rotary_emb_qk(q, k, cos[..., 0::2], sin[..., 1::2]), expected):
             same(ours, theirs)
     (verdict,) = gate.verdicts()
-    assert (verdict.op, verdict.exact) == ("rope of queries and keys", True)
+    assert (verdict.op, verdict.exact) == ("rotary embedding of queries and keys", True)
     calls = []
-    monkeypatch.setattr(rope, "_both", lambda *args: calls.append(args) or expected)
+    monkeypatch.setattr(rope.both_by_kernel, "function", lambda *args: calls.append(args) or expected)
     assert rope.apply_rotary_emb_qk(q, k, cos[..., 0::2], sin[..., 1::2]) is expected
     assert len(calls) == 1
 
@@ -130,23 +128,19 @@ def test_dispatch_and_gate(dtype, monkeypatch):
     with wan_patches.enabled(["rope", "qk"]):
         rotate_both(nested(), q, k, cos, sin)
     assert len(calls) == 2
-    gate.reset()
 
 
-def test_a_kernel_that_rounds_otherwise_is_found_out(monkeypatch, caplog):
+def test_a_kernel_that_rounds_otherwise_is_found_out(as_on_cuda, monkeypatch, caplog):
     from wan_patches.fidelity import gate
-    from wan_patches.ops import rope, triton
+    from wan_patches.ops import rope
 
-    monkeypatch.setattr(triton, "is_usable", lambda device: True)
-    both = rope._both
-    monkeypatch.setattr(rope, "_both", lambda *args: tuple(x * (1 + 2**-20) for x in both(*args)))
-    gate.reset()
+    both = rope.both_by_kernel.function
+    monkeypatch.setattr(rope.both_by_kernel, "function", lambda *args: tuple(x * (1 + 2**-20) for x in both(*args)))
     q, k = torch.randn(2, 1, 8, 4, 64)
     cos, sin = tables(8, 64)
     for _ in range(2):
         ours = rope.apply_rotary_emb_qk(q, k, cos[..., 0::2], sin[..., 1::2])
         same(ours[0], stock(q, cos, sin))
         same(ours[1], stock(k, cos, sin))
-    (verdict,) = gate.verdicts()
-    assert not verdict.exact
-    gate.reset()
+    found = {verdict.form: verdict.exact for verdict in gate.verdicts() if verdict.op.endswith("queries and keys")}
+    assert found == {"one kernel": False, "each by itself": True}

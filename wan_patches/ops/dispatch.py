@@ -1,0 +1,424 @@
+"""What an op is: a pure function with one meaning, stock's operations as its reference, and faster forms of it.
+
+    @op("gated residual")
+    def gated_residual(x, y, gate):  # the reference
+        ...
+
+    @gated_residual.form("a few tokens at a time", device="cpu", smallest=1 << 17)
+    def in_chunks(x, y, gate): ...
+
+    @in_chunks.refuses  # a reason, or None
+    def _(x, y, gate): ...
+
+Every call with new shapes, strides, dtypes and so on (`key_of`) leads to a decision, which all later ones follow: the
+first form, in order, that does not refuse, does not raise and passes the first-sight gate; else the reference. Forms
+refuse for what is in the key, and for nothing else. Whatever looks into the operations (a compiler, autograd, a
+transform, a tracer) sees the op's traced form, which is the reference unless it has another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import math
+import threading
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Generic, ParamSpec, TypeVar
+
+import torch
+
+from wan_patches import tally
+from wan_patches.fidelity import Fidelity, Verdict, gate
+from wan_patches.ops import proof
+from wan_patches.ops.tracing import is_transformed
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Key = tuple[Hashable, ...]
+
+ACCELERATOR = "accelerator"  # any device that computes, but the CPU
+
+CAPACITY = 4096  # decisions of an op; past it the oldest is forgotten
+AGAIN = 4096  # calls after which a proof is repeated; then after twice as many, and so on
+
+SMALL = "stock's operations are the fastest for so few elements"
+OBSERVED = "autograd, autocast, a transform or a tracer looks on"
+CAPTURED = "a graph is being captured, and nothing has proved itself for such input"
+BLIND = "nothing can be told from values that are all alike"
+NO_FORM = "there is no other form for this device"
+
+
+class Form(Generic[P, R]):
+    """One way to compute an op."""
+
+    def __init__(self, name: str, function: Callable[P, R], device: str | None, smallest: int) -> None:
+        self.name, self.device, self.smallest = name, device, smallest
+        self.refusal: Callable[..., str | None] = lambda *args: None
+        self.function = function
+        functools.update_wrapper(self, function, updated=())
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        return self.function(*args, **kwargs)
+
+    def refuses(self, refusal: Callable[..., str | None]) -> Callable[..., str | None]:
+        """Decorates what says why the form cannot be used for such arguments; None where it can."""
+        self.refusal = refusal
+        return refusal
+
+    def why_not(self, *args: Any) -> str | None:
+        """Why the form is not used for such arguments, as far as is known without a try."""
+        if self.smallest and not _any_size and args[0].numel() < self.smallest:
+            return SMALL
+        try:
+            return self.refusal(*args)
+        except Exception as error:
+            return f"{self.name}: whether it can be used raised {type(error).__name__}: {error}"
+
+
+@dataclass
+class Decision:
+    """What computes the calls with one key.
+
+    form: None is the reference, and `reason` says why.
+    proved: whether the form was compared with the reference, or has no need to be.
+    again: calls after which it is compared once more.
+    tried: the forms that were compared, each with what was found wrong.
+    """
+
+    form: Form[Any, Any] | None
+    reason: str = ""
+    proved: bool = True
+    again: float = math.inf
+    tried: tuple[tuple[str, str], ...] = ()
+    calls: int = 0
+
+
+class Op(Generic[P, R]):
+    """Called as its reference is. Made by `op`."""
+
+    def __init__(
+        self,
+        name: str,
+        reference: Callable[P, R],
+        *,
+        fidelity: Fidelity,
+        agree: proof.Agree | None,
+        key: Callable[..., Key | None],
+        tells_nothing: Callable[..., bool] | None,
+        autocasts: bool,
+    ) -> None:
+        self.name, self.reference, self.fidelity = name, reference, fidelity
+        self.traced: Callable[P, R] = reference
+        self.forms: list[Form[P, R]] = []
+        self._agree, self._key, self._tells_nothing, self._autocasts = agree, key, tells_nothing, autocasts
+        self._smallest = self._smallest_elsewhere = 0  # elements below which no form is asked: on CPUs, elsewhere
+        self._has_limits = False
+        self._decisions: dict[Key, Decision] = {}
+        self._lock = threading.Lock()
+        functools.update_wrapper(self, reference, updated=())
+        gate.watch(self)
+        _ops.append(self)
+        tally.paths[name] = f"{reference.__module__}:{reference.__qualname__}"
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.compiler.is_compiling():
+            return self.traced(*args, **kwargs)
+        if kwargs:
+            return self(*inspect.signature(self.reference).bind(*args, **kwargs).args)  # type: ignore[call-arg]
+        if self._has_limits and not _any_size:
+            x: Any = args[0]
+            if x.numel() < (self._smallest if x.is_cpu else self._smallest_elsewhere):
+                tally.count(self.name, "", SMALL)
+                return self.reference(*args)  # type: ignore[call-arg]
+        is_seen = is_transformed() or (self._autocasts and torch._C._is_any_autocast_enabled())
+        key = None if is_seen else self._key(*args)
+        if key is None:
+            tally.count(self.name, "", OBSERVED)
+            return self.traced(*args)  # type: ignore[call-arg]
+        decision = self._decisions.get(key)
+        if decision is None:
+            return self._first(key, args)  # type: ignore[no-any-return]
+        decision.calls += 1
+        if decision.calls >= decision.again or _rechecking:
+            return self._again(key, decision, args)  # type: ignore[no-any-return]
+        form = decision.form
+        if form is None:
+            tally.count(self.name, "", decision.reason)
+            return self.reference(*args)  # type: ignore[call-arg]
+        tally.count(self.name, form.name)
+        return form.function(*args)  # type: ignore[no-any-return]
+
+    def form(self, name: str, device: str | None = None, smallest: int = 0) -> Callable[[Callable[P, R]], Form[P, R]]:
+        """Decorates a form. Forms are asked in the order in which they are declared.
+
+        Args:
+            name: what it does, in a few words, for `status()`.
+            device: the type of the devices that it is for, `ACCELERATOR` for all but the CPU; None is any.
+            smallest: elements of the first argument below which the reference is faster.
+        """
+
+        def declare(function: Callable[P, R]) -> Form[P, R]:
+            form = Form(name, function, device, smallest)
+            self._add(form)
+            return form
+
+        return declare
+
+    def forms_of(self, other: Op[P, R]) -> None:
+        """Takes the forms of an op with the same meaning, after its own."""
+        self._add(*other.forms)
+
+    def _add(self, *forms: Form[P, R]) -> None:
+        self.forms += forms
+        self._smallest = min((form.smallest for form in self._forms_on("cpu")), default=0)
+        self._smallest_elsewhere = min((form.smallest for form in self.forms if form.device != "cpu"), default=0)
+        self._has_limits = bool(self._smallest or self._smallest_elsewhere)
+
+    def trace(self, function: Callable[P, R]) -> Callable[P, R]:
+        """Decorates what compilers, autograd, transforms and tracers see instead of the reference."""
+        self.traced = function
+        return function
+
+    def stock(self, reason: str, *args: P.args, **kwargs: P.kwargs) -> R:
+        """The reference, where the caller knows a reason for it."""
+        if not torch.compiler.is_compiling():
+            tally.count(self.name, "", reason)
+        return self.reference(*args, **kwargs)
+
+    def decisions(self) -> dict[Key, Decision]:
+        """What was decided, oldest first."""
+        with self._lock:
+            return dict(self._decisions)
+
+    def verdicts(self) -> Iterator[Verdict]:
+        """What the first-sight gate found."""
+        for key, decision in self.decisions().items():
+            for form, failure in decision.tried:
+                yield Verdict(self.name, form, key, not failure, failure, self.fidelity)
+
+    def forget(self, proved: bool = True) -> None:
+        """Forgets decisions; with `proved=False` only those that no proof stands behind."""
+        with self._lock:
+            self._decisions = {} if proved else {k: d for k, d in self._decisions.items() if d.proved}
+
+    # Deciding
+
+    def _forms_on(self, device: str) -> list[Form[P, R]]:
+        kinds = (None, device, None if device in _WITHOUT_PROOF else ACCELERATOR)
+        return [form for form in self.forms if form.device in kinds]
+
+    def _first(self, key: Key, args: tuple[Any, ...]) -> Any:
+        device = _device(args)
+        needs_proof = device.type not in _WITHOUT_PROOF
+        if needs_proof and gate.enabled and proof.is_capturing():
+            return self.stock(CAPTURED, *args)  # type: ignore[call-arg]
+        trial: proof.Trial | None = None
+        reasons: list[str] = []
+        tried: list[tuple[str, str]] = []
+        for form in self._forms_on(device.type):
+            if (refusal := form.why_not(*args)) is not None:
+                reasons.append(refusal)
+                continue
+            if not (needs_proof and gate.enabled):
+                result, failure = proof.attempt(form, args)
+                if not failure:
+                    self._decide(key, Decision(form, proved=not needs_proof))
+                    tally.count(self.name, form.name)
+                    return result
+            trial = trial or self._trial(args)
+            if needs_proof and gate.enabled:
+                if trial.is_blind:
+                    return self.stock(BLIND, *args)  # type: ignore[call-arg]
+                failure = trial.failure(form, self._agree)
+            tried.append((form.name, failure))
+            if not failure:
+                self._decide(key, Decision(form, again=AGAIN, tried=tuple(tried)))
+                tally.count(self.name, "", tally.FIRST_SIGHT)
+                return trial.result()
+            reasons.append(f"{form.name} {failure}")
+            if failure == proof.NO_MEMORY:
+                break
+        # raises where the arguments are to blame
+        result = self.reference(*args) if trial is None else trial.result()  # type: ignore[call-arg]
+        reason = "; ".join(dict.fromkeys(reasons)) or NO_FORM
+        self._decide(key, Decision(None, reason, tried=tuple(tried)))
+        tally.count(self.name, "", reason)
+        return result
+
+    def _again(self, key: Key, decision: Decision, args: tuple[Any, ...]) -> Any:
+        """Follows a decision, and looks whether it is still right."""
+        form = decision.form
+        if _rechecking:
+            self._check(decision, args)
+        if form is None or decision.calls < decision.again or proof.is_capturing():
+            return self._follow(decision, args)
+        trial = self._trial(args)
+        if trial.is_blind:
+            return self._follow(decision, args)
+        decision.again *= 2
+        failure = trial.failure(form, self._agree)
+        if failure:
+            tried = (*decision.tried, (form.name, failure))
+            self._decide(key, Decision(None, f"{form.name} {failure}", tried=tried))
+        tally.count(self.name, "", tally.FIRST_SIGHT)
+        return trial.result()
+
+    def _trial(self, args: tuple[Any, ...]) -> proof.Trial:
+        return proof.Trial(self.reference, args, self.fidelity, self._tells_nothing)
+
+    def _check(self, decision: Decision, args: tuple[Any, ...]) -> None:
+        """Raises `AssertionError` where a decision would be another one now."""
+        failed = {name for name, failure in decision.tried if failure}
+        for form in self._forms_on(_device(args).type):
+            reason = form.why_not(*args)
+            if form is decision.form:
+                assert reason is None, f"{self.name}: {form.name} refuses what its key allows: {reason}"
+                trial = self._trial(args)
+                failure = "" if trial.is_blind else trial.failure(form, self._agree)
+                assert not failure, f"{self.name}: {form.name} {failure}, for a key that it has proved itself for"
+                return
+            assert reason is not None or form.name in failed, f"{self.name}: {form.name} takes what its key refuses"
+
+    def _follow(self, decision: Decision, args: tuple[Any, ...]) -> Any:
+        form = decision.form
+        tally.count(self.name, form.name if form else "", decision.reason)
+        return (form or self.reference)(*args)  # type: ignore[call-arg]
+
+    def _decide(self, key: Key, decision: Decision) -> None:
+        for name, failure in decision.tried:
+            if failure:
+                gate.warn(f"{self.name}: {name}", failure)
+        with self._lock:
+            while len(self._decisions) >= CAPACITY:
+                del self._decisions[next(iter(self._decisions))]
+            self._decisions[key] = decision
+
+
+def key_of(*args: Any) -> Key | None:
+    """All that arithmetic and refusals can depend on, but for the values of tensors; None where autograd looks on.
+
+    Of tensors: shape, strides, dtype and device, and on accelerators, where kernels read memory as it is, alignment and
+    whether they are negated views. Of norms: their type, parameters and `eps`. Then numbers and the like themselves,
+    and what torch is told about threads, or about determinism.
+    """
+    found: list[Any] = []
+    try:
+        on_cpu = _describe(args, found, torch.is_grad_enabled())
+    except RuntimeError:  # a tensor without strides
+        return None
+    if on_cpu is _OBSERVED:
+        return None
+    found += (torch.get_num_threads(),) if on_cpu else _flags()
+    return tuple(found)
+
+
+def _describe(values: Iterable[Any], found: list[Any], gradients: bool, on_cpu: Any = None) -> Any:
+    """Adds to `found`. Whether the first tensor is on a CPU, which `on_cpu` tells of values before; or `_OBSERVED`."""
+    for value in values:
+        kind = type(value)
+        if kind is _Tensor or kind is _Parameter:
+            if gradients and value.requires_grad:
+                return _OBSERVED
+            if on_cpu is None:
+                on_cpu = value.is_cpu
+                found.append(value.device)
+            found += (value.shape, value.stride(), value.dtype, value.get_device())
+            if not on_cpu:
+                found += (value.data_ptr() & 15, value.is_neg())
+        elif kind in _VALUES:
+            found += (kind, value)
+        elif isinstance(value, _Tensor):
+            return _OBSERVED
+        elif isinstance(value, tuple):
+            found.append(kind)
+            on_cpu = _describe(value, found, gradients, on_cpu)
+        else:  # a norm
+            found += (kind, value.eps)
+            on_cpu = _describe((value.weight, value.bias), found, gradients, on_cpu)
+        if on_cpu is _OBSERVED:
+            return on_cpu
+    return on_cpu
+
+
+_OBSERVED = object()
+_Tensor, _Parameter = torch.Tensor, torch.nn.Parameter
+_WITHOUT_PROOF = ("cpu", "meta")  # devices: forms are tried on a CPU before they are declared, and meta has no values
+_VALUES = frozenset((type(None), bool, int, float, str, torch.dtype, torch.device, torch.Size))
+
+
+def _flags() -> tuple[Hashable, ...]:
+    return torch._C._get_deterministic_algorithms(), torch._C._get_cudnn_deterministic(), torch._C._get_cudnn_enabled()
+
+
+def _device(args: Iterable[Any]) -> torch.device:
+    """Where a call computes: that of the first tensor, or the first device that is named."""
+    for value in args:
+        if isinstance(value, torch.Tensor):
+            return value.device
+        if isinstance(value, torch.device):
+            return value
+    return torch.device("cpu")
+
+
+def op(
+    name: str,
+    *,
+    fidelity: Fidelity = Fidelity.EXACT,
+    agree: proof.Agree | None = None,
+    key: Callable[..., Key | None] = key_of,
+    tells_nothing: Callable[..., bool] | None = None,
+    autocasts: bool = True,
+) -> Callable[[Callable[P, R]], Op[P, R]]:
+    """Makes an op of its reference: the function in stock's operations, in stock's order of arithmetic.
+
+    Args:
+        name: for people.
+        fidelity: what its forms promise.
+        agree: of a CLOSE op, takes the results of a form and of the reference, and then the arguments, and says
+            whether the form will do.
+        key: what decisions depend on, of the arguments; None where stock's operations must be seen.
+        tells_nothing: whether arguments that are no tensors would let anything pass.
+        autocasts: whether autocast changes what the reference computes, which must be seen then.
+    """
+    return lambda reference: Op(
+        name, reference, fidelity=fidelity, agree=agree, key=key, tells_nothing=tells_nothing, autocasts=autocasts
+    )
+
+
+_ops: list[Op[Any, Any]] = []
+_rechecking = _any_size = False
+
+
+@contextlib.contextmanager
+def rechecking() -> Iterator[None]:
+    """For tests: every call that follows a decision asks the forms again, and compares with the reference.
+
+    Raises `AssertionError` where the answer would be another one.
+    """
+    global _rechecking
+    before, _rechecking = _rechecking, True
+    try:
+        yield
+    finally:
+        _rechecking = before
+
+
+@contextlib.contextmanager
+def at_any_size() -> Iterator[None]:
+    """For tests: forms are asked about inputs of any size."""
+    global _any_size
+    before = _any_size
+    try:
+        _any_size = True
+        _forget_all()
+        yield
+    finally:
+        _any_size = before
+        _forget_all()
+
+
+def _forget_all() -> None:
+    for op in _ops:
+        op.forget()

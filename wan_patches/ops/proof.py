@@ -1,0 +1,148 @@
+"""The first-sight gate at work: what a form makes of some arguments, beside what the reference makes of them.
+
+Arguments that are all zeros, say, would let anything pass. An EXACT form is then tried on random values in their place;
+a CLOSE one waits for other arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from wan_patches.fidelity import Fidelity
+
+NO_MEMORY = "found no memory to be compared with the stock formulation"
+_DIFFERS = {
+    Fidelity.EXACT: "differs from the stock formulation",
+    Fidelity.CLOSE: "is less accurate than the stock formulation",
+}
+_TELLING = 1 / 16  # of the values that are looked at must differ from the first one
+_SAMPLE = 4096
+
+Agree = Callable[..., bool]
+
+
+class Trial:
+    """The reference's result for some arguments, computed once, for any number of forms to be compared with."""
+
+    def __init__(
+        self,
+        reference: Callable[..., Any],
+        args: tuple[Any, ...],
+        fidelity: Fidelity,
+        tells_nothing: Callable[..., bool] | None = None,
+    ) -> None:
+        self._reference, self._args, self._fidelity = reference, args, fidelity
+        tells_little = _tells_little(args)
+        #: Whether nothing can be told from these arguments.
+        self.is_blind = (tells_little and fidelity is Fidelity.CLOSE) or bool(tells_nothing and tells_nothing(*args))
+        self._tried = with_random_values(args) if tells_little and not self.is_blind else args
+        self._stock: Any = None
+
+    def failure(self, form: Callable[..., Any], agree: Agree | None = None) -> str:
+        """Why `form` cannot take the place of the reference for such arguments; nothing if it can.
+
+        agree: of a CLOSE form, takes both results and the arguments, and says whether they are near enough.
+
+        Raises what the reference raises for such arguments, unless it is a shortage of memory.
+        """
+        ours, reason = attempt(form, self._tried)
+        # the reference runs outside of `except`, where a traceback would hold what had been made until then
+        if reason != NO_MEMORY:
+            try:
+                if self._stock is None:
+                    self._stock = self._reference(*self._tried)
+                if not reason and not _agree(ours, self._stock, self._tried, agree):
+                    reason = _DIFFERS[self._fidelity]
+            except Exception as error:
+                ours = None
+                if not is_shortage(error):
+                    raise
+                reason = NO_MEMORY
+        return reason
+
+    def result(self) -> Any:
+        """The reference's, for the arguments as they are."""
+        if self._tried is not self._args:
+            self._tried = self._stock = None
+        return self._reference(*self._args) if self._stock is None else self._stock
+
+
+def attempt(form: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, str]:
+    """The result of `form`, or why there is none."""
+    try:
+        return form(*args), ""
+    except Exception as error:
+        return None, NO_MEMORY if is_shortage(error) else f"raised {type(error).__name__}: {error}"
+
+
+def is_shortage(error: Exception) -> bool:
+    """Whether a device, of any maker, ran out of memory."""
+    return isinstance(error, (RuntimeError, MemoryError)) and (
+        type(error).__name__ in ("OutOfMemoryError", "MemoryError") or "out of memory" in str(error).lower()
+    )
+
+
+def is_capturing() -> bool:
+    """Whether a graph is being captured: a comparison would wait for the device, which that forbids."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def identical(a: Any, b: Any) -> bool:
+    """Whether two results, tensors or tuples of them, have the same bits; NaN is the same as NaN."""
+    if isinstance(a, tuple) or isinstance(b, tuple):
+        return isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b) and all(map(identical, a, b))
+    return (a.dtype, a.shape) == (b.dtype, b.shape) and (
+        torch.equal(a, b) or torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
+    )
+
+
+def _agree(ours: Any, stock: Any, args: tuple[Any, ...], agree: Agree | None) -> bool:
+    if agree is None:
+        return identical(ours, stock)
+    return _alike(ours, stock) and agree(ours, stock, *args)
+
+
+def _alike(a: Any, b: Any) -> bool:
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        return len(a) == len(b) and all(map(_alike, a, b))
+    return (a.dtype, a.shape) == (b.dtype, b.shape)
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """The floating tensors in arguments, which may be tuples of them."""
+    if isinstance(value, tuple):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, torch.Tensor) and value.is_floating_point() and value.numel():
+        yield value
+
+
+def _tells_little(args: tuple[Any, ...]) -> bool:
+    """Whether one of the tensors, looked at here and there, has the same value nearly everywhere, or NaN."""
+    shares = []
+    for tensor in _tensors(args):
+        per_axis = max(1, round(_SAMPLE ** (1 / max(1, tensor.dim()))))
+        some = tensor.detach()[tuple(slice(None, None, -(-size // per_axis)) for size in tensor.shape)]
+        first = some[(0,) * some.dim()]
+        shares.append((some.isfinite() & (some != first)).float().mean())
+    return bool(shares) and float(torch.stack(shares).min()) < _TELLING  # one wait
+
+
+def with_random_values(value: Any) -> Any:
+    """Arguments with other values in floating tensors: shapes, strides, dtypes and devices stay."""
+    generator = torch.Generator("cpu").manual_seed(0)  # the user's random state is not ours to move
+
+    def changed(value: Any) -> Any:
+        if isinstance(value, tuple):
+            items = map(changed, value)
+            return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+        if not (isinstance(value, torch.Tensor) and value.is_floating_point() and value.numel()):
+            return value
+        extent = 1 + sum((size - 1) * stride for size, stride in zip(value.shape, value.stride()))
+        flat = torch.randn(extent, generator=generator, dtype=torch.float32, device="cpu").to(value.device, value.dtype)
+        return flat.as_strided(value.shape, value.stride())
+
+    return changed(value)
