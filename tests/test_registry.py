@@ -263,7 +263,8 @@ def test_enable_before_importing_diffusers_patches_what_is_imported_later():
     out = run_python(
         "import wan_patches; wan_patches.enable(['rope'])\n"
         "from diffusers.models.transformers.transformer_wan import WanAttnProcessor\n"
-        "print([r.state for r in wan_patches.status().of('rope') if r.module.endswith('transformer_wan')])"
+        "print([r.state for r in wan_patches.status().of('rope') if r.module.endswith('transformers.transformer_wan')"
+        " and r.module.startswith('diffusers')])"
     )
     assert out.strip() == "['active']"
 

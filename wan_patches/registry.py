@@ -339,7 +339,9 @@ class Registry:
         for name in sorted(filter(_is_importing, modules)):
             with contextlib.suppress(Exception):  # another thread imports it: wait; an error there is theirs
                 importlib.import_module(name)
-        for name in sorted({patch.module for patch in patches if import_now and choice.wants(patch)}):
+        libraries = {patch.module.partition(".")[0] for patch in patches if not patch.optional}
+        known = [patch for patch in patches if patch.module.partition(".")[0] in {*libraries, *sys.modules}]
+        for name in sorted({patch.module for patch in known if import_now and choice.wants(patch)}):
             with contextlib.suppress(ModuleNotFoundError):  # the installed version has no such module
                 importlib.import_module(name)
 

@@ -5,7 +5,8 @@ The rotary embedding itself belongs to `rope`: there is code, of other libraries
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from wan_patches import tally
@@ -32,73 +33,106 @@ def _rotations(of: str, function: str, both: str, fingerprint: str) -> Block:
     )
 
 
-def _exact(module: str, processor: str, function: str, fingerprint: str, *norms: str, of: str = "query, key") -> Patch:
-    edits: list[Edit] = [Replace(f"attn.{norm}(X)", f"{_NORM}(attn.{norm}, X)") for norm in norms]
-    return Patch(
-        name="qk",
-        module=f"diffusers.models.transformers.{module}",
-        targets=(_target(processor, *edits, _rotations(of, function, f"{_BOTH}({function}", fingerprint)),),
-        calls={_NORM: f"{__name__}:qk_norm", _BOTH: f"{__name__}:rotate_both"},
-        implementations={
-            "CPUs": "norms a few tokens at a time",
-            "CUDA with Triton": "where `rope` is in force, one kernel for queries and keys",
-        },
-        runs_with="modulation",
-    )
+@dataclass(frozen=True)
+class Attention:
+    """A function that norms and rotates queries and keys.
+
+    module, function, formerly: where it is, and what it was called in older versions.
+    rotate, fingerprint: what it calls for the rotation, and the fingerprint of its two calls.
+    norms: of the attention module, those that it calls.
+    of: what the rotated queries and keys are called.
+    optional: of another library, which may not be there.
+    """
+
+    module: str
+    function: str
+    norms: tuple[str, ...]
+    formerly: str | None = None
+    rotate: str = "apply_rotary_emb"
+    fingerprint: str = "cfeb02973e924dc2"
+    of: str = "query, key"
+    optional: bool = False
 
 
-def _close(module: str, processor: str, function: str, fingerprint: str, *norms: str) -> Patch:
+def exact(where: Attention) -> Patch:
+    """Norms without the calls of their modules, and both rotations in one call."""
+    edits = [Replace(f"attn.{norm}(X)", f"{_NORM}(attn.{norm}, X)") for norm in where.norms]
+    implementations = {
+        "CPUs": "norms a few tokens at a time",
+        "CUDA with Triton": "where `rope` is in force, one kernel for queries and keys",
+    }
+    calls = {_NORM: f"{__name__}:qk_norm", _BOTH: f"{__name__}:rotate_both"}
+    return _patch(where, edits, f"{_BOTH}({where.rotate}", calls, Fidelity.EXACT, implementations)
+
+
+def close(where: Attention) -> Patch:
     """With the norm of what is rotated left to the rotation."""
     rotated = "norm_q", "norm_k"
-    edits: list[Edit] = [
+    edits = [
         Replace(f"attn.{norm}(X)", f"{_CLOSE_NORM}(attn.{norm}, X{', rotary_emb' if norm in rotated else ''})")
-        for norm in norms
+        for norm in where.norms
     ]
-    both = f"{_CLOSE_BOTH}({function}, attn.norm_q, attn.norm_k"
+    both = f"{_CLOSE_BOTH}({where.rotate}, attn.norm_q, attn.norm_k"
+    implementations = {
+        "CPUs": "norms a few tokens at a time",
+        "CUDA with Triton": "where `rope` is in force, one kernel for norm and rotation",
+        "NPUs": "npu_rms_norm",
+    }
+    calls = {_CLOSE_NORM: f"{__name__}:close_qk_norm", _CLOSE_BOTH: f"{__name__}:close_rotate_both"}
+    return _patch(where, edits, both, calls, Fidelity.CLOSE, implementations)
+
+
+def _patch(
+    where: Attention,
+    norms: list[Replace],
+    both: str,
+    calls: Mapping[str, object],
+    fidelity: Fidelity,
+    implementations: dict[str, str],
+) -> Patch:
+    edits: tuple[Edit, ...] = (*norms, _rotations(where.of, where.rotate, both, where.fingerprint))
     return Patch(
         name="qk",
-        module=f"diffusers.models.transformers.{module}",
-        targets=(_target(processor, *edits, _rotations("query, key", function, both, fingerprint)),),
-        calls={_CLOSE_NORM: f"{__name__}:close_qk_norm", _CLOSE_BOTH: f"{__name__}:close_rotate_both"},
-        fidelity=Fidelity.CLOSE,
-        implementations={
-            "CPUs": "norms a few tokens at a time",
-            "CUDA with Triton": "where `rope` is in force, one kernel for norm and rotation",
-            "NPUs": "npu_rms_norm",
-        },
+        module=where.module,
+        targets=(Target(where.function, edits, where.formerly),),
+        calls=calls,
+        fidelity=fidelity,
+        implementations=implementations,
+        optional=where.optional,
         runs_with="modulation",
     )
 
 
-def _target(processor: str, *edits: Edit) -> Target:
-    return Target(f"{processor}.__call__", edits, f"{processor}2_0.__call__")
+def _of_diffusers(module: str, processor: str, *norms: str, **more: Any) -> Attention:
+    call, formerly = f"{processor}.__call__", f"{processor}2_0.__call__"
+    return Attention(f"diffusers.models.transformers.{module}", call, norms, formerly, **more)
 
 
-_NESTED = ("apply_rotary_emb", "cfeb02973e924dc2", "norm_q", "norm_k", "norm_added_k")
+NORMS = ("norm_q", "norm_k", "norm_added_k")
 _ATTENTION = (  # VACE uses Wan's
-    ("transformer_wan", "WanAttnProcessor", *_NESTED),
-    ("transformer_wan_animate", "WanAttnProcessor", *_NESTED),
-    ("transformer_skyreels_v2", "SkyReelsV2AttnProcessor", *_NESTED),
-    ("transformer_chronoedit", "WanAttnProcessor", *_NESTED),
-    (
+    _of_diffusers("transformer_wan", "WanAttnProcessor", *NORMS),
+    _of_diffusers("transformer_wan_animate", "WanAttnProcessor", *NORMS),
+    _of_diffusers("transformer_skyreels_v2", "SkyReelsV2AttnProcessor", *NORMS),
+    _of_diffusers("transformer_chronoedit", "WanAttnProcessor", *NORMS),
+    _of_diffusers(
         "transformer_helios",
         "HeliosAttnProcessor",
-        "apply_rotary_emb_transposed",
-        "e8a5d35d90adb046",
-        "norm_q",
-        "norm_k",
+        *NORMS[:2],
+        rotate="apply_rotary_emb_transposed",
+        fingerprint="e8a5d35d90adb046",
     ),
 )
 
 PATCHES = (
-    *(_exact(*where) for where in _ATTENTION),
-    *(_close(*where) for where in _ATTENTION),
-    _exact(
-        "transformer_sana_video",
-        "SanaLinearAttnProcessor3_0",
-        "apply_rotary_emb",
-        "f0da236efbb54f98",
-        of="query_rotate, key_rotate",
+    *map(exact, _ATTENTION),
+    *map(close, _ATTENTION),
+    exact(
+        _of_diffusers(
+            "transformer_sana_video",
+            "SanaLinearAttnProcessor3_0",
+            fingerprint="f0da236efbb54f98",
+            of="query_rotate, key_rotate",
+        )
     ),
 )
 

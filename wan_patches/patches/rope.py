@@ -7,12 +7,14 @@ from wan_patches.registry import Patch, Target
 from wan_patches.rewrite import Body
 
 CALL = "_wan_patches_rope"
+_DIFFUSERS = "diffusers.models.transformers."
 
 
-def _patch(module: str, qualname: str, edit: Body, formerly: str | None = None) -> Patch:
+def patch(module: str, qualname: str, edit: Body, formerly: str | None = None, optional: bool = False) -> Patch:
+    """For the function that holds the rotary embedding, or is it; `optional` in another library's module."""
     return Patch(
         name="rope",
-        module=f"diffusers.models.transformers.{module}",
+        module=module,
         targets=(Target(qualname, (edit,), formerly),),
         calls={CALL: "wan_patches.ops.rope:apply_rotary_emb"},
         implementations={
@@ -21,14 +23,15 @@ def _patch(module: str, qualname: str, edit: Body, formerly: str | None = None) 
             "NPUs": "npu_rotary_mul",
             "other devices, compilers, autograd": "stack + flatten",
         },
-        since=since(module),
+        since=since(module.removeprefix(_DIFFUSERS)),
+        optional=optional,
         runs_with="modulation",
     )
 
 
 COMPLEX = "keeps its rotary tables as complex numbers (diffusers before 0.35 for Wan, 0.36 for SkyReels-V2)"
 
-_NESTED = Body(  # one text in every family that keeps its tables as two real tensors
+NESTED = Body(  # one text in every family that keeps its tables as two real tensors
     nested="apply_rotary_emb",
     replacements=(("eb82049e08f68673", f"return {CALL}(hidden_states, freqs_cos[..., 0::2], freqs_sin[..., 1::2])"),),
     declined=(("2aac59bc43e80b30", COMPLEX), ("c3a2c35ea5844c11", COMPLEX), ("9b38ac46fc205917", COMPLEX)),
@@ -49,15 +52,15 @@ return {CALL}(hidden_states, cos[..., 0::2], sin[..., 1::2])
 
 PATCHES = (
     # VACE uses Wan's blocks
-    _patch("transformer_wan", "WanAttnProcessor.__call__", _NESTED, formerly="WanAttnProcessor2_0.__call__"),
-    _patch("transformer_wan_animate", "WanAttnProcessor.__call__", _NESTED),
-    _patch(
-        "transformer_skyreels_v2",
+    patch(f"{_DIFFUSERS}transformer_wan", "WanAttnProcessor.__call__", NESTED, formerly="WanAttnProcessor2_0.__call__"),
+    patch(f"{_DIFFUSERS}transformer_wan_animate", "WanAttnProcessor.__call__", NESTED),
+    patch(
+        f"{_DIFFUSERS}transformer_skyreels_v2",
         "SkyReelsV2AttnProcessor.__call__",
-        _NESTED,
+        NESTED,
         formerly="SkyReelsV2AttnProcessor2_0.__call__",
     ),
-    _patch("transformer_chronoedit", "WanAttnProcessor.__call__", _NESTED),
-    _patch("transformer_sana_video", "SanaLinearAttnProcessor3_0.__call__", _NESTED),
-    _patch("transformer_helios", "apply_rotary_emb_transposed", _PACKED),
+    patch(f"{_DIFFUSERS}transformer_chronoedit", "WanAttnProcessor.__call__", NESTED),
+    patch(f"{_DIFFUSERS}transformer_sana_video", "SanaLinearAttnProcessor3_0.__call__", NESTED),
+    patch(f"{_DIFFUSERS}transformer_helios", "apply_rotary_emb_transposed", _PACKED),
 )
