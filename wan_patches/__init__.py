@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from wan_patches.profiling import Profile, profile
     from wan_patches.vae_parallel import ParallelVAE, parallelize_vae
     from wan_patches.verification import Verification, verify
+    from wan_patches.warming import Warmth, warm
 
 __version__ = "0.1.0"
 
@@ -114,6 +115,10 @@ def __getattr__(name: str) -> Any:
         import wan_patches.verification
 
         return getattr(wan_patches.verification, name)
+    if name in ("Warmth", "warm"):
+        import wan_patches.warming
+
+        return getattr(wan_patches.warming, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -136,6 +141,7 @@ __all__ = [
     "Unknown",
     "Verdict",
     "Verification",
+    "Warmth",
     "disable",
     "disable_offload",
     "enable",
@@ -146,4 +152,5 @@ __all__ = [
     "profile",
     "status",
     "verify",
+    "warm",
 ]

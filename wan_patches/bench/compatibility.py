@@ -136,7 +136,7 @@ def markdown(records: Mapping[str, Collection[Row]]) -> str:
 
 
 _WIDE: dict[str, Any] = {"dtype": torch.bfloat16, "head_dim": 128, "transformer": {"num_attention_heads": 4}}
-_LARGE: dict[str, Any] = {"size": (320, 320), "frames": 9, "steps": 2}
+_LARGE: dict[str, Any] = {"size": (256, 256), "frames": 9, "steps": 2}
 _TEXT = "max_sequence_length"  # the published pipelines fill up prompts to 512 tokens
 
 

@@ -387,6 +387,11 @@ def op(
     )
 
 
+def ops() -> list[Op[Any, Any]]:
+    """All that there are."""
+    return list(_ops)
+
+
 _ops: list[Op[Any, Any]] = []
 _rechecking = _any_size = False
 
