@@ -95,7 +95,7 @@ def test_families_that_are_not_there_are_named(monkeypatch):
 def test_the_table_says_what_each_version_has():
     helios = Row("helios", "HeliosPipeline", ("rope",), {}, True)
     without = Row("wan_t2v", "WanPipeline", ("frames",), {"rope": "the text of __call__ is not known"}, True)
-    other = dataclasses.replace(helios, family="helios_i2v", identical=False)
+    other = dataclasses.replace(helios, family="helios_i2v", identical=False, reasons={"rope": {"rope: few": 3}})
     assert markdown({"0.35.2": [without], "0.36.0": [T2V, helios], "0.40.0": [helios, T2V, other]}) == "\n".join(
         [
             "| pipeline | patches | 0.35.2 | 0.36.0 | 0.40.0 |",
@@ -104,6 +104,7 @@ def test_the_table_says_what_each_version_has():
             "| `HeliosPipeline` | rope | - | not exercised | **differs** |",
             "",
             r"- rope, 0.35.2: the text of \_\_call\_\_ is not known",
+            "- rope, 3 calls in stock's operations: rope: few",
         ]
     )
 

@@ -291,6 +291,13 @@ def test_a_form_that_is_wrong_for_some_values_is_found_out():
             add(torch.tensor([1.0, 4.0]))
 
 
+def test_what_a_key_cannot_describe_takes_the_reference():
+    add, _, _ = made(lambda x, norm: pytest.fail("a form ran"), lambda x, norm: norm(x), device="cpu")
+    assert torch.equal(add(torch.zeros(2), lambda x: x + 1), torch.ones(2))
+    assert ways() == {("", OBSERVED): 1}
+    assert key_of(torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])) is None
+
+
 # Whoever looks into the operations
 
 

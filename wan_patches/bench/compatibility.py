@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -117,7 +118,10 @@ def _read(row: dict[str, Any]) -> Row:
 
 
 def markdown(records: Mapping[str, Collection[Row]]) -> str:
-    """The table of pipelines, patches and versions of diffusers, and below it why something was left stock."""
+    """The table of pipelines, patches and versions of diffusers, and below it why something was left stock.
+
+    Last, why calls took stock's operations in the newest version.
+    """
     rows = [row for record in records.values() for row in record]
     order = list(FAMILIES)
     pipelines = dict.fromkeys(row.pipeline for row in sorted(rows, key=lambda row: order.index(row.family)))
@@ -131,6 +135,11 @@ def markdown(records: Mapping[str, Collection[Row]]) -> str:
         for patch, reason in sorted({item for row in record for item in row.skipped.items()}):
             reasons.setdefault((patch, reason), []).append(diffusers_version)
     notes = [f"- {patch}, {', '.join(where)}: {reason}" for (patch, reason), where in reasons.items()]
+    slow: Counter[tuple[str, str]] = Counter()
+    for row in list(records.values())[-1] if records else ():
+        for patch, why in row.reasons.items():
+            slow.update({(patch, reason): calls for reason, calls in why.items()})
+    notes += [f"- {patch}, {calls} calls in stock's operations: {reason}" for (patch, reason), calls in slow.items()]
     notes = [note.replace("_", r"\_") for note in notes]  # __call__ would be bold
     return "\n".join([f"| {' | '.join(line)} |" for line in lines] + [""] * bool(notes) + notes)
 

@@ -306,7 +306,7 @@ def key_of(*args: Any) -> Key | None:
     found: list[Any] = []
     try:
         on_cpu = _describe(args, found, torch.is_grad_enabled())
-    except RuntimeError:  # a tensor without strides
+    except (RuntimeError, AttributeError):  # a tensor without strides, or what is no norm
         return None
     if on_cpu is _OBSERVED:
         return None

@@ -64,12 +64,13 @@ def _stage_table(found: Profile) -> Any:
 
 
 def _op_table(found: Profile) -> Any:
-    numbers = ("calls", "fast", "stock", "first sight", "ms", "own ms", "share")
+    numbers = ("calls", "fast", "stock", "first sight", "ms", "own ms", "first ms", "share")
     table = _table(("patch", "operation"), numbers)
     whole = sum(row.total for row in found.pipelines) or found.seconds
     for row in sorted(found.ops, key=lambda row: (row.patch, -row.own_seconds)):
         counts = (row.calls, row.fast, row.stock, row.first_sight)
-        times = (_ms(row.seconds), _ms(row.own_seconds), _share(row.own_seconds, whole))
+        first = _ms(row.first_seconds) if row.first_sight else ""
+        times = (_ms(row.seconds), _ms(row.own_seconds), first, _share(row.own_seconds, whole))
         table.add_row(row.patch, row.op, *(f"{count:,}" for count in counts), *times)
     return table
 

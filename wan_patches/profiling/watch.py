@@ -49,7 +49,7 @@ class OpProfile:
     calls: all of them. `stock` took stock's way; `first_sight` took both, because the first-sight gate compared them.
     forms: what computed the others, and how many.
     seconds: of the calls, the device waited for on both ends; `own_seconds` without those of other operations
-        that were called inside.
+        that were called inside. first_seconds: of those at first sight alone, compilers of kernels among them.
     reasons: why calls took stock's way, and how many did.
     """
 
@@ -60,6 +60,7 @@ class OpProfile:
     first_sight: int = 0
     seconds: float = 0.0
     own_seconds: float = 0.0
+    first_seconds: float = 0.0
     forms: dict[str, int] = field(default_factory=dict)
     reasons: dict[str, int] = field(default_factory=dict)
 
@@ -224,6 +225,7 @@ class Observer:
         row.own_seconds += seconds - call.inner
         if any(way.reason == FIRST_SIGHT for way in ways):
             row.first_sight += 1
+            row.first_seconds += seconds
         else:
             form = next((way.form for way in ways if way.form), None)
             counts, why = (row.reasons, ways[0].reason) if form is None else (row.forms, form)
