@@ -512,6 +512,25 @@ def test_a_proof_is_repeated_on_later_values(monkeypatch, elsewhere):
     assert [verdict.exact for verdict in gate.verdicts()] == [True, False]
 
 
+def test_a_form_outlives_a_shortage_of_memory_in_a_later_proof(monkeypatch, elsewhere):
+    monkeypatch.setattr(dispatch, "AGAIN", 2)
+    short = []
+
+    def stock(x):
+        if short:
+            raise torch.OutOfMemoryError("planted")
+        return x + 1
+
+    add, form, _ = made(lambda x: 1 + x, stock)
+    x = torch.randn(3)
+    add(x)
+    short.append(1)
+    for _ in range(3):
+        assert torch.equal(add(x), x + 1)
+    assert form.function.calls == 1 + 3 + 1
+    assert ways()["ours", ""] == 3
+
+
 def test_without_the_gate_forms_run_unchecked_until_it_returns(elsewhere):
     add, _, reference = made(lambda x: x + 2)
     gate.enabled = False

@@ -259,6 +259,9 @@ class Op(Generic[P, R]):
             return self._follow(decision, args)
         decision.again *= 2
         failure = trial.failure(form, self._agree)
+        if failure == proof.NO_MEMORY:  # which says nothing about the form
+            del trial
+            return self._follow(decision, args)
         if failure:
             tried = (*decision.tried, (form.name, failure))
             self._decide(key, Decision(None, f"{form.name} {failure}", tried=tried))
