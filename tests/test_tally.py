@@ -32,7 +32,7 @@ def notes():
 
 def test_calls_are_told_by_patch(pipe):
     with wan_patches.enabled():
-        assert set(notes().values()) == {""}
+        assert not any(report.ways for report in wan_patches.status().reports)
         call(pipe)
         (report,) = [report for report in wan_patches.status().of("rope") if report.module == MODULE]
         assert (report.calls, report.fast) == (8, 0)

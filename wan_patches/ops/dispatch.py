@@ -127,11 +127,9 @@ class Op(Generic[P, R]):
             return self.traced(*args, **kwargs)
         if kwargs:
             return self(*inspect.signature(self.reference).bind(*args, **kwargs).args)  # type: ignore[call-arg]
-        if self._has_limits and not _any_size:
-            x: Any = args[0]
-            if x.numel() < (self._smallest if x.is_cpu else self._smallest_elsewhere):
-                tally.count(self.name, "", SMALL)
-                return self.reference(*args)  # type: ignore[call-arg]
+        if self._has_limits and self.is_small(args[0]):
+            tally.count(self.name, "", SMALL)
+            return self.reference(*args)  # type: ignore[call-arg]
         is_seen = is_transformed() or (self._autocasts and torch._C._is_any_autocast_enabled())
         key = None if is_seen else self._key(*args)
         if key is None:
@@ -180,6 +178,10 @@ class Op(Generic[P, R]):
         """Decorates what compilers, autograd, transforms and tracers see instead of the reference."""
         self.traced = function
         return function
+
+    def is_small(self, x: Any) -> bool:
+        """Whether the first argument has so few elements that no form is asked: callers need not ask either."""
+        return not _any_size and x.numel() < (self._smallest if x.is_cpu else self._smallest_elsewhere)
 
     def stock(self, reason: str, *args: P.args, **kwargs: P.kwargs) -> R:
         """The reference, where the caller knows a reason for it."""

@@ -144,7 +144,7 @@ def modulated_norm(norm: Any, x: Any, scale: Modulation, shift: Modulation) -> A
     """`(norm(x.float()) * (1 + scale) + shift).type_as(x)`; see `wan_patches.ops.modulation`."""
     from wan_patches.ops import modulation as ops
 
-    return _unless(_reason_against_norm(norm), ops.modulated_norm, x, norm, scale, shift)
+    return _around(norm, ops.modulated_norm, x, norm, scale, shift)
 
 
 def gated_residual(x: Any, y: Any, gate: Modulation, cast: bool = False) -> Any:
@@ -160,21 +160,21 @@ def residual_norm(
     """A residual sum and its norm; see `wan_patches.ops.modulation`."""
     from wan_patches.ops import modulation as ops
 
-    return _unless(_reason_against_norm(norm), ops.residual_norm, x, y, gate, norm, scale, shift)
+    return _around(norm, ops.residual_norm, x, y, gate, norm, scale, shift)
 
 
 def cast_norm(norm: Any, x: Any) -> Any:
     """`norm(x.float()).type_as(x)`; see `wan_patches.ops.modulation`."""
     from wan_patches.ops import modulation as ops
 
-    return _unless(_reason_against_norm(norm), ops.cast_norm, x, norm)
+    return _around(norm, ops.cast_norm, x, norm)
 
 
 def close_modulated_norm(norm: Any, x: Any, scale: Modulation, shift: Modulation) -> Any:
     """`modulated_norm`, with rounding that moves; see `wan_patches.ops.fused_norm`."""
     from wan_patches.ops import fused_norm as ops
 
-    return _unless(_reason_against_norm(norm), ops.modulated_norm, x, norm, scale, shift)
+    return _around(norm, ops.modulated_norm, x, norm, scale, shift)
 
 
 def close_residual_norm(
@@ -183,19 +183,24 @@ def close_residual_norm(
     """`residual_norm`, with rounding that moves; see `wan_patches.ops.fused_norm`."""
     from wan_patches.ops import fused_norm as ops
 
-    return _unless(_reason_against_norm(norm), ops.residual_norm, x, y, gate, norm, scale, shift)
+    return _around(norm, ops.residual_norm, x, y, gate, norm, scale, shift)
 
 
 def close_cast_norm(norm: Any, x: Any) -> Any:
     """`cast_norm`, with rounding that moves; see `wan_patches.ops.fused_norm`."""
     from wan_patches.ops import fused_norm as ops
 
-    return _unless(_reason_against_norm(norm), ops.cast_norm, x, norm)
+    return _around(norm, ops.cast_norm, x, norm)
 
 
-def _unless(reason: str | None, op: Any, *args: Any) -> Any:
-    """What `op` gives, in stock's operations where there is a reason for them."""
-    return op(*args) if reason is None else op.stock(reason, *args)
+def _around(norm: Any, op: Any, *args: Any) -> Any:
+    """What `op` gives, whose first argument are the hidden states; stock's operations where `norm` asks for them."""
+    import torch
+
+    # of few elements the norm is called as stock calls it, whatever it is
+    if torch.compiler.is_compiling() or op.is_small(args[0]) or (reason := _reason_against_norm(norm)) is None:
+        return op(*args)
+    return op.stock(reason, *args)
 
 
 def modulations(table: Any, temb: Any) -> Any:
@@ -306,8 +311,6 @@ def _reason_against_norm(norm: Any) -> str | None:
     import torch.nn.functional as F
     from diffusers.models.normalization import FP32LayerNorm
 
-    if torch.compiler.is_compiling():
-        return "it is being compiled"
     if not are_torchs(F.layer_norm, torch.layer_norm):
         return "torch's layer norm is not its own"
     if type(norm) is not FP32LayerNorm:

@@ -17,6 +17,7 @@ from wan_patches.patches.forwards import is_untouched
 from wan_patches.registry import Patch, Target
 from wan_patches.rewrite import Block, Edit, Replace
 
+_FEW = "torch's norm is the fastest for so few elements"
 _NORM, _BOTH = "_wan_patches_qk_norm", "_wan_patches_rotate_both"
 _CLOSE_NORM, _CLOSE_BOTH = "_wan_patches_close_qk_norm", "_wan_patches_close_rotate_both"
 
@@ -139,11 +140,16 @@ PATCHES = (
 
 def qk_norm(norm: Any, x: Any) -> Any:
     """`norm(x)` for `x` of `(batch, seq, dim)`: without the call where it is `torch.nn.RMSNorm` and nothing else."""
-    if (reason := _reason_against_norm(norm, x)) is not None:
-        tally.note("RMS norm", "", reason)
-        return norm(x)
+    import torch
+
     from wan_patches.ops.rms_norm import rms_norm
 
+    if torch.compiler.is_compiling():
+        return norm(x)
+    reason = _FEW if rms_norm.is_small(x) else _reason_against_norm(norm, x)
+    if reason is not None:
+        tally.count(rms_norm.name, "", reason)
+        return norm(x)
     return rms_norm(x, norm.weight, norm.eps)
 
 
