@@ -90,6 +90,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]):
+    for item in items:
+        loop = item.get_closest_marker("loop")
+        if loop is not None and not set(loop.args) & set(map(str, item.callspec.params.values())):
+            item.add_marker("slow")
     order = {path: place for place, path in enumerate(LONG)}
     items.sort(key=lambda item: order.get(_path(item), len(LONG)))
     seen: set[str] = set()

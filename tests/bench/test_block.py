@@ -21,8 +21,9 @@ TINY = [name for name, shape in shapes.SHAPES.items() if name.startswith("tiny")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+@pytest.mark.loop("tiny", "tiny-helios")
 @pytest.mark.parametrize("name", TINY)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)])
 def test_stock_and_patched_give_the_same(name, dtype):
     result = block.measure(shapes.shape_of(name, CPU), CPU, dtype, compiled=False, seconds=0.0)
     assert result.deterministic

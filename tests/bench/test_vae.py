@@ -38,6 +38,7 @@ def test_every_shape_suits_its_model():
             assert height % 16 == width % 16 == 0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_what_is_measured_is_shown_and_written(tmp_path):
     rows, shared = vae.measure(CPU, torch.float32, quick=True, parallel=False)

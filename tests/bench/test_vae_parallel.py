@@ -13,6 +13,7 @@ from wan_patches.bench.vae_parallel import Case, cases, measure
 SMALL = {"frames": 1, "height": 48, "width": 64, "tile": 32, "stride": 24, "base_dim": 4}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="there is only one core")
 def test_rows_have_the_bits_of_one_process():
     wanted = [Case("decode", **SMALL), Case("encode", **SMALL, dtype="bf16")]

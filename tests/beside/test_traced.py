@@ -67,14 +67,12 @@ def forward(name):
     return run, [values[nth] for nth in places]
 
 
-LOOP = ("wan_t2v", "wan_vace", "helios")
-
-
-@pytest.fixture(params=[n if n in LOOP else pytest.param(n, marks=pytest.mark.slow) for n in NAMES if n in available()])
+@pytest.fixture(params=[name for name in NAMES if name in available()])
 def run_and_tensors(request):
     return forward(request.param)
 
 
+@pytest.mark.loop("wan_vace", "helios")
 @torch.no_grad()
 def test_a_graph_of_a_model_has_no_trials_in_it(run_and_tensors):
     run, tensors = run_and_tensors

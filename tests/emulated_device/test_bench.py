@@ -13,6 +13,7 @@ pytestmark = pytest.mark.npu_emulated
 TINY = [name for name, shape in shapes.SHAPES.items() if name.startswith("tiny") and shape.available]
 
 
+@pytest.mark.loop("tiny")
 @pytest.mark.parametrize("name", TINY)
 @pytest.mark.parametrize(
     "bench", [pipeline, *(pytest.param(bench, marks=pytest.mark.slow) for bench in (block, model))]

@@ -86,6 +86,7 @@ def verdicts() -> set[tuple[str, bool]]:
 # Rotary embedding
 
 
+@pytest.mark.loop("wan_t2v", "wan22_i2v", "wan_vace", "skyreels_v2_df", "chronoedit", "sana_video", "helios_i2v")
 @pytest.mark.parametrize("name", THERE)
 def test_every_family_keeps_its_bits_and_its_rotary_embedding_is_npu_rotary_mul(name, build, calls):
     pipe = build(name)

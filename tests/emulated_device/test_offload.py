@@ -110,6 +110,7 @@ class Peak:
 # Bits
 
 
+@pytest.mark.loop("wan22_i2v", "wan_vace", "helios_i2v")
 @pytest.mark.parametrize("name", have(GROUPED))
 def test_groups_on_a_stream_have_the_bits_of_the_whole_pipeline(name, whole, runtime):
     pipe = build(name)

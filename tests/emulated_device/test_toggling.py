@@ -13,6 +13,7 @@ NAMES = ("wan22_i2v", "wan22_ti2v", "wan_vace", "skyreels_v2_df_i2v", "chronoedi
 
 
 @pytest.mark.parametrize("rounds", [4, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.loop("wan22_i2v", "chronoedit", "helios_pyramid")
 @pytest.mark.parametrize("family", [name for name in NAMES if name in available()])
 def test_generations_have_the_bits_of_stock(family, rounds, toggled):
     pipe = FAMILIES[family].build(dtype=torch.bfloat16).to("npu")

@@ -144,9 +144,9 @@ def _killed_at_random(rounds: int, retries: int, seed: int) -> dict[str, int]:
 
 
 def test_killed_at_random_every_future_ends_and_what_arrived_is_right():
-    ends = _killed_at_random(rounds=8, retries=0, seed=1)
-    assert ends["result"] >= 8
-    assert sum(ends.values()) == 24
+    ends = _killed_at_random(rounds=5, retries=0, seed=1)
+    assert ends["result"] >= 5
+    assert sum(ends.values()) == 15
 
 
 @pytest.mark.slow

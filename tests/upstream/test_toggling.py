@@ -17,6 +17,7 @@ def generation(family):
 
 
 @pytest.mark.parametrize("rounds", [4, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.loop("wan_t2v", "wan22_i2v", "wan_vace", "skyreels_v2_df", "chronoedit", "sana_video", "helios_i2v")
 @pytest.mark.parametrize("family", available())
 def test_generations_have_the_bits_of_stock(family, rounds, toggled):
     run = generation(family)
