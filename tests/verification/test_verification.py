@@ -166,6 +166,47 @@ def test_only_the_named_patches_are_in_force(pipe):
 # What is broken
 
 
+def quantised(pipe):
+    quantization = pytest.importorskip("torchao.quantization")
+    quantization.quantize_(pipe.transformer, quantization.Int8WeightOnlyConfig())
+
+
+def with_lora(pipe):
+    peft = pytest.importorskip("peft")
+    pipe.transformer.add_adapter(peft.LoraConfig(r=4, target_modules=["to_q", "to_v"]), "style")
+
+
+def cast_by_layers(pipe):
+    pipe.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
+
+
+def offloaded(pipe):
+    here = torch.device("cpu")
+    pipe.transformer.enable_group_offload(
+        onload_device=here, offload_device=here, offload_type="block_level", num_blocks_per_group=1
+    )
+
+
+@pytest.mark.parametrize("prepare", [quantised, with_lora, cast_by_layers, offloaded])
+def test_what_people_have_is_verified_and_the_report_can_be_sent(prepare, any_size, tmp_path):
+    pipe = FAMILIES["wan_t2v"].build(dtype=torch.bfloat16)
+    prepare(pipe)
+    found = verify(pipe, repeat=0, report=tmp_path / "report.html", **inputs())
+    assert found.exact, found
+    fast, total = found.calls["modulation"]
+    assert fast == total > 0
+    assert found.exercise.startswith("fast in")
+    assert json.loads(found.to_json())["calls"]["modulation"] == [fast, total]
+    assert "fast in" in (tmp_path / "report.html").read_text()
+
+
+def test_small_sizes_are_said_to_exercise_nothing(pipe):
+    found = verify(pipe, patches=["rope"], repeat=0, **inputs())
+    assert found.exact
+    assert found.exercise == "fast forms were not exercised"
+    assert "fast forms were not exercised" in str(found)
+
+
 def test_a_broken_patch_is_named(pipe, broken_rope):
     found = verify(pipe, repeat=0, **inputs())
     assert not found.exact
