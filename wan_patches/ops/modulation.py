@@ -453,9 +453,9 @@ def _(x: torch.Tensor, y: torch.Tensor, gate: Modulation, cast: bool = False) ->
 
 @gated_residual_in_chunks.refuses
 def _(x: torch.Tensor, y: torch.Tensor, gate: Modulation, cast: bool = False) -> str | None:
-    if x.dtype == torch.float32 and (x.stride(2), y.stride(2)) != (1, 1):
-        return SLOW
-    return why_not(x, gate) or why_not_sum(x, y, gate)
+    if (reason := why_not(x, gate) or why_not_sum(x, y, gate)) is not None:
+        return reason
+    return SLOW if x.dtype == torch.float32 and (x.stride(2), y.stride(2)) != (1, 1) else None
 
 
 @gated_residual_in_place.refuses
