@@ -340,8 +340,10 @@ class Registry:
             with contextlib.suppress(Exception):  # another thread imports it: wait; an error there is theirs
                 importlib.import_module(name)
         libraries = {patch.module.partition(".")[0] for patch in patches if not patch.optional}
-        known = [patch for patch in patches if patch.module.partition(".")[0] in {*libraries, *sys.modules}]
-        for name in sorted({patch.module for patch in known if import_now and choice.wants(patch)}):
+        for name in sorted({patch.module for patch in patches if import_now and choice.wants(patch)}):
+            library = name.partition(".")[0]
+            if library not in libraries and library not in sys.modules:  # another library, which nobody uses
+                continue
             with contextlib.suppress(ModuleNotFoundError):  # the installed version has no such module
                 importlib.import_module(name)
 
@@ -454,12 +456,15 @@ def _pass_over(patches: Iterable[Patch]) -> None:
 
 def _with_ways(reports: list[Report], patches: list[Patch]) -> list[Report]:
     """The reports of these patches, with what the tally has of them."""
-    counted = tally.counted()
+    counted: dict[tuple[str, str], dict[Way, int]] = {}
+    for way, calls in tally.counted().items():
+        counted.setdefault((way.module, way.entry), {})[way] = calls
     found = []
     for report, patch in zip(reports, patches):
-        paths = {path for path in patch.calls.values() if isinstance(path, str)}
-        ways = {way: n for way, n in counted.items() if way.module == patch.module and way.entry in paths}
-        found.append(replace(report, ways=ways))
+        ways: dict[Way, int] = {}
+        for path in {path for path in patch.calls.values() if isinstance(path, str)} if counted else ():
+            ways |= counted.get((patch.module, path), {})
+        found.append(replace(report, ways=ways) if ways else report)
     ran = {(report.module, report.name) for report in found if report.ways}
     return [
         replace(report, note=_note(report, (report.module, patch.runs_with) in ran))
