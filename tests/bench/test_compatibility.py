@@ -35,7 +35,6 @@ def test_a_family_is_recorded_with_the_patches_that_ran():
 
 #: What takes stock's way at these sizes, and has to.
 SLOW = {
-    "vae": {"its channels lie next to each other", "the pass began as stock's"},  # pictures to be encoded
     "preprocess": {"the input is not PIL images in RGB"},  # VACE's mask
     "modulation": {SMALL},  # of the small stages of Helios' pyramid
     "qk": {SMALL},
@@ -49,7 +48,7 @@ def test_nearly_all_calls_take_fast_forms(name):
     (row,) = measure([name])
     assert row.identical
     for patch, (fast, total) in row.calls.items():
-        allowed = SLOW.get(patch, set()) if patch in ("vae", "preprocess") or "pyramid" in row.family else set()
+        allowed = SLOW.get(patch, set()) if patch == "preprocess" or "pyramid" in row.family else set()
         known = sum(n for why, n in row.reasons.get(patch, {}).items() if why.partition(": ")[2] in allowed)
         assert fast >= 0.95 * (total - known), (patch, fast, total, row.reasons)
 

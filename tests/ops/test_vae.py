@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import random
+from collections import Counter
 
 import pytest
 import torch
@@ -154,3 +156,31 @@ def test_upsampled_bands_have_their_neighbours(height, rows):
         assert torch.equal(band, whole[..., place.start : place.stop + 2, :])
         covered += range(place.start, place.stop)
     assert covered == list(range(2 * height))
+
+
+@pytest.mark.parametrize("axes", [4, 5])
+def test_memory_formats_are_what_aten_goes_on_with(axes):
+    """Which of two formats a padded tensor is in, `(batch, channels, ..., height, width)`."""
+    last = torch.channels_last if axes == 4 else torch.channels_last_3d
+    drawing, found = random.Random(0), Counter()
+    for _ in range(5000):
+        shape = [drawing.choice([1, 1, 2, 3]) for _ in range(axes)]
+        order = drawing.choice([(0, *range(2, axes), 1), drawing.sample(range(axes), axes)])
+        whole = torch.empty([shape[axis] * drawing.choice([1, 1, 2]) for axis in order])
+        x = whole.permute([order.index(axis) for axis in range(axes)])
+        x = x[tuple(slice(None, None, drawing.choice([1, 1, 2])) for _ in range(axes))]
+        padded = F.pad(x, (1, 1, 1, 1))
+        if (strides := torch.empty(padded.shape, memory_format=last).stride()) != torch.empty(padded.shape).stride():
+            assert vae.is_channels_last(x) == (padded.stride() == strides), (x.shape, x.stride())
+            found[vae.is_channels_last(x)] += 1
+    assert min(found[True], found[False]) > 1000
+
+
+def test_shared_memory_comes_in_both_formats():
+    caches = FrameCaches(1)
+    for x in (torch.empty(2, 3, 4, 5, 6), torch.empty(2, 3, 5, 6)):
+        last = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+        for memory_format in (torch.contiguous_format, last):
+            shape = (*x.shape[:-1], 9)
+            found = caches.shared(shape, x, memory_format is last)
+            assert found.stride() == torch.empty(shape, memory_format=memory_format).stride()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import logging
 import pickle
 import weakref
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 import wan_patches
+from wan_patches import tally
 from wan_patches.ops.vae import FrameCaches
 from wan_patches.patches import vae as patch
 
@@ -153,24 +155,53 @@ def test_real_channels_are_divided_and_bit_identical(dtype, monkeypatch):
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("dtype", REAL_DTYPES)
-@pytest.mark.parametrize(
-    "what",
-    ["image", "weights", *(pytest.param(what, marks=pytest.mark.slow) for what in ("video", "batch", "latents"))],
-)
+@pytest.mark.parametrize("what", ["weights", pytest.param("latents", marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_channels_last(what, dtype):
-    """Stock's convolutions go on in that layout, here and there, with other bits: PIL images become tensors of it."""
+    """Stock's convolutions go on in that layout, here and there, with other bits."""
     vae = _build(REAL, dtype)
-    latents, video = _latents(vae, 2, 6, 6), _video(vae, 1 if what == "image" else 5, 6, 7, 1 + (what == "batch"))
+    latents, video = _latents(vae, 2, 6, 6), _video(vae, 5, 6, 7)
     if what == "weights":
         for parameter in vae.parameters():
             if parameter.dim() == 5:
                 parameter.data = parameter.data.to(memory_format=torch.channels_last_3d)
-    elif what == "latents":
-        latents = latents.to(memory_format=torch.channels_last_3d)
     else:
-        video = video.to(memory_format=torch.channels_last_3d)
+        latents = latents.to(memory_format=torch.channels_last_3d)
     _compare(vae, latents, video)
+
+
+@pytest.mark.parametrize("dtype", REAL_DTYPES)
+@pytest.mark.parametrize(
+    "what", ["image", "video", *(pytest.param(what, marks=pytest.mark.slow) for what in ("batch", "tiles"))]
+)
+@torch.no_grad()
+def test_pictures_are_encoded_as_they_lie(what, dtype):
+    """PIL images become tensors in channels-last memory, and stock's encoder goes on in that."""
+    vae = _build(REAL, dtype)
+    if what == "tiles":
+        _tile(vae)
+    height = 28 if what == "video" else 6  # 224 rows, which are divided
+    video = _video(vae, 1 if what == "image" else 5, height, 7, 1 + (what == "batch"))
+    video = video.to(memory_format=torch.channels_last_3d)
+    stock = vae.encode(video).latent_dist.parameters
+    with wan_patches.enabled(["vae"], strict=True):
+        tally.reset()
+        assert _same(vae.encode(video).latent_dist.parameters, stock)
+        ways = {way: calls for way, calls in tally.counted().items() if "vae" in way.entry}
+    assert stock.std() > 0
+    assert sum(ways.values()) > 10
+    assert all(way.is_fast for way in ways), ways
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("order", list(itertools.permutations(range(5)))[1::4])
+@torch.no_grad()
+def test_videos_may_lie_in_any_order(order):
+    vae = _build(SMALL)
+    video = _video(vae, 9, 2, 3, batch=2).permute(order).contiguous().permute([order.index(axis) for axis in range(5)])
+    stock = vae.encode(video).latent_dist.parameters
+    with wan_patches.enabled(["vae"], strict=True):
+        assert _same(vae.encode(video).latent_dist.parameters, stock)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -194,7 +225,7 @@ def test_what_is_found_divisible_is(channels, kernel, threads, monkeypatch):
     try:
         conv = WanCausalConv3d(*channels, kernel, padding=kernel // 2).to(torch.bfloat16)
         for height, width in ((8, 14), (16, 28), (32, 56)):
-            found = patch._convolves_divided(conv, (1, 4, height, width), torch.bfloat16)
+            found = patch._convolves_divided(conv, (1, 4, height, width), torch.bfloat16, False)
             x = torch.randn(1, channels[0], 4 + kernel - 1, height + kernel - 1, width + kernel - 1).to(torch.bfloat16)
             convolve = patch._convolution(conv)
             parts = [convolve(x[:, :, t : t + 2 + kernel - 1].contiguous()) for t in (0, 2)]
@@ -226,9 +257,9 @@ def test_a_trial_that_can_tell_nothing_apart_means_no(monkeypatch):
 
     def tried():
         patch._divided.clear()
-        yield patch._convolves_divided(conv3d, (1, 4, 60, 104), torch.float32)
-        yield patch._resizes_divided(ups, (4, 96, 60, 104), torch.float32, True)
-        yield patch._resizes_divided(downs, (4, 96, 60, 104), torch.float32, False)
+        yield patch._convolves_divided(conv3d, (1, 4, 60, 104), torch.float32, False)
+        yield patch._resizes_divided(ups, (4, 96, 60, 104), torch.float32, False, True)
+        yield patch._resizes_divided(downs, (4, 96, 60, 104), torch.float32, False, False)
 
     right = patch._cancelling
     seen = list(tried())

@@ -140,7 +140,7 @@ seeds = st.integers(0, 2**32 - 1)
 
 
 def layouts(dims: int, repeats: bool = True) -> st.SearchStrategy[Layout]:
-    """Any layout of so many axes, the contiguous one often."""
+    """Any layout of so many axes, the contiguous one often, and that of pictures, in which the second axis is last."""
     again = st.sampled_from((False, False, False, False, True)) if repeats else st.just(False)
     anything = st.builds(
         Layout,
@@ -149,7 +149,9 @@ def layouts(dims: int, repeats: bool = True) -> st.SearchStrategy[Layout]:
         st.tuples(*[again] * dims),
         st.sampled_from((0, 0, 1, 3)),
     )
-    return st.one_of(st.just(Layout.contiguous(dims)), anything)
+    usual = Layout.contiguous(dims)
+    pictures = [replace(usual, order=(0, *range(2, dims), 1))] if dims > 3 else []
+    return st.one_of(st.just(usual), anything, *map(st.just, pictures))
 
 
 @st.composite

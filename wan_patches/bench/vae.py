@@ -27,19 +27,21 @@ from wan_patches.bench.shapes import WAN_22_VAE
 from wan_patches.patches import conditioning
 from wan_patches.patches.forwards import hands_on
 
+_WHAT = ("decode", "encode", "encode pictures")  # pictures lie in memory channels last
 _TINY = {"base_dim": 8, "z_dim": 4, "latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
 
 
 def cases(device: torch.device, quick: bool = False) -> list[ops.Case]:
     """What is measured on `device`: 480p and 720p with 81 frames, or a scaled form of them on a CPU."""
     if quick:
-        return [_coded("decode", 5, 48, 80, _TINY), _coded("encode", 5, 48, 80, _TINY), _condition(5, 48, 80)]
+        both = [(5, 48, 80, _TINY)]
+        return [*(_coded(what, *shape) for shape in both for what in _WHAT), _condition(5, 48, 80)]
     if device.type != "cpu":
         both = [(81, 480, 832, {}), (81, 720, 1280, {}), (81, 704, 1280, WAN_22_VAE)]
     else:
         both = [(5, 240, 416, {}), (5, 352, 640, {}), (5, 128, 224, WAN_22_VAE)]
     return [
-        *(_coded(what, *shape) for shape in both for what in ("decode", "encode")),
+        *(_coded(what, *shape) for shape in both for what in _WHAT),
         _condition(81, 480, 832),
     ]
 
@@ -82,7 +84,8 @@ def write_json(
 
 
 def _coded(what: str, frames: int, height: int, width: int, config: dict[str, Any]) -> ops.Case:
-    make = functools.partial(_decode if what == "decode" else _encode, frames, height, width, config)
+    work = _decode if what == "decode" else functools.partial(_encode, what == "encode pictures")
+    make = functools.partial(work, frames, height, width, config)
     name = f"{what}, Wan 2.2" if config is WAN_22_VAE else what
     return ops.Case(name, f"{frames}x{height}x{width}", make)
 
@@ -98,10 +101,17 @@ def _decode(
 
 
 def _encode(
-    frames: int, height: int, width: int, config: dict[str, Any], device: torch.device, dtype: torch.dtype
+    pictures: bool,
+    frames: int,
+    height: int,
+    width: int,
+    config: dict[str, Any],
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> tuple[ops.Call, ops.Call]:
     vae = _build(config, device, dtype)
-    video = torch.randn(1, 3, frames, height, width).to(device, dtype)
+    memory_format = torch.channels_last_3d if pictures else torch.contiguous_format
+    video = torch.randn(1, 3, frames, height, width).to(device, dtype, memory_format=memory_format)
     return _both(lambda: vae.encode(video).latent_dist.parameters)
 
 

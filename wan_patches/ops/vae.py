@@ -31,8 +31,10 @@ class FrameCaches(list):
     def __init__(self, convolutions: int) -> None:
         super().__init__([None] * convolutions)
         self.divided = False  # whether convolutions may see a part of their rows at a time
+        self.continues = False  # whether they go on with frames of which they have seen the first ones
         self.declined = False  # whether the pass is stock's, which takes this for its own list
         self._memory: torch.Tensor | None = None
+        self._channels_last = [False] * convolutions  # their last windows
 
     def __reduce__(self) -> Any:
         return list, (list(self),)  # whoever loads an autoencoder need not have this package
@@ -42,14 +44,21 @@ class FrameCaches(list):
         self.divided = True
         self._memory = None
 
-    def shared(self, shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
-        """Contiguous memory of this shape, with the dtype and device of `like`: valid until the next call."""
+    def unite(self) -> None:
+        """The end of that."""
+        self.divided = self.continues = False
+
+    def shared(self, shape: Sequence[int], like: torch.Tensor, channels_last: bool = False) -> torch.Tensor:
+        """Memory without gaps of this shape, with the dtype and device of `like`: valid until the next call."""
         size = math.prod(shape)
         memory = self._memory
         if memory is None or memory.numel() < size or not _takes(memory, like):
             self._memory = memory = None  # the old goes before the new comes
             self._memory = memory = torch.empty(size, dtype=like.dtype, device=like.device)
-        return memory[:size].view(tuple(shape))
+        if not channels_last:
+            return memory[:size].view(tuple(shape))
+        batch, channels, *space = shape
+        return memory[:size].view(batch, *space, channels).movedim(-1, 1)
 
     def _renewed(self, index: int, x: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
         """The frames that convolution number `index` remembers, and where those go that it will after `x`."""
@@ -57,9 +66,16 @@ class FrameCaches(list):
         before = self[index] if isinstance(self[index], torch.Tensor) else None
         batch, channels, frames, height, width = x.shape
         shape = (batch, channels, 1 if is_first and frames == 1 else HISTORY, height, width)
-        if before is not None and is_free and _is_like(before, shape, x):
+        last = is_channels_last(x) and (frames >= HISTORY or before is None or is_channels_last(before))
+        if before is not None and is_free and _takes(before, x) and _is_like(before, shape, last):
             return before, before
-        return before, x.new_empty(shape)
+        return before, _empty(shape, x, last)
+
+    def _window_format(self, index: int, x: torch.Tensor, before: torch.Tensor | None) -> bool:
+        """Whether what stock joins and pads is in channels-last memory: where all of it is, its first frames too."""
+        if not self.continues:
+            self._channels_last[index] = is_channels_last(x) and (before is None or is_channels_last(before))
+        return self._channels_last[index]
 
     def convolve(
         self,
@@ -77,8 +93,8 @@ class FrameCaches(list):
         Args:
             x: `(batch, channels, frames, height, width)`, any strides.
             convolution: takes `(batch, channels, 2 + frames, rows + 2 * padding[0], width + 2 * padding[1])`,
-                contiguous, in memory that is used again, to `(batch, channels', frames, rows, width)`, a new tensor.
-                Of all rows, this input is bit for bit what stock joins and pads.
+                in memory that is used again, to `(batch, channels', frames, rows, width)`, a new tensor. Of all
+                rows, this input is bit for bit what stock joins and pads, in the same memory format.
             padding: zeros above and below, left and right.
             activation: applied to `x` first; gives each position from its own channels alone, in a new tensor of
                 the dtype of `x`.
@@ -88,11 +104,13 @@ class FrameCaches(list):
         batch, channels, frames, height, width = x.shape
         above, left = padding
         before, after = self._renewed(index, x)
+        channels_last = self._window_format(index, x, before)
         edges = bands(height, least_rows(batch * channels * (HISTORY + frames)) if self.divided and above else height)
         carried = out = None
         loaded = 0
         for top, bottom in itertools.pairwise(edges):
-            window = self.shared((batch, channels, HISTORY + frames, bottom - top + 2 * above, width + 2 * left), x)
+            shape = (batch, channels, HISTORY + frames, bottom - top + 2 * above, width + 2 * left)
+            window = self.shared(shape, x, channels_last)
             _zero_border(window, above * (top == 0), above * (bottom == height), left)
             if carried is not None:
                 window[..., : 2 * above, :] = carried
@@ -116,16 +134,37 @@ class FrameCaches(list):
                 out = y
                 break
             if out is None:
-                fits = overwrite and y.shape[1] == channels
-                out = x if fits else y.new_empty((*y.shape[:3], height, y.shape[4]))
+                last = is_channels_last(y)
+                fits = overwrite and y.shape[1] == channels and is_channels_last(x) == last
+                out = x if fits else _empty((*y.shape[:3], height, y.shape[4]), y, last)
             out[..., top:bottom, :] = y
         assert out is not None
         self[index] = after
         return out
 
 
-def _is_like(before: torch.Tensor, shape: tuple[int, ...], x: torch.Tensor) -> bool:
-    return before.shape == shape and before.is_contiguous() and _takes(before, x)
+def is_channels_last(x: torch.Tensor) -> bool:
+    """Whether ATen takes a tensor of four or five axes for one in channels-last memory, and goes on in that."""
+    least = 0
+    for axis in (1, *range(x.dim() - 1, 1, -1)):
+        if x.stride(axis) < least or x.shape[axis] == 0:
+            return False
+        least = x.stride(axis) * x.shape[axis]
+    return least != x.stride(1) and x.stride(0) >= least
+
+
+def _format(channels_last: bool) -> torch.memory_format:
+    return torch.channels_last_3d if channels_last else torch.contiguous_format
+
+
+def _empty(shape: Sequence[int], like: torch.Tensor, channels_last: bool) -> torch.Tensor:
+    memory_format = _format(channels_last)
+    return torch.empty(tuple(shape), dtype=like.dtype, device=like.device, memory_format=memory_format)
+
+
+def _is_like(before: torch.Tensor, shape: tuple[int, ...], channels_last: bool) -> bool:
+    is_whole = before.is_contiguous(memory_format=_format(channels_last))
+    return before.shape == shape and is_whole and is_channels_last(before) == channels_last
 
 
 def _takes(memory: torch.Tensor, x: torch.Tensor) -> bool:
@@ -260,7 +299,7 @@ def upsampled_bands(x: torch.Tensor, rows: int, caches: FrameCaches) -> Iterator
     """
     images, channels, height, width = x.shape
     for top, bottom in itertools.pairwise(bands(height, rows)):
-        band = caches.shared((images, channels, 2 * (bottom - top) + 2, 2 * width), x)
+        band = caches.shared((images, channels, 2 * (bottom - top) + 2, 2 * width), x, is_channels_last(x))
         upsample(x[..., top:bottom, :], band[..., 1:-1, :])
         for row, neighbour in ((0, top - 1), (-1, bottom)):
             if 0 <= neighbour < height:
@@ -295,7 +334,7 @@ def in_steps(
             rewind()
         y = layers(x[:, :, start : start + frames])
         if out is None:
-            out = y.new_empty((*y.shape[:2], total, *y.shape[3:]))
+            out = _empty((*y.shape[:2], total, *y.shape[3:]), y, is_channels_last(y))
         out[:, :, start : start + frames] = y
     assert out is not None
     return out

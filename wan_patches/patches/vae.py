@@ -12,7 +12,6 @@ import copy
 import functools
 import itertools
 import logging
-import math
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -170,7 +169,7 @@ def decode_chunk(
     stock: Callable[..., Any], decoder: Any, x: Any, feat_cache: Any, feat_idx: list[int], first_chunk: bool
 ) -> Any:
     """One latent frame to its frames. What follows the last upsampling in time goes a few frames at a time."""
-    if not _begins_fast(feat_cache, decoder, x):
+    if not _begins_fast(feat_cache, decoder, x, _reason_against_latents):
         return stock(decoder, x, feat_cache=feat_cache, feat_idx=feat_idx, first_chunk=first_chunk)
     blocks = list(decoder.up_blocks)
     temporal = [i for i, block in enumerate(blocks) if _changes_frames(block)]
@@ -192,7 +191,7 @@ def decode_chunk(
 
 def encode_chunk(stock: Callable[..., Any], encoder: Any, x: Any, feat_cache: Any, feat_idx: list[int]) -> Any:
     """One or four frames to a latent frame. What precedes the first downsampling in time goes a few at a time."""
-    if not _begins_fast(feat_cache, encoder, x):
+    if not _begins_fast(feat_cache, encoder, x, _reason_against_video):
         return stock(encoder, x, feat_cache=feat_cache, feat_idx=feat_idx)
     blocks = list(encoder.down_blocks)
     temporal = [i for i, block in enumerate(blocks) if _changes_frames(block)]
@@ -224,13 +223,17 @@ def resample(stock: Callable[..., Any], module: Any, x: Any, feat_cache: Any, fe
     reason = "there is nothing to resample" if module.mode == "none" else _reason_against_caches(feat_cache)
     if not _noted("resample", reason):
         return stock(module, x, feat_cache, feat_idx)
+    from wan_patches.ops.vae import is_channels_last
+
     frames = x.transpose(1, 2)
     up = module.mode.startswith("up")
     if module.mode == "upsample3d":
         frames = _upsample_time(module.time_conv, x, feat_cache, feat_idx)
     conv, images = module.resample[1], frames.flatten(0, -4)
-    shape = tuple(images.shape)
-    if x.is_cpu and (feat_cache.divided or (shape[0] > 1 and _resizes_divided(conv, shape, x.dtype, up))):
+    divided = feat_cache.divided
+    if x.is_cpu and not divided and images.shape[0] > 1:
+        divided = _resizes_divided(conv, tuple(images.shape), x.dtype, is_channels_last(images), up)
+    if divided:
         y = _resize_divided(conv, images, up, feat_cache)
     else:
         y = conv((_upsample if up else _pad)(images, feat_cache))
@@ -308,10 +311,10 @@ def _upsample_time(conv: Any, x: Any, caches: Any, index: list[int]) -> Any:
 
 
 def _upsample(frames: Any, caches: Any) -> Any:
-    from wan_patches.ops.vae import upsample
+    from wan_patches.ops.vae import is_channels_last, upsample
 
     *leading, height, width = frames.shape
-    return upsample(frames, caches.shared((*leading, 2 * height, 2 * width), frames))
+    return upsample(frames, caches.shared((*leading, 2 * height, 2 * width), frames, is_channels_last(frames)))
 
 
 def _resize_divided(conv: Any, images: Any, up: bool, caches: Any) -> Any:
@@ -333,8 +336,10 @@ def _resize_divided(conv: Any, images: Any, up: bool, caches: Any) -> Any:
 
 def _pad(frames: Any, caches: Any) -> Any:
     """A row of zeros below and a column to the right."""
+    from wan_patches.ops.vae import is_channels_last
+
     *leading, height, width = frames.shape
-    padded = caches.shared((*leading, height + 1, width + 1), frames)
+    padded = caches.shared((*leading, height + 1, width + 1), frames, is_channels_last(frames))
     padded[..., height, :] = 0
     padded[..., width] = 0
     padded[..., :height, :width] = frames
@@ -381,11 +386,15 @@ def _in_steps(run: Callable[..., Any], modules: Any, x: Any, frames: int, caches
     divided = _can_be_divided(modules, x, frames if is_first_pass else x.shape[2])
     if is_first_pass or not divided:
         return run(x, caches, index)
+
+    def rewind() -> None:
+        index[0], caches.continues = first, True
+
     caches.divide()
     try:
-        return in_steps(lambda x: run(x, caches, index), x, _STEP, lambda: index.__setitem__(0, first))
+        return in_steps(lambda x: run(x, caches, index), x, _STEP, rewind)
     finally:
-        caches.divided = False
+        caches.unite()
 
 
 def _can_be_divided(modules: Any, x: Any, frames: int) -> bool:
@@ -397,19 +406,25 @@ def _can_be_divided(modules: Any, x: Any, frames: int) -> bool:
     """
     from torch import nn
 
+    from wan_patches.ops.vae import is_channels_last
+
     if not x.is_cpu or frames <= _STEP or frames % _STEP:
         return False
     batch, _, _, height, width = x.shape
+    formats = {False, is_channels_last(x)}  # of some windows no more than a part is in channels-last memory
     for module in (part for block in modules for part in block.modules()):
         if _is_attention(module):
             return False
         if hasattr(module, "resample"):
             up, conv = module.mode.startswith("up"), module.resample[1]
-            if not _resizes_divided(conv, (batch * frames, conv.in_channels, height, width), x.dtype, up):
+            shape = (batch * frames, conv.in_channels, height, width)
+            if not all(_resizes_divided(conv, shape, x.dtype, channels_last, up) for channels_last in formats):
                 return False
             height, width = (2 * height, 2 * width) if up else (height // 2, width // 2)
-        elif isinstance(module, nn.Conv3d) and not _convolves_divided(module, (batch, frames, height, width), x.dtype):
-            return False
+        elif isinstance(module, nn.Conv3d):
+            shape = (batch, frames, height, width)
+            if not all(_convolves_divided(module, shape, x.dtype, channels_last) for channels_last in formats):
+                return False
     return True
 
 
@@ -420,21 +435,21 @@ def _remembered(try_it: Callable[..., bool]) -> Callable[..., bool]:
     """Tries once for a convolution's form, a shape and what else can change the algorithm."""
 
     @functools.wraps(try_it)
-    def ask(conv: Any, shape: Any, dtype: Any, *more: Any) -> bool:
+    def ask(conv: Any, shape: Any, dtype: Any, channels_last: bool, *more: Any) -> bool:
         import torch
 
         settings = (torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.backends.mkldnn.enabled)
         form = (conv.weight.shape, conv.stride, conv.padding, conv.bias is None)
-        key = (try_it, form, tuple(shape), dtype, *more, *settings)
+        key = (try_it, form, tuple(shape), dtype, channels_last, *more, *settings)
         if key not in _divided:
-            _divided[key] = try_it(conv, shape, dtype, *more)
+            _divided[key] = try_it(conv, shape, dtype, channels_last, *more)
         return _divided[key]
 
     return ask
 
 
 @_remembered
-def _convolves_divided(conv: Any, shape: Any, dtype: Any) -> bool:
+def _convolves_divided(conv: Any, shape: Any, dtype: Any, channels_last: bool) -> bool:
     """Whether a causal convolution to `(batch, frames, height, width)` has the same bits in steps and bands."""
     import torch
 
@@ -445,13 +460,15 @@ def _convolves_divided(conv: Any, shape: Any, dtype: Any) -> bool:
     least = least_rows(batch * conv.in_channels * (before + _STEP))
     if height < least:
         return False
-    conv, window = _cancelling(conv, (batch, conv.in_channels, before + frames, height + above, width + beside), dtype)
+    size = (batch, conv.in_channels, before + frames, height + above, width + beside)
+    conv, window = _cancelling(conv, size, dtype)
+    window = _laid(window, channels_last)
     convolve = _convolution(conv)
     whole = convolve(window)
     edges = bands(height, least) if above else [0, height]
     return _is_rounding(whole) and all(
         torch.equal(
-            convolve(window[:, :, : before + _STEP, top : bottom + above].contiguous()),
+            convolve(_laid(window[:, :, : before + _STEP, top : bottom + above], channels_last)),
             whole[:, :, :_STEP, top:bottom],
         )
         for top, bottom in _of_each_size(edges)
@@ -459,7 +476,7 @@ def _convolves_divided(conv: Any, shape: Any, dtype: Any) -> bool:
 
 
 @_remembered
-def _resizes_divided(conv: Any, shape: Any, dtype: Any, up: bool) -> bool:
+def _resizes_divided(conv: Any, shape: Any, dtype: Any, channels_last: bool, up: bool) -> bool:
     """The same of resampling `(images, channels, height, width)`: one image at a time, and up in bands."""
     import torch
 
@@ -473,16 +490,27 @@ def _resizes_divided(conv: Any, shape: Any, dtype: Any, up: bool) -> bool:
     size = (2 * height + 2, 2 * width) if up else (height + 1, width + 1)
     conv, frames = _cancelling(conv, (images, channels, *size), dtype)
     if not up:
-        convolve = _convolution(conv)
+        convolve, frames = _convolution(conv), _laid(frames, channels_last)
         whole = convolve(frames)
         return _is_rounding(whole) and torch.equal(whole[:1], convolve(frames[:1]))
     frames[..., 0, :] = frames[..., -1, :] = 0
-    whole = _convolution(conv, conv.padding)(frames[..., 1:-1, :].contiguous())
+    whole = _convolution(conv, conv.padding)(_laid(frames[..., 1:-1, :], channels_last))
     convolve = _convolution(conv, (0, conv.padding[1]))
     return _is_rounding(whole) and all(
-        torch.equal(convolve(frames[:1, :, 2 * top : 2 * bottom + 2].contiguous()), whole[:1, :, 2 * top : 2 * bottom])
+        torch.equal(
+            convolve(_laid(frames[:1, :, 2 * top : 2 * bottom + 2], channels_last)),
+            whole[:1, :, 2 * top : 2 * bottom],
+        )
         for top, bottom in _of_each_size(bands(height, _ROWS))
     )
+
+
+def _laid(x: Any, channels_last: bool) -> Any:
+    """`x` without gaps, in that memory format."""
+    import torch
+
+    last = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+    return x.contiguous(memory_format=last if channels_last else torch.contiguous_format)
 
 
 def _of_each_size(edges: list[int]) -> list[tuple[int, int]]:
@@ -549,13 +577,13 @@ def _reason_against_caches(feat_cache: Any) -> str | None:
     return "the pass began as stock's" if feat_cache.declined else _reason_against_now()
 
 
-def _begins_fast(feat_cache: Any, coder: Any, x: Any) -> bool:
+def _begins_fast(feat_cache: Any, coder: Any, x: Any, reason_against_input: Callable[[Any], str | None]) -> bool:
     """Whether a chunk `x` goes the short way; if not, what follows it in the same pass does not either."""
     import torch
 
     reason = _reason_against_caches(feat_cache)
     if reason is None:
-        reason = _reason_against_input(x) or _reason_against(coder)
+        reason = reason_against_input(x) or _reason_against(coder)
         if reason is not None:
             feat_cache.declined = True
             _tell("A pass over a video", reason)
@@ -564,15 +592,19 @@ def _begins_fast(feat_cache: Any, coder: Any, x: Any) -> bool:
     return _noted(type(coder).__name__, reason)
 
 
-def _reason_against_input(x: Any) -> str | None:
+def _reason_against_video(x: Any) -> str | None:
     import torch
 
-    if type(x) is not torch.Tensor:
-        return f"it is a {type(x).__name__}"
-    if x.stride(1) == 1 and (x.stride(-1) != 1 or math.prod(x.shape[2:]) > 1):
-        # ATen goes on with channels last, and convolutions that add up in another order
-        return "its channels lie next to each other"
-    return None
+    return None if type(x) is torch.Tensor else f"it is a {type(x).__name__}"
+
+
+def _reason_against_latents(z: Any) -> str | None:
+    from wan_patches.ops.vae import is_channels_last
+
+    if (reason := _reason_against_video(z)) is not None:
+        return reason
+    # stock goes on in that memory format to the first upsampling in time, and in the usual one after it
+    return "its channels lie next to each other" if is_channels_last(z) else None
 
 
 def _reason_against_decode(vae: Any, z: Any) -> str | None:
@@ -585,7 +617,7 @@ def _reason_against_decode(vae: Any, z: Any) -> str | None:
         return "somebody looks at the beginnings of passes"
     if not is_librarys(wan.unpatchify):
         return "`unpatchify` is not the library's own"
-    return _reason_against_input(z) or _peculiarity(vae.post_quant_conv) or _reason_against(vae.decoder)
+    return _reason_against_latents(z) or _peculiarity(vae.post_quant_conv) or _reason_against(vae.decoder)
 
 
 def _reason_against_now() -> str | None:
