@@ -38,7 +38,7 @@ def test_stock_and_patched_give_the_same(name, dtype):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TINY)
-def test_the_block_gets_in_each_way_what_the_models_forward_hands_it(name, monkeypatch):
+def test_the_block_gets_in_each_way_what_the_models_forward_hands_it(name, any_size, monkeypatch):
     handed = []
     original = block._handed
 

@@ -15,7 +15,7 @@ import torch
 import wan_patches
 from wan_patches import tally
 from wan_patches.fidelity import Fidelity
-from wan_patches.ops import fused_norm
+from wan_patches.ops import dispatch, fused_norm
 from wan_patches.ops import modulation as ops
 from wan_patches.ops.modulation import TwoRows
 from wan_patches.patches import modulation as patch
@@ -275,7 +275,7 @@ def _request(batch=1, history=True, dtype=torch.float32):
 
 
 @pytest.fixture
-def handed(monkeypatch):
+def handed(any_size, monkeypatch):
     """What blocks are handed."""
     found, real = [], patch.modulations
 
@@ -421,6 +421,20 @@ def test_helios_hands_out_what_stock_does_where_someone_looks(look_in, at, hande
     assert shape == same_shape
     assert torch.equal(rows, same_rows)
     assert not any(isinstance(value, TwoRows) for value in handed)
+
+
+@torch.no_grad()
+def test_helios_hands_out_what_stock_does_for_few_elements(handed, monkeypatch):
+    """No form would take two rows: stock's tensor is made once, and not in each operation."""
+    model, request = _helios(), _request()
+    expected = model(**request)[0]
+    tally.reset()
+    monkeypatch.setattr(dispatch, "_any_size", False)
+    with wan_patches.enabled(["modulation"]):
+        assert torch.equal(model(**request)[0], expected)
+    assert handed
+    assert not any(isinstance(value, TwoRows) for value in handed)
+    assert {way.reason for way in tally.counted() if way.op == "rows of two kinds"} == {dispatch.SMALL}
 
 
 def test_helios_hands_out_what_stock_does_for_gradients(handed):

@@ -123,7 +123,7 @@ def test_everything_is_left_as_it_was(pipe):
 
 
 @pytest.mark.skipif("helios" not in available(), reason="this diffusers has none")
-def test_watched_blocks_are_handed_what_others_are(monkeypatch):
+def test_watched_blocks_are_handed_what_others_are(any_size, monkeypatch):
     handed, added_to = [], TwoRows.added_to
     monkeypatch.setattr(TwoRows, "added_to", lambda rows, table: handed.append(rows) or added_to(rows, table))
     subject = Subject(FAMILIES["helios"].build(), FAMILIES["helios"].inputs(output_type="latent"), str)

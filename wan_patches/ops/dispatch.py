@@ -183,6 +183,10 @@ class Op(Generic[P, R]):
         """Whether the first argument has so few elements that no form is asked: callers need not ask either."""
         return not _any_size and x.numel() < (self._smallest if x.is_cpu else self._smallest_elsewhere)
 
+    def is_few(self, elements: int, on_cpu: bool) -> bool:
+        """The same of a first argument that is still to come."""
+        return not _any_size and elements < (self._smallest if on_cpu else self._smallest_elsewhere)
+
     def stock(self, reason: str, *args: P.args, **kwargs: P.kwargs) -> R:
         """The reference, where the caller knows a reason for it."""
         if not torch.compiler.is_compiling():

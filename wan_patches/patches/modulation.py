@@ -214,7 +214,7 @@ def modulations(table: Any, temb: Any) -> Any:
 
     if isinstance(temb, TwoRows):
         return temb._replace(rows=temb.rows.float()).added_to(table)
-    if not is_observed(table, temb):
+    if not (is_observed(table, temb) or _are_few(temb.numel() // 6, temb)):
         if not _is_repeated(temb, 1):
             return tuple(map(RowPerToken, table.split(1, dim=1), temb.unbind(dim=2)))
         temb = temb[:, :1]
@@ -230,7 +230,7 @@ def two_rows(model: Any, history: Any, current: Any) -> Any:
 
     from wan_patches.ops.modulation import TwoRows
 
-    reason = _reason_against_rows(model)
+    reason = _reason_against_rows(model, history, current)
     if reason is None and not (_is_repeated(history, 2) and _is_repeated(current, 2)):
         reason = "tokens of one kind have several rows"
     if reason is not None:
@@ -257,7 +257,7 @@ def current_row(model: Any, history: Any, current: Any) -> Any:
     """
     import torch
 
-    if _reason_against_rows(model) is not None or not _is_repeated(current, 1):
+    if _reason_against_rows(model, history, current) is not None or not _is_repeated(current, 1):
         return torch.cat([history, current], dim=1)
     return current[:, :1]
 
@@ -269,13 +269,29 @@ def _is_repeated(tensor: Any, dim: int) -> bool:
     return not torch.compiler.is_compiling() and (tensor.stride(dim) == 0 or tensor.shape[dim] == 0)
 
 
-def _reason_against_rows(model: Any) -> str | None:
+def _reason_against_rows(model: Any, history: Any, current: Any) -> str | None:
     """Why a Helios model hands its blocks and its output norm what stock does; None where it need not."""
+    import torch
+
+    from wan_patches.ops.dispatch import SMALL
+
+    if torch.compiler.is_compiling():
+        return "it is being compiled"
+    batch, dim = current.shape[0], current.shape[-1]
+    if _are_few(batch * (history.shape[-2] + current.shape[-2]) * dim, current):
+        return SMALL
     if (reason := reason_against_two_kinds(model, "HeliosTransformerBlock")) is not None:
         return reason
     if type(model.norm_out).__name__ != "HeliosOutputNorm" or not _is_patched(model.norm_out, _NORM):
         return "its output norm is another, or does not run what is patched here alone"
     return None
+
+
+def _are_few(elements: int, like: Any) -> bool:
+    """Whether hidden states of so many elements meet stock's operations, and stock's tensors do for them."""
+    from wan_patches.ops.modulation import modulated_norm
+
+    return modulated_norm.is_few(elements, like.is_cpu)
 
 
 def reason_against_two_kinds(model: Any, block: str) -> str | None:
