@@ -10,7 +10,7 @@ import types
 import weakref
 from collections.abc import Mapping
 
-from wan_patches.rewrite import Edit, Unknown, rewritten
+from wan_patches.rewrite import Edit, Unknown, names_in, rewritten
 
 #: As the value of a name that edits call: the function as it was, running the code that was installed.
 STOCK = object()
@@ -37,7 +37,7 @@ class Site:
         if function is None:
             return
         wanted = self._edits + tuple(edit for edit in edits if edit not in self._edits)
-        called = _names(self._variant(wanted))
+        called = names_in(self._variant(wanted))
         for name, value in names.items():
             if name not in called:  # another target of the same patch does
                 continue
@@ -135,11 +135,6 @@ def functions_behind(value: object, filename: str | None) -> list[types.Function
         elif hasattr(item, "func"):  # functools.partial and its method form
             queue.append(item.func)
     return found
-
-
-def _names(code: types.CodeType) -> set[str]:
-    inner = (constant for constant in code.co_consts if isinstance(constant, types.CodeType))
-    return set(code.co_names).union(*map(_names, inner))
 
 
 def _contents(cell: types.CellType) -> object:

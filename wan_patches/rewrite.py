@@ -143,15 +143,16 @@ def parse(function: types.FunctionType) -> ast.FunctionDef:
     node = _parse_block(lines, code)
     if node is None or node.name != code.co_name:
         raise Unknown("its source could not be read")
-    if _proved.get(id(code)) != (code, hash(tuple(lines))):
+    proved, source = _proved.get(id(code), (None, None))
+    if proved is not code or source is not lines:
         if not _same(compile_function(node, function), code):
             raise Unknown("its source is not what runs (changed on disk, or replaced in memory)")
-        _proved[id(code)] = code, hash(tuple(lines))
+        _proved[id(code)] = code, lines
     return node
 
 
-#: Code that is what its source says, and that source: several patches ask about one function.
-_proved: dict[int, tuple[types.CodeType, int]] = {}
+#: Code that is what its source says, and that source, a list of linecache's: several patches ask about one function.
+_proved: dict[int, tuple[types.CodeType, list[str]]] = {}
 
 
 def compile_function(node: ast.FunctionDef, function: types.FunctionType) -> types.CodeType:
@@ -171,7 +172,9 @@ def compile_function(node: ast.FunctionDef, function: types.FunctionType) -> typ
         outer.body = [tree]
         tree = outer
         path.insert(0, outer.name)
-    module = ast.Module(body=[*_imports(code.co_filename), tree], type_ignores=[])
+    used = names_in(code)
+    imports = [statement for names, statement in _imports(code.co_filename) if not used.isdisjoint(names)]
+    module = ast.Module(body=[*imports, tree], type_ignores=[])
     flags = code.co_flags & _FUTURE_FLAGS
     compiled = _find(compile(module, code.co_filename, "exec", flags=flags, dont_inherit=True), [*path, node.name])
     if compiled.co_freevars != code.co_freevars:
@@ -215,28 +218,35 @@ def _parse_block(lines: list[str], code: types.CodeType) -> ast.FunctionDef | No
 
 
 @functools.lru_cache(maxsize=128)
-def _imports(filename: str) -> tuple[ast.stmt, ...]:
-    """The imports at module level, as statements that stand alone.
+def _imports(filename: str) -> tuple[tuple[frozenset[str], ast.stmt], ...]:
+    """The imports at module level, as statements that stand alone, each after the names that it binds.
 
     The compiler treats `name.method()` differently where the module imports `name`. Parsing whole modules
     for that would cost more than everything else here.
     """
-    found: list[ast.stmt] = []
+    found: list[tuple[frozenset[str], ast.stmt]] = []
     lines = linecache.getlines(filename)
     module_level = True
     for i, line in enumerate(lines):
         if not line[:1].isspace() and line[0] not in "#)]}":
             module_level = not line.startswith(("def ", "class ", "async def ", "@"))
-        text = line.lstrip()
-        if module_level and text.startswith(("import ", "from ")):
+        if module_level and (text := line.lstrip()).startswith(("import ", "from ")):
             end = i + 1
             while end < len(lines) and text.count("(") > text.count(")"):
                 text, end = text + lines[end], end + 1
             with contextlib.suppress(SyntaxError):  # a line of some docstring
                 statement = ast.parse(text.strip()).body[0]
+                assert isinstance(statement, (ast.Import, ast.ImportFrom))
                 if not (isinstance(statement, ast.ImportFrom) and statement.module == "__future__"):
-                    found.append(statement)
+                    names = (alias.asname or alias.name.partition(".")[0] for alias in statement.names)
+                    found.append((frozenset(names), statement))
     return tuple(found)
+
+
+def names_in(code: types.CodeType) -> set[str]:
+    """The names of globals and attributes that code asks for, and the functions in it."""
+    inner = (constant for constant in code.co_consts if isinstance(constant, types.CodeType))
+    return set(code.co_names).union(*map(names_in, inner))
 
 
 def _find(code: types.CodeType, names: Sequence[str]) -> types.CodeType:
@@ -261,15 +271,16 @@ def _same(a: types.CodeType, b: types.CodeType) -> bool:
 
 
 def _normal_form(node: Any) -> str:
-    if isinstance(node, list):
-        return "[" + ",".join(_normal_form(n) for n in node) + "]"
+    if type(node) is list:
+        return "[" + ",".join(map(_normal_form, node)) + "]"
     if not isinstance(node, ast.AST):
         return repr(node)
     if isinstance(node, ast.AnnAssign) and node.value is not None:  # `x: T = v` says `x = v`
         return _normal_form(ast.Assign(targets=[node.target], value=node.value))
     fields = []
-    for name, value in ast.iter_fields(node):
-        if name in _NOT_SEMANTIC or value is None or value == []:
+    for name in node._fields:
+        value = None if name in _NOT_SEMANTIC else getattr(node, name, None)
+        if value is None or value == []:
             continue
         if name == "body" and isinstance(node, ast.FunctionDef) and ast.get_docstring(node, clean=False) is not None:
             value = value[1:]
@@ -288,7 +299,7 @@ def _matches(pattern: Any, node: Any, bindings: dict[str, Any]) -> bool:
     if isinstance(pattern, ast.Call) and _star(pattern) is not None:
         if any(isinstance(a, ast.Starred) for a in node.args) or any(k.arg is None for k in node.keywords):
             return False
-        bindings[_star(pattern)] = (node.args, node.keywords)  # type: ignore[index]
+        bindings[_star(pattern)] = [node.args, node.keywords]  # type: ignore[index]
         return _matches(pattern.func, node.func, bindings)
     if isinstance(pattern, list):
         return len(pattern) == len(node) and all(_matches(p, n, bindings) for p, n in zip(pattern, node))
@@ -303,37 +314,28 @@ def _matches(pattern: Any, node: Any, bindings: dict[str, Any]) -> bool:
 
 def _fill(template: Any, bindings: dict[str, Any], at: ast.AST) -> Any:
     """A copy of `template` with its capitals bound, every node at the line of `at` (for tracebacks)."""
+    location = {name: getattr(at, name) for name in at._attributes if hasattr(at, name)}
 
-    class Filler(ast.NodeTransformer):
-        def visit_Name(self, node: ast.Name) -> ast.AST:
-            return _copy(bindings[node.id]) if node.id in bindings else node
-
-        def visit_Call(self, node: ast.Call) -> ast.AST:
-            star = _star(node)
-            if star in bindings:
-                args, keywords = map(_copy, bindings[star])
-                node.args = [a for a in node.args if not isinstance(a, ast.Starred)] + args
-                node.keywords = node.keywords + keywords
-            return self.generic_visit(node)
-
-    filled = Filler().visit(_copy(template))
-    for node in ast.walk(filled):
+    def copied(node: Any, bindings: dict[str, Any]) -> Any:
+        if isinstance(node, list):
+            return [copied(item, bindings) for item in node]
+        if not isinstance(node, ast.AST):
+            return node
+        if isinstance(node, ast.Name) and node.id in bindings:
+            return copied(bindings[node.id], {})
+        new = type(node).__new__(type(node))
+        fields = vars(new)
+        for name, value in vars(node).items():
+            fields[name] = copied(value, bindings) if isinstance(value, (ast.AST, list)) else value
         if "lineno" in node._attributes:
-            ast.copy_location(node, at)
-    return filled
+            fields.update(location)
+        if bindings and isinstance(node, ast.Call) and (star := _star(node)) in bindings:
+            args, keywords = copied(bindings[star], {})
+            fields["args"] = [arg for arg in fields["args"] if not isinstance(arg, ast.Starred)] + args
+            fields["keywords"] = fields["keywords"] + keywords
+        return new
 
-
-def _copy(node: Any) -> Any:
-    """What `copy.deepcopy` gives for a syntax tree or a list of them, in a fraction of its time."""
-    if isinstance(node, list):
-        return [_copy(item) for item in node]
-    if not isinstance(node, ast.AST):
-        return node
-    new = type(node).__new__(type(node))
-    vars(new).update(
-        {name: _copy(value) if isinstance(value, (ast.AST, list)) else value for name, value in vars(node).items()}
-    )
-    return new
+    return copied(template, bindings)
 
 
 def _places(root: ast.AST, kind: type) -> list[tuple[Any, Any, ast.AST]]:
