@@ -42,7 +42,7 @@ diffusers = pytest.importorskip("diffusers", minversion="0.38")
 TRANSFORMER = "diffusers.models.transformers.transformer_wan"
 PIPELINE = "diffusers.pipelines.wan.pipeline_wan_i2v"
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "any_size")
 
 
 @pytest.fixture

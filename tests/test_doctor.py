@@ -104,7 +104,7 @@ def test_without_torch_nothing_is_asked(monkeypatch, quick):
     monkeypatch.setattr(doctor, "_version_of", lambda package: None if package == "torch" else "1.0")
     quick.clear()
     found = doctor.examine()
-    assert one(found.of("torch")).remedy == 'pip install "torch>=2.4".'
+    assert one(found.of("torch")).remedy == 'pip install "torch>=2.5".'
     assert found.of("patches") == ()
 
 

@@ -163,7 +163,7 @@ def test_rotary_embeddings_of_few_elements_are_said_to_be(pipe):
     assert f"{row.calls} of {row.calls} took stock's way: {FEW}" in str(profile)
 
 
-def test_a_probe_is_no_fallback(pipe):
+def test_a_probe_is_no_fallback(pipe, any_size):
     rope._is_exact.cache_clear()
     with wan_patches.enabled(["rope"]), wan_patches.profile() as profile:
         call(pipe, size=(128, 128), frames=13, output_type="latent")

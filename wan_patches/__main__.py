@@ -282,6 +282,26 @@ def ops(
 
 
 @bench.command()
+def forms(
+    json: Annotated[Optional[Path], typer.Option(help="Write the rows and the machine's facts here.")] = None,  # noqa: UP045
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, npu, ...")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "bf16",
+    quick: Annotated[bool, typer.Option("--quick", help="The smallest sizes only, shorter runs.")] = False,
+    threads: Annotated[Optional[int], typer.Option(min=1, help="Threads of torch on the CPU.")] = None,  # noqa: UP045
+) -> None:
+    """Each form beside the reference of its op, from the smallest size on. Exits with status 1 if a bit differs."""
+    _check(check_file, json)
+    with _errors("bench"):
+        from wan_patches.bench import forms as run
+        from wan_patches.bench.measure import device_of, dtype_of
+
+        rows = run.measure(device_of(device), dtype_of(dtype), quick=quick, threads=threads)
+        typer.echo(text(run.table(rows)))
+    different = [f"{row.op} {row.shape}" for row in rows if row.exact is False]
+    _end(different, (json, lambda path: run.write_json(path, rows, device_of(device), threads)))
+
+
+@bench.command()
 def overhead(
     json: Annotated[Optional[Path], typer.Option(help="Write the rows and the machine's facts here.")] = None,  # noqa: UP045
     repeats: Annotated[int, typer.Option(min=1, help="Fresh processes per row.")] = 5,
@@ -450,7 +470,7 @@ def sharding(
 def compatibility(
     families: Annotated[Optional[list[str]], typer.Argument(help="By default all that this diffusers has.")] = None,  # noqa: UP045
     json: Annotated[
-        Optional[Path], typer.Option(help="Folder for a record, named after the version of diffusers.")  # noqa: UP045
+        Optional[Path], typer.Option(help="Folder for a record, named after the versions.")  # noqa: UP045
     ] = None,
     tiny: Annotated[
         bool, typer.Option("--tiny", help="So small that fast forms have little to do: shows where patches apply.")

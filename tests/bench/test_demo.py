@@ -147,7 +147,9 @@ def _plant_preprocess(monkeypatch):
         (_plant_frames, stages.POSTPROCESS),
     ],
 )
-def test_an_inexact_operation_fails_the_demo_and_its_stage_is_named(plant, stage, small, monkeypatch, tmp_path):
+def test_an_inexact_operation_fails_the_demo_and_its_stage_is_named(
+    plant, stage, small, any_size, monkeypatch, tmp_path
+):
     plant(monkeypatch)
     done = small(tmp_path)
     assert done.exit_code == 1

@@ -14,7 +14,7 @@ import wan_patches
 from wan_patches.bench.models import FAMILIES, available
 from wan_patches.patches import step_loop
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "any_size")
 
 
 class ByMethods:

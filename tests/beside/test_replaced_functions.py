@@ -11,7 +11,7 @@ pytest.importorskip("transformers")
 import wan_patches
 from wan_patches.bench.models import FAMILIES, available
 
-pytestmark = [pytest.mark.upstream, pytest.mark.usefixtures("one_thread")]
+pytestmark = [pytest.mark.upstream, pytest.mark.usefixtures("one_thread", "any_size")]
 
 #: What each family's pipeline computes with; not what only makes new tensors.
 FUNCTIONS = [

@@ -16,7 +16,7 @@ import wan_patches
 from wan_patches.bench.models import FAMILIES, available
 from wan_patches.ops import rms_norm, rope
 
-pytestmark = [pytest.mark.upstream, pytest.mark.usefixtures("one_thread")]
+pytestmark = [pytest.mark.upstream, pytest.mark.usefixtures("one_thread", "any_size")]
 
 #: A transformer of each kind.
 NAMES = ["wan_t2v", "wan22_ti2v", "wan_vace", "wan_animate", "skyreels_v2_t2v", "chronoedit", "sana_video", "helios"]

@@ -15,7 +15,7 @@ import wan_patches
 from wan_patches.bench.models import FAMILIES, available, images
 from wan_patches.patches.preprocess import preprocess, preprocess_video
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "any_size")
 
 
 def told(run):

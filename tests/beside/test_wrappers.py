@@ -16,7 +16,7 @@ from wan_patches.patches import step_loop
 
 diffusers = pytest.importorskip("diffusers", minversion="0.38")
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "any_size")
 
 I2V = [
     name for name in ("wan21_i2v", "wan22_i2v", "wan21_flf2v", "skyreels_v2_i2v", "chronoedit") if name in available()

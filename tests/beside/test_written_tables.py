@@ -8,7 +8,7 @@ import torch
 
 from wan_patches.bench.models import FAMILIES, available
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "any_size")
 
 FAMILIES_HERE = [
     name

@@ -224,7 +224,7 @@ def test_any_layout_takes_a_fast_form_and_results_lie_as_stocks(of_x, of_y, larg
             h, _ = ops.residual_norm(x, y, None, _norm, scale, shift)
             _assert_same(h, x + y)
     slow = {way for way in tally.counted() if not way.is_fast}
-    assert {(way.op, way.reason) for way in slow} <= {("gated residual", ops.SLOW)}
+    assert {(way.op, way.reason) for way in slow} <= {("gated residual", ops.SLOW), ("modulated norm", ops.SLOW)}
     assert bool(slow) == bool({of_x, of_y} & {"as convolutions leave it", "every other channel"})
 
 

@@ -12,7 +12,7 @@ from diffusers.video_processor import VideoProcessor
 from wan_patches.bench.models import images
 from wan_patches.patches.preprocess import preprocess, preprocess_video
 
-pytestmark = pytest.mark.upstream
+pytestmark = [pytest.mark.upstream, pytest.mark.usefixtures("any_size")]
 
 
 def outcome(call):

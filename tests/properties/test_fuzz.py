@@ -20,7 +20,7 @@ from strategies import FLOATS, KINDS, Drawn, Layout, amounts, assert_same, hunt,
 
 from wan_patches.patches import preprocess as patch
 
-pytestmark = [pytest.mark.upstream, pytest.mark.usefixtures("one_thread")]
+pytestmark = [pytest.mark.upstream, pytest.mark.usefixtures("one_thread", "any_size")]
 
 MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "LAB", "HSV", "I", "F",
          "I;16", "I;16L", "I;16B")  # fmt: skip

@@ -20,7 +20,7 @@ from wan_patches.ops.images import on_device
 from wan_patches.ops.resize import supported
 from wan_patches.patches import preprocess as patch
 
-pytestmark = [pytest.mark.upstream, pytest.mark.usefixtures("one_thread")]
+pytestmark = [pytest.mark.upstream, pytest.mark.usefixtures("one_thread", "any_size")]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import torch
 
 from wan_patches.bench.models import FAMILIES, available
 
-pytestmark = [pytest.mark.upstream, pytest.mark.usefixtures("one_thread")]
+pytestmark = [pytest.mark.upstream, pytest.mark.usefixtures("one_thread", "any_size")]
 
 
 def generation(family):

@@ -10,6 +10,7 @@ import random
 import re
 import shutil
 import sys
+import tempfile
 from dataclasses import dataclass
 
 import numpy as np
@@ -171,6 +172,43 @@ def quantised(pipe):
     quantization.quantize_(pipe.transformer, quantization.Int8WeightOnlyConfig())
 
 
+def in_four_bits(pipe):
+    """As diffusers loads a model with bitsandbytes, which it refuses to do without a GPU."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    for name, linear in list(pipe.transformer.blocks.named_modules()):
+        if type(linear) is torch.nn.Linear:
+            sizes = linear.in_features, linear.out_features
+            packed = bitsandbytes.nn.Linear4bit(*sizes, linear.bias is not None, compute_dtype=torch.bfloat16)
+            packed.load_state_dict(linear.state_dict())
+            pipe.transformer.blocks.set_submodule(name, packed.to("cpu"))
+
+
+def from_gguf(pipe):
+    """The weights of attention in eight bits, written to a file and loaded from it as users do."""
+    gguf = pytest.importorskip("gguf")
+    diffusers = pytest.importorskip("diffusers")
+    with tempfile.TemporaryDirectory() as folder:
+        path, kind = f"{folder}/model.gguf", gguf.GGMLQuantizationType.Q8_0
+        writer = gguf.GGUFWriter(path, "wan")
+        for name, weight in pipe.transformer.state_dict().items():
+            values = weight.float().numpy()
+            if values.ndim == 2 and ".attn" in name:
+                writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
+            else:
+                writer.add_tensor(name, values)
+        for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+            write()
+        writer.close()
+        pipe.transformer.save_config(f"{folder}/transformer")
+        pipe.transformer = type(pipe.transformer).from_single_file(
+            path,
+            config=folder,
+            subfolder="transformer",
+            quantization_config=diffusers.GGUFQuantizationConfig(compute_dtype=torch.bfloat16),
+            torch_dtype=torch.bfloat16,
+        )
+
+
 def with_lora(pipe):
     peft = pytest.importorskip("peft")
     pipe.transformer.add_adapter(peft.LoraConfig(r=4, target_modules=["to_q", "to_v"]), "style")
@@ -187,7 +225,7 @@ def offloaded(pipe):
     )
 
 
-@pytest.mark.parametrize("prepare", [quantised, with_lora, cast_by_layers, offloaded])
+@pytest.mark.parametrize("prepare", [quantised, in_four_bits, from_gguf, with_lora, cast_by_layers, offloaded])
 def test_what_people_have_is_verified_and_the_report_can_be_sent(prepare, any_size, tmp_path):
     pipe = FAMILIES["wan_t2v"].build(dtype=torch.bfloat16)
     prepare(pipe)

@@ -94,22 +94,33 @@ def _counts(row: Row) -> str:
 
 
 def write_json(folder: Path, rows: Iterable[Row]) -> Path:
-    """Writes the rows to a file in `folder` that is named after the version of diffusers; returns its path.
+    """Writes the rows to a file in `folder` that is named after the versions of diffusers and torch; returns its path.
 
     The same versions give the same file.
     """
     versions = {package: version(package).partition("+")[0] for package in ("diffusers", "transformers", "torch")}
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{versions['diffusers']}.json"
+    path = folder / f"{versions['diffusers']}-torch-{versions['torch']}.json"
     path.write_text(json.dumps({"versions": versions, "rows": [asdict(row) for row in rows]}, indent=2) + "\n")
     return path
 
 
 def read_json(folder: Path) -> dict[str, list[Row]]:
-    """The rows of every version of diffusers that `folder` has a record of, oldest first."""
+    """The rows of all versions that `folder` has a record of, oldest first, by what the versions are called.
+
+    That is the version of diffusers, with that of torch where it is not the one that most records have.
+    """
     contents = [json.loads(path.read_text()) for path in folder.glob("*.json")]
-    contents.sort(key=lambda content: Version(content["versions"]["diffusers"]))
-    return {content["versions"]["diffusers"]: [_read(row) for row in content["rows"]] for content in contents}
+    contents.sort(key=lambda content: [Version(content["versions"][package]) for package in ("diffusers", "torch")])
+    usual = Counter(content["versions"]["torch"] for content in contents).most_common(1)
+    found: dict[str, list[Row]] = {}
+    for content in contents:
+        versions = content["versions"]
+        name = versions["diffusers"]
+        if versions["torch"] != usual[0][0]:
+            name += f", torch {versions['torch']}"
+        found[name] = [_read(row) for row in content["rows"]]
+    return found
 
 
 def _read(row: dict[str, Any]) -> Row:
@@ -144,8 +155,8 @@ def markdown(records: Mapping[str, Collection[Row]]) -> str:
     return "\n".join([f"| {' | '.join(line)} |" for line in lines] + [""] * bool(notes) + notes)
 
 
-_WIDE: dict[str, Any] = {"dtype": torch.bfloat16, "head_dim": 128, "transformer": {"num_attention_heads": 4}}
-_LARGE: dict[str, Any] = {"size": (320, 320), "frames": 9, "steps": 2}
+_WIDE: dict[str, Any] = {"dtype": torch.bfloat16, "head_dim": 128, "transformer": {"num_attention_heads": 12}}
+_LARGE: dict[str, Any] = {"size": (336, 336), "frames": 17, "steps": 2}
 _TEXT = "max_sequence_length"  # the published pipelines fill up prompts to 512 tokens
 
 

@@ -4,7 +4,7 @@
     def gated_residual(x, y, gate):  # the reference
         ...
 
-    @gated_residual.form("a few tokens at a time", device="cpu", smallest=1 << 17)
+    @gated_residual.form("a few tokens at a time", device="cpu", smallest=1 << 21)
     def in_chunks(x, y, gate): ...
 
     @in_chunks.refuses  # a reason, or None
@@ -53,8 +53,10 @@ NO_FORM = "there is no other form for this device"
 class Form(Generic[P, R]):
     """One way to compute an op."""
 
-    def __init__(self, name: str, function: Callable[P, R], device: str | None, smallest: int) -> None:
-        self.name, self.device, self.smallest = name, device, smallest
+    def __init__(
+        self, name: str, function: Callable[P, R], device: str | None, smallest: int, smallest_in_fp32: int
+    ) -> None:
+        self.name, self.device, self.smallest, self.smallest_in_fp32 = name, device, smallest, smallest_in_fp32
         self.refusal: Callable[..., str | None] = lambda *args: None
         self.function = function
         functools.update_wrapper(self, function, updated=())
@@ -69,8 +71,10 @@ class Form(Generic[P, R]):
 
     def why_not(self, *args: Any) -> str | None:
         """Why the form is not used for such arguments, as far as is known without a try."""
-        if self.smallest and not _any_size and args[0].numel() < self.smallest:
-            return SMALL
+        if not _any_size and (self.smallest or self.smallest_in_fp32):
+            least = self.smallest_in_fp32 if args[0].dtype is torch.float32 else self.smallest
+            if args[0].numel() < least:
+                return SMALL
         try:
             return self.refusal(*args)
         except Exception as error:
@@ -113,7 +117,7 @@ class Op(Generic[P, R]):
         self.traced: Callable[P, R] = reference
         self.forms: list[Form[P, R]] = []
         self._agree, self._key, self._tells_nothing, self._autocasts = agree, key, tells_nothing, autocasts
-        self._smallest = self._smallest_elsewhere = 0  # elements below which no form is asked: on CPUs, elsewhere
+        self._least: dict[tuple[bool, bool], int] = {}  # elements below which no form is asked: on a CPU? in fp32?
         self._has_limits = False
         self._decisions: dict[Key, Decision] = {}
         self._lock = threading.Lock()
@@ -148,17 +152,21 @@ class Op(Generic[P, R]):
         tally.count(self.name, form.name)
         return form.function(*args)  # type: ignore[no-any-return]
 
-    def form(self, name: str, device: str | None = None, smallest: int = 0) -> Callable[[Callable[P, R]], Form[P, R]]:
+    def form(
+        self, name: str, device: str | None = None, smallest: int = 0, smallest_in_fp32: int | None = None
+    ) -> Callable[[Callable[P, R]], Form[P, R]]:
         """Decorates a form. Forms are asked in the order in which they are declared.
 
         Args:
             name: what it does, in a few words, for `status()`.
             device: the type of the devices that it is for, `ACCELERATOR` for all but the CPU; None is any.
-            smallest: elements of the first argument below which the reference is faster.
+            smallest: elements of the first argument below which the form takes more than 0.9 of the reference's time.
+            smallest_in_fp32: the same where that is fp32, and stock casts nothing.
         """
+        in_fp32 = smallest if smallest_in_fp32 is None else smallest_in_fp32
 
         def declare(function: Callable[P, R]) -> Form[P, R]:
-            form = Form(name, function, device, smallest)
+            form = Form(name, function, device, smallest, in_fp32)
             self._add(form)
             return form
 
@@ -170,9 +178,10 @@ class Op(Generic[P, R]):
 
     def _add(self, *forms: Form[P, R]) -> None:
         self.forms += forms
-        self._smallest = min((form.smallest for form in self._forms_on("cpu")), default=0)
-        self._smallest_elsewhere = min((form.smallest for form in self.forms if form.device != "cpu"), default=0)
-        self._has_limits = bool(self._smallest or self._smallest_elsewhere)
+        for on_cpu, there in ((True, self._forms_on("cpu")), (False, [f for f in self.forms if f.device != "cpu"])):
+            self._least[on_cpu, False] = min((form.smallest for form in there), default=0)
+            self._least[on_cpu, True] = min((form.smallest_in_fp32 for form in there), default=0)
+        self._has_limits = any(self._least.values())
 
     def trace(self, function: Callable[P, R]) -> Callable[P, R]:
         """Decorates what compilers, autograd, transforms and tracers see instead of the reference."""
@@ -181,11 +190,11 @@ class Op(Generic[P, R]):
 
     def is_small(self, x: Any) -> bool:
         """Whether the first argument has so few elements that no form is asked: callers need not ask either."""
-        return not _any_size and x.numel() < (self._smallest if x.is_cpu else self._smallest_elsewhere)
+        return not _any_size and x.numel() < self._least[x.is_cpu, x.dtype is torch.float32]
 
-    def is_few(self, elements: int, on_cpu: bool) -> bool:
-        """The same of a first argument that is still to come."""
-        return not _any_size and elements < (self._smallest if on_cpu else self._smallest_elsewhere)
+    def least_for(self, x: torch.Tensor) -> int:
+        """Elements below which no form is asked of what is like `x`."""
+        return 0 if _any_size else self._least[x.is_cpu, x.dtype is torch.float32]
 
     def stock(self, reason: str, *args: P.args, **kwargs: P.kwargs) -> R:
         """The reference, where the caller knows a reason for it."""
@@ -394,6 +403,11 @@ def op(
     return lambda reference: Op(
         name, reference, fidelity=fidelity, agree=agree, key=key, tells_nothing=tells_nothing, autocasts=autocasts
     )
+
+
+def is_below(least: int, elements: int) -> bool:
+    """Whether there are fewer, for forms whose first argument is no tensor."""
+    return not _any_size and elements < least
 
 
 def ops() -> list[Op[Any, Any]]:

@@ -191,8 +191,7 @@ def _(
     scale: Modulation | None,
     shift: Modulation | None,
 ) -> str | None:
-    given = [modulation for modulation in (gate, scale, shift) if modulation is not None]
-    return _why_no_kernel(x, norm, *given) or exact.why_not_sum(x, y, gate) or exact.why_strided(y)
+    return _why_no_kernel(x, norm, gate, scale, shift) or exact.why_not_sum(x, y, gate) or exact.why_strided(y)
 
 
 @rms_norm_rope_kernel.refuses
@@ -202,7 +201,7 @@ def _(x: torch.Tensor, weight: torch.Tensor, eps: float, cos: torch.Tensor, sin:
     return rope.why_no_kernel(x, cos, sin)
 
 
-def _why_no_kernel(x: torch.Tensor, norm: LayerNorm, *modulations: Modulation) -> str | None:
+def _why_no_kernel(x: torch.Tensor, norm: LayerNorm, *modulations: Modulation | None) -> str | None:
     if not kernels.is_usable(x.device):
         return "Triton is not installed"
     if (reason := exact.why_not(x, *modulations) or exact.why_strided(x)) is not None:
@@ -253,8 +252,7 @@ def _(
 ) -> str | None:
     if scale is not None or shift is not None:
         return "npu_layer_norm_eval does not modulate"
-    given = [] if gate is None else [gate]
-    sums = exact.why_not(x, *given) or exact.why_not_sum(x, y, gate)
+    sums = exact.why_not(x, gate) or exact.why_not_sum(x, y, gate)
     return sums or npu.why_no_layer_norm(x, norm.weight, norm.bias)
 
 

@@ -10,10 +10,12 @@ import numpy as np
 import PIL.Image
 import torch
 
-from wan_patches.ops.dispatch import ACCELERATOR, Key, op
+from wan_patches.ops.dispatch import ACCELERATOR, SMALL, Key, is_below, op
 from wan_patches.ops.resize import lanczos_resize, normalize_uint8, supported
 
 Size = tuple[int, int]
+
+_SMALL = 1 << 22  # values below which a CPU spends its time on the resize, which stays Pillow's
 
 
 def _key(images: list[PIL.Image.Image], size: Size, device: torch.device, stock: Callable[[], Any]) -> Key:
@@ -56,6 +58,12 @@ def on_cpu(
             out = torch.empty(shape, dtype=torch.float32, device="cpu").permute(0, 3, 1, 2)
         normalize_uint8(resized[None], out=out[nth : nth + 1])
     return out
+
+
+@on_cpu.refuses
+def _(images: list[PIL.Image.Image], size: Size, device: torch.device, stock: Callable[[], torch.Tensor]) -> str | None:
+    height, width = size
+    return SMALL if is_below(_SMALL, len(images) * height * width * 3) else None
 
 
 @preprocessed.form("uploaded as bytes, resized there", device=ACCELERATOR)

@@ -26,7 +26,8 @@ from wan_patches.ops.dispatch import ACCELERATOR, op
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-_SMALL = 1 << 17  # elements below which stock's few calls are the fastest on CPUs
+# elements from which forms for CPUs take at most 0.9 of stock's time: `wan-patches bench forms`
+_SMALL, _SMALL_IN_FP32 = 1 << 21, 1 << 22
 SMALL_ELSEWHERE = 1 << 14  # and on accelerators, where it has not been measured yet
 SLOW = "stock's operations are the fastest in fp32, where channels do not lie next to each other"
 _CHUNK = 1 << 19  # elements worked on at a time on CPUs: they stay in the cache from the first operation to the last
@@ -187,7 +188,7 @@ def as_tensor(modulation: Modulation) -> torch.Tensor:
 _IN_CHUNKS = "a few tokens at a time"
 
 
-@modulated_norm.form(_IN_CHUNKS, device="cpu", smallest=_SMALL)
+@modulated_norm.form(_IN_CHUNKS, device="cpu", smallest=_SMALL, smallest_in_fp32=_SMALL_IN_FP32)
 def modulated_norm_in_chunks(x: torch.Tensor, norm: LayerNorm, scale: Modulation, shift: Modulation) -> torch.Tensor:
     x = in_rows(x)
     out = torch.empty_like(x)
@@ -197,7 +198,7 @@ def modulated_norm_in_chunks(x: torch.Tensor, norm: LayerNorm, scale: Modulation
     return out
 
 
-@gated_residual.form(_IN_CHUNKS, device="cpu", smallest=_SMALL)
+@gated_residual.form(_IN_CHUNKS, device="cpu", smallest=3 << 20, smallest_in_fp32=1 << 23)
 def gated_residual_in_chunks(x: torch.Tensor, y: torch.Tensor, gate: Modulation, cast: bool = False) -> torch.Tensor:
     like, x, y = _sum_like(x, y, gate), in_rows(x), in_rows(y)
     out = torch.empty_like(x)
@@ -207,7 +208,7 @@ def gated_residual_in_chunks(x: torch.Tensor, y: torch.Tensor, gate: Modulation,
     return laid_out(out, like)
 
 
-@cast_norm.form(_IN_CHUNKS, device="cpu", smallest=_SMALL)
+@cast_norm.form(_IN_CHUNKS, device="cpu", smallest=1 << 22)
 def cast_norm_in_chunks(x: torch.Tensor, norm: LayerNorm) -> torch.Tensor:
     x = in_rows(x)
     out = torch.empty_like(x)
@@ -216,7 +217,7 @@ def cast_norm_in_chunks(x: torch.Tensor, norm: LayerNorm) -> torch.Tensor:
     return out
 
 
-@residual_norm.form(_IN_CHUNKS, device="cpu", smallest=_SMALL)
+@residual_norm.form(_IN_CHUNKS, device="cpu", smallest=_SMALL, smallest_in_fp32=6_000_000)
 def residual_norm_in_chunks(
     x: torch.Tensor,
     y: torch.Tensor,
@@ -227,7 +228,7 @@ def residual_norm_in_chunks(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     like, x, y = _sum_like(x, y, gate), in_rows(x), in_rows(y)
     h, out = torch.empty_like(x), torch.empty_like(x)
-    for b, chunk in _chunks(x, *_given(gate, scale, shift)):
+    for b, chunk in _chunks(x, gate, scale, shift):
         if gate is None:
             torch.add(x[b, chunk], y[b, chunk], out=h[b, chunk])
         else:
@@ -290,7 +291,7 @@ def _strides_of_sum(
     return (gated_residual.reference(x, y, gate) if is_gated else x + y).stride()
 
 
-def _chunks(x: torch.Tensor, *modulations: Modulation) -> Iterator[tuple[int, slice]]:
+def _chunks(x: torch.Tensor, *modulations: Modulation | None) -> Iterator[tuple[int, slice]]:
     """Samples of the batch, and some tokens of each that are of one kind."""
     batch, seq, dim = x.shape
     borders = {modulation.border for modulation in modulations if isinstance(modulation, TwoRows)}
@@ -411,11 +412,12 @@ def border_of(modulation: Modulation) -> int | None:
 # When
 
 
-def why_not(x: torch.Tensor, *modulations: Modulation) -> str | None:
-    """Why the forms are not for `x` and what it is modulated with; None where they are."""
+def why_not(x: torch.Tensor, *modulations: Modulation | None) -> str | None:
+    """Why the forms are not for `x` and what it is modulated with, where there is any; None where they are."""
+    given = [modulation for modulation in modulations if modulation is not None]
     if x.dim() != 3 or x.dtype not in DTYPES or x.is_meta or x.numel() == 0:
         return "the hidden states are not (batch, seq, dim) in fp32, bf16 or fp16"
-    if not all(_fits(modulation, x) for modulation in modulations) or len(set(map(border_of, modulations))) > 1:
+    if not all(_fits(modulation, x) for modulation in given) or len(set(map(border_of, given))) > 1:
         return "the modulation is not in fp32, or does not fit"
     return None
 
@@ -441,6 +443,12 @@ def _(x: torch.Tensor, norm: LayerNorm, scale: Modulation, shift: Modulation) ->
 
 
 @modulated_norm_in_chunks.refuses
+def _(x: torch.Tensor, norm: LayerNorm, scale: Modulation, shift: Modulation) -> str | None:
+    if (reason := why_not(x, scale, shift)) is not None:
+        return reason
+    return SLOW if x.dtype == torch.float32 and x.stride(2) != 1 and isinstance(scale, torch.Tensor) else None
+
+
 @modulated_norm_in_place.refuses
 def _(x: torch.Tensor, norm: LayerNorm, scale: Modulation, shift: Modulation) -> str | None:
     return why_not(x, scale, shift)
@@ -477,7 +485,7 @@ def _(
     scale: Modulation | None,
     shift: Modulation | None,
 ) -> str | None:
-    fits = why_not(x, *_given(gate, scale, shift)) or why_not_sum(x, y, gate) or why_strided(x, y)
+    fits = why_not(x, gate, scale, shift) or why_not_sum(x, y, gate) or why_strided(x, y)
     return _needs_triton(x) or fits
 
 
@@ -491,11 +499,7 @@ def _(
     scale: Modulation | None,
     shift: Modulation | None,
 ) -> str | None:
-    return why_not(x, *_given(gate, scale, shift)) or why_not_sum(x, y, gate)
-
-
-def _given(*modulations: Modulation | None) -> list[Modulation]:
-    return [modulation for modulation in modulations if modulation is not None]
+    return why_not(x, gate, scale, shift) or why_not_sum(x, y, gate)
 
 
 def _fits(modulation: Modulation, x: torch.Tensor) -> bool:

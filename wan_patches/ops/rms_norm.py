@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from wan_patches.ops.dispatch import op
 
-_SMALL = 1 << 17  # elements below which torch's few calls are the fastest
+_SMALL, _SMALL_IN_FP32 = 1 << 21, 6_000_000  # elements below which torch's few calls are as fast
 _CHUNK = 1 << 19  # elements worked on at a time: they stay in the cache from the first operation to the last
 
 
@@ -33,7 +33,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float | None) ->
     return F.rms_norm(x, x.shape[-1:], weight, eps)
 
 
-@rms_norm.form("a few tokens at a time", device="cpu", smallest=_SMALL)
+@rms_norm.form("a few tokens at a time", device="cpu", smallest=_SMALL, smallest_in_fp32=_SMALL_IN_FP32)
 def in_chunks(x: torch.Tensor, weight: torch.Tensor | None, eps: float | None) -> torch.Tensor:
     assert eps is not None
     batch, seq, dim = x.shape

@@ -21,7 +21,7 @@ from wan_patches.ops.npu import rope as npu
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _GRAIN = 32768  # at::internal::GRAIN_SIZE: elements below which ATen does not split an elementwise operation
-_SMALL = 1 << 14  # elements below which stock's few calls are the fastest on CPUs
+_SMALL, _SMALL_IN_FP32 = 1 << 14, 1 << 15  # elements below which stock's few calls are the fastest on CPUs
 _SMALL_ELSEWHERE = 1 << 12  # and on GPUs, where it has not been measured yet
 _CHUNK = 1 << 18  # complex numbers per thread and chunk: little scratch, and few parallel regions to wait for
 _GRID = 65535  # blocks along the second axis of a launch
@@ -80,7 +80,9 @@ def _each_traced(
     return stacked(query, cos, sin), stacked(key, cos, sin)
 
 
-@apply_rotary_emb.form("complex product over whole rows", device="cpu", smallest=_SMALL)
+@apply_rotary_emb.form(
+    "complex product over whole rows", device="cpu", smallest=_SMALL, smallest_in_fp32=_SMALL_IN_FP32
+)
 def complex_rows(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """The CPU form: multiply pairs as complex numbers, a few tokens at a time. Its refusal says where it is exact.
 
@@ -178,7 +180,7 @@ def _(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tens
     return why_no_kernel(query, cos, sin)
 
 
-@apply_rotary_emb_qk.form("each by itself")
+@apply_rotary_emb_qk.form("each by itself", smallest=_SMALL_ELSEWHERE)
 def one_after_the_other(
     query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:

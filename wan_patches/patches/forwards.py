@@ -73,9 +73,19 @@ def is_untouched(module: Any) -> bool:
 
 def is_hooked(module: Any) -> bool:
     """Whether torch calls something before or after the forward of `module`."""
-    import torch
+    return bool(module._forward_hooks or module._forward_pre_hooks) or has_global_hooks()
 
-    return bool(module._forward_hooks or module._forward_pre_hooks or torch.nn.modules.module._has_any_global_hook())
+
+def has_global_hooks() -> bool:
+    """Whether torch calls something before or after the forward of every module."""
+    from torch.nn.modules import module
+
+    return bool(
+        module._global_forward_hooks
+        or module._global_forward_pre_hooks
+        or module._global_backward_hooks
+        or module._global_backward_pre_hooks
+    )
 
 
 def _calls_forward(cls: Any) -> bool:

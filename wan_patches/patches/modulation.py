@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from wan_patches import tally
 from wan_patches.fidelity import Fidelity
 from wan_patches.originals import are_torchs
-from wan_patches.patches.forwards import is_untouched, runs
+from wan_patches.patches.forwards import has_global_hooks, is_untouched, runs
 from wan_patches.registry import Patch, Target
 from wan_patches.rewrite import Block, Edit, Replace
 
@@ -291,7 +291,7 @@ def _are_few(elements: int, like: Any) -> bool:
     """Whether hidden states of so many elements meet stock's operations, and stock's tensors do for them."""
     from wan_patches.ops.modulation import modulated_norm
 
-    return modulated_norm.is_few(elements, like.is_cpu)
+    return elements < modulated_norm.least_for(like)
 
 
 def reason_against_two_kinds(model: Any, block: str) -> str | None:
@@ -304,7 +304,7 @@ def reason_against_two_kinds(model: Any, block: str) -> str | None:
         return "it is being compiled"
     if torch.is_grad_enabled():
         return "gradients are enabled"
-    if torch.nn.modules.module._has_any_global_hook():
+    if has_global_hooks():
         return "there are global module hooks"
     if is_transformed():
         return "a mode or a transform looks on"

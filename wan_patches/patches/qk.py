@@ -17,7 +17,6 @@ from wan_patches.patches.forwards import is_untouched
 from wan_patches.registry import Patch, Target
 from wan_patches.rewrite import Block, Edit, Replace
 
-_FEW = "torch's norm is the fastest for so few elements"
 _NORM, _BOTH = "_wan_patches_qk_norm", "_wan_patches_rotate_both"
 _CLOSE_NORM, _CLOSE_BOTH = "_wan_patches_close_qk_norm", "_wan_patches_close_rotate_both"
 
@@ -142,11 +141,12 @@ def qk_norm(norm: Any, x: Any) -> Any:
     """`norm(x)` for `x` of `(batch, seq, dim)`: without the call where it is `torch.nn.RMSNorm` and nothing else."""
     import torch
 
+    from wan_patches.ops.dispatch import SMALL
     from wan_patches.ops.rms_norm import rms_norm
 
     if torch.compiler.is_compiling():
         return norm(x)
-    reason = _FEW if rms_norm.is_small(x) else _reason_against_norm(norm, x)
+    reason = SMALL if rms_norm.is_small(x) else _reason_against_norm(norm, x)
     if reason is not None:
         tally.count(rms_norm.name, "", reason)
         return norm(x)

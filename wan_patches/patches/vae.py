@@ -20,7 +20,7 @@ from wan_patches import tally
 from wan_patches.codeswap import STOCK
 from wan_patches.instances import own_methods
 from wan_patches.originals import are_torchs, has_librarys, is_librarys, is_watched
-from wan_patches.patches.forwards import is_hooked
+from wan_patches.patches.forwards import has_global_hooks, is_hooked
 from wan_patches.registry import Known, Patch, Target
 from wan_patches.rewrite import Body, Replace, fingerprint
 
@@ -628,7 +628,7 @@ def _reason_against_now() -> str | None:
         return "gradients are enabled"
     if torch.is_autocast_enabled() or torch.is_autocast_enabled("cpu"):
         return "autocast is on"
-    if torch.nn.modules.module._has_any_global_hook():
+    if has_global_hooks():
         return "there are global module hooks"
     return "a compiler, a mode or a transform looks on" if is_watched() else None
 

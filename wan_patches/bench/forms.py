@@ -1,0 +1,271 @@
+"""Each form against the reference of its op, at the smallest size that it is for and at published ones.
+
+What a form is for is declared where it is (`smallest`, `refuses`); a form at more than `FAST` of the reference's time
+has no place there, and its calls would be counted as fast.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.video_processor import VideoProcessor
+from rich import box
+from rich.console import Group
+from rich.table import Table
+
+from wan_patches.bench.measure import DTYPES, identical, in_turns, machine, using_threads
+from wan_patches.bench.models import images
+from wan_patches.fidelity import Fidelity
+from wan_patches.ops import conditioning, frames, fused_norm, modulation, norm_silu, rms_norm, rope
+from wan_patches.ops import images as pictures
+from wan_patches.ops.dispatch import SMALL, Op
+from wan_patches.ops.modulation import RowPerToken, TwoRows
+
+FAST = 0.9
+_HEAD = 128
+_WIDTHS = (1536, 5120)
+_TOKENS = 4095  # a CPU's share of the published 32,760
+_LAYOUTS = ("rows", "as convolutions leave it")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One op on one kind of input: milliseconds of a call.
+
+    form: what the op decided for; empty for its reference, and then `reason` says why and nothing was measured.
+    """
+
+    op: str
+    input: str
+    shape: str
+    dtype: str
+    form: str
+    reason: str = ""
+    reference_ms: float | None = None
+    form_ms: float | None = None
+    exact: bool | None = None
+
+    @property
+    def share(self) -> float | None:
+        """The form's time, as a part of the reference's."""
+        return self.form_ms / self.reference_ms if self.form_ms and self.reference_ms else None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An input: `make` gives the arguments of `op` on a device, in a dtype."""
+
+    op: Op[Any, Any]
+    input: str
+    shape: str
+    make: Callable[[torch.device, torch.dtype], tuple[Any, ...]]
+
+
+def measure(device: torch.device, dtype: torch.dtype, *, quick: bool = False, threads: int | None = None) -> list[Row]:
+    """Measures every op on `device`; `quick` does so at the smallest sizes, for less long."""
+    with using_threads(threads), torch.no_grad():
+        return [_row(sample, device, dtype, 0.1 if quick else 1.0) for sample in samples(device, dtype, quick)]
+
+
+def table(rows: Sequence[Row]) -> Group:
+    """The rows for people, and which forms are not fast."""
+    found = Table(box=box.SIMPLE, pad_edge=False)
+    for column in ("op", "input", "shape", "dtype", "form"):
+        found.add_column(column, overflow="fold")
+    for column in ("reference ms", "form ms", "of reference"):
+        found.add_column(column, justify="right")
+    found.add_column("exact")
+    for row in rows:
+        first = (row.op, row.input, row.shape, row.dtype)
+        if row.share is None or row.form_ms is None:
+            found.add_row(*first, f"reference: {row.reason}", "", "", "", "")
+        else:
+            exact = "-" if row.exact is None else "yes" if row.exact else "NO"
+            found.add_row(*first, row.form, f"{row.reference_ms:.3f}", f"{row.form_ms:.3f}", f"{row.share:.2f}", exact)
+    slow = [row for row in rows if row.share is not None and row.share > FAST]
+    notes = [f"Above {FAST} of the reference: {row.op}, {row.input}, {row.shape}: {row.share:.2f}" for row in slow]
+    return Group(found, "Medians of calls in turns.", *notes)
+
+
+def write_json(path: Path, rows: Sequence[Row], device: torch.device, threads: int | None = None) -> None:
+    """Writes the rows and the facts about the machine; `threads` as it was given to `measure`."""
+    with using_threads(threads):
+        facts = machine(device)
+    content = {"machine": facts, "rows": [{**asdict(row), "share": row.share} for row in rows]}
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _row(sample: Sample, device: torch.device, dtype: torch.dtype, seconds: float) -> Row:
+    op, args = sample.op, sample.make(device, dtype)
+    name = next(name for name, known in DTYPES.items() if known == dtype)
+    about = (op.name, sample.input, sample.shape, name)
+    if isinstance(args[0], torch.Tensor) and op.is_small(args[0]):
+        return Row(*about, "", SMALL)
+    op.forget()
+    op(*args)
+    decision = next(iter(op.decisions().values()), None)
+    if decision is None or decision.form is None:
+        return Row(*about, "", decision.reason if decision else "nothing was decided")
+    form = decision.form
+    exact = identical(form(*args), op.reference(*args)) if op.fidelity is Fidelity.EXACT else None
+    calls = {"reference": lambda: op.reference(*args), "form": lambda: op(*args)}
+    times = in_turns(calls, device, seconds=seconds).seconds
+    return Row(*about, form.name, "", times["reference"] * 1e3, times["form"] * 1e3, exact)
+
+
+def samples(device: torch.device, dtype: torch.dtype, quick: bool = False) -> list[Sample]:
+    """What is measured on a device: all ops that have forms for it."""
+    found = [*_of_tokens(device, dtype, quick), *_of_videos(quick)]
+    return [sample for sample in found if any(_is_for(form.device, device) for form in sample.op.forms)]
+
+
+def _is_for(kind: str | None, device: torch.device) -> bool:
+    return kind in (None, device.type) or (kind == "accelerator" and device.type != "cpu")
+
+
+# Hidden states, queries and keys
+
+_MODULATIONS: dict[str, Callable[..., Any]] = {
+    "one row": lambda seq, dim, device, dtype: torch.randn(1, 1, dim, device=device),
+    "two rows": lambda seq, dim, device, dtype: TwoRows(torch.randn(1, 2, dim, device=device), seq // 2, seq),
+    "a row per token": lambda seq, dim, device, dtype: RowPerToken(
+        torch.randn(1, 1, dim, device=device), torch.randn(1, seq, dim).to(device, dtype)
+    ),
+}
+
+
+def _of_tokens(device: torch.device, dtype: torch.dtype, quick: bool) -> Iterator[Sample]:
+    on_cpu = device.type == "cpu"
+    exact: dict[str, Op[Any, Any]] = {
+        "modulated norm": modulation.modulated_norm,
+        "gated residual": modulation.gated_residual,
+        "cast norm": modulation.cast_norm,
+        "residual norm": modulation.residual_norm,
+    }
+    close: dict[str, Op[Any, Any]] = {
+        "modulated norm": fused_norm.modulated_norm,
+        "cast norm": fused_norm.cast_norm,
+        "residual norm": fused_norm.residual_norm,
+    }
+    for kinds in (exact,) if on_cpu else (exact, close):  # on CPUs close ops have no forms of their own
+        for kind, op in kinds.items():
+            for width in _WIDTHS:
+                for seq in _lengths(op, width, device, dtype, quick):
+                    for layout in _LAYOUTS:
+                        for modulated in _MODULATIONS if kind != "cast norm" else ("",):
+                            yield _sample(op, kind, seq, width, layout, modulated)
+    for width in _WIDTHS:
+        for seq in _lengths(rms_norm.rms_norm, width, device, dtype, quick):
+            make = functools.partial(_for_rms_norm, seq, width)
+            yield Sample(rms_norm.rms_norm, _LAYOUTS[0], f"1x{seq}x{width}", make)
+        for op, both in ((rope.apply_rotary_emb, False), (rope.apply_rotary_emb_qk, True)):
+            for seq in _lengths(rope.apply_rotary_emb, width, device, dtype, quick):
+                shape = f"1x{seq}x{width // _HEAD}x{_HEAD}"
+                yield Sample(op, _LAYOUTS[0], shape, functools.partial(_for_rope, seq, width, both))
+
+
+def _lengths(op: Op[Any, Any], width: int, device: torch.device, dtype: torch.dtype, quick: bool) -> Iterable[int]:
+    """The fewest tokens of which a form is asked; twice as many; and what a model has."""
+    fewest = max(1, -(-op.least_for(torch.empty(0, dtype=dtype, device=device)) // width))
+    return (fewest,) if quick else (fewest, 2 * fewest, max(_TOKENS, 2 * fewest))
+
+
+def _sample(op: Op[Any, Any], kind: str, seq: int, dim: int, layout: str, modulated: str) -> Sample:
+    make = functools.partial(_for_block, kind, seq, dim, layout, modulated)
+    return Sample(op, ", ".join(filter(None, (modulated, layout))), f"1x{seq}x{dim}", make)
+
+
+def _for_block(
+    kind: str, seq: int, dim: int, layout: str, modulated: str, device: torch.device, dtype: torch.dtype
+) -> tuple[Any, ...]:
+    def hidden() -> torch.Tensor:
+        return torch.randn(1, seq, dim).to(device, dtype)
+
+    x = hidden() if layout == _LAYOUTS[0] else torch.randn(1, dim, seq).to(device, dtype).transpose(1, 2)
+    norm = torch.nn.LayerNorm(dim, 1e-6, elementwise_affine=kind == "cast norm").to(device)
+
+    def modulations(count: int) -> tuple[Any, ...]:
+        return tuple(_MODULATIONS[modulated](seq, dim, device, dtype) for _ in range(count))
+
+    if kind == "cast norm":
+        return x, norm
+    if kind == "gated residual":
+        return x, hidden(), *modulations(1)
+    if kind == "modulated norm":
+        return x, norm, *modulations(2)
+    gate, scale, shift = modulations(3)
+    return x, hidden(), gate, norm, scale, shift
+
+
+def _for_rms_norm(seq: int, dim: int, device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
+    return torch.randn(1, seq, dim).to(device, dtype), torch.randn(dim).to(device, dtype), 1e-6
+
+
+def _for_rope(seq: int, dim: int, both: bool, device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
+    angles = torch.rand(1, seq, 1, _HEAD // 2, device=device) * 100
+    x = [torch.randn(1, seq, dim // _HEAD, _HEAD).to(device, dtype) for _ in range(1 + both)]
+    return *x, angles.cos(), angles.sin()
+
+
+# Pictures and videos
+
+
+def _of_videos(quick: bool) -> Iterator[Sample]:
+    for height, width, count in ((64, 96, 5),) if quick else ((64, 96, 5), (480, 832, 81)):
+        shape = f"{count}x{height}x{width}"
+        latent = (1, count, height // 8, width // 8, 4)
+        yield Sample(conditioning.condition_mask, "", shape, functools.partial(_for_mask, latent))
+        of_pictures = functools.partial(_for_preprocess, 1, height, width)
+        yield Sample(pictures.preprocessed, "an image", f"{height}x{width}", of_pictures)
+        of_pictures = functools.partial(_for_preprocess, count, height, width)
+        yield Sample(pictures.preprocessed, "a video", shape, of_pictures)
+        yield Sample(frames.to_uint8, "", shape, _to_bytes((count, height, width)))
+        yield Sample(frames.to_float, "", shape, _to_floats((count, height, width)))
+    features = (1, 96, 4, 60, 104)
+    yield Sample(norm_silu.norm_silu, "", "x".join(map(str, features)), functools.partial(_for_norm_silu, features))
+
+
+def _for_mask(latent: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
+    return *latent, device
+
+
+def _for_preprocess(count: int, height: int, width: int, device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
+    found = images(0, count, (width * 3 // 2, height * 3 // 2))
+    processor = VideoProcessor(vae_scale_factor=8)
+    return found, (height, width), device, lambda: processor.preprocess(found, height, width)
+
+
+def _decoded(size: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    return (torch.rand(1, 3, *size) * 2.2 - 1.1).to(device, dtype)
+
+
+def _to_bytes(size: tuple[int, int, int]) -> Callable[[torch.device, torch.dtype], tuple[Any, ...]]:
+    def of_stock(video: torch.Tensor) -> torch.Tensor:
+        found = VideoProcessor().postprocess_video(video, "pil")
+        return torch.from_numpy(np.stack([np.stack([np.asarray(image) for image in batch]) for batch in found]))
+
+    return lambda device, dtype: (_decoded(size, device, dtype), frames.video_to_uint8, of_stock, None)
+
+
+def _to_floats(size: tuple[int, int, int]) -> Callable[[torch.device, torch.dtype], tuple[Any, ...]]:
+    def of_stock(video: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(VideoProcessor().postprocess_video(video, "np"))
+
+    return lambda device, dtype: (_decoded(size, device, dtype), frames.video_to_float, of_stock, None)
+
+
+def _for_norm_silu(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
+    from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm
+
+    from wan_patches.patches.vae import _normalizes_in_fp32, _plain_norm
+
+    norm = WanRMS_norm(shape[1], images=False).to(device, dtype)
+    plain = functools.partial(_plain_norm, norm)
+    return torch.randn(shape).to(device, dtype), plain, norm.scale, norm.gamma.data, None, _normalizes_in_fp32()
