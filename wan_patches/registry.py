@@ -258,7 +258,7 @@ class Registry:
 
     def _status(self) -> Status:
         with self._lock:
-            reports = _with_ways([entry.report() for entry in self._load()], [e.patch for e in self._load()])
+            reports = _with_ways(self._load())
             advice = tuple(line for entry in self._load() for line in _advice(entry.patch))
             return Status(tuple(reports + self._broken_plugins), tuple(gate.verdicts()), advice)
 
@@ -268,8 +268,8 @@ class Registry:
         for report in self.status().reports:
             new = {way: n - since.get(way, 0) for way, n in report.ways.items() if n > since.get(way, 0)}
             if new:
-                fast, total = found.get(report.name, (0, 0))
-                found[report.name] = (fast + sum(n for way, n in new.items() if way.is_fast), total + sum(new.values()))
+                counts = sum(n for way, n in new.items() if way.is_fast), sum(new.values())
+                found[report.name] = tally.total((found.get(report.name, (0, 0)), counts))
         return found
 
     def patches(self) -> list[Patch]:
@@ -454,23 +454,21 @@ def _pass_over(patches: Iterable[Patch]) -> None:
                 tally.pass_over(package)
 
 
-def _with_ways(reports: list[Report], patches: list[Patch]) -> list[Report]:
+def _with_ways(entries: Iterable[_Entry]) -> list[Report]:
     """The reports of these patches, with what the tally has of them."""
     counted: dict[tuple[str, str], dict[Way, int]] = {}
     for way, calls in tally.counted().items():
         counted.setdefault((way.module, way.entry), {})[way] = calls
     found = []
-    for report, patch in zip(reports, patches):
-        ways: dict[Way, int] = {}
+    for entry in entries:
+        report, patch, ways = entry.report(), entry.patch, dict[Way, int]()
         for path in {path for path in patch.calls.values() if isinstance(path, str)} if counted else ():
             ways |= counted.get((patch.module, path), {})
-        found.append(replace(report, ways=ways) if ways else report)
-    ran = {(report.module, report.name) for report in found if report.ways}
+        found.append((replace(report, ways=ways) if ways else report, patch.runs_with))
+    ran = {(report.module, report.name) for report, _ in found if report.ways}
     return [
-        replace(report, note=_note(report, (report.module, patch.runs_with) in ran))
-        if report.state == ACTIVE
-        else report
-        for report, patch in zip(found, patches)
+        replace(report, note=_note(report, (report.module, beside) in ran)) if report.state == ACTIVE else report
+        for report, beside in found
     ]
 
 

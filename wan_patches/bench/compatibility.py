@@ -50,7 +50,7 @@ class Row:
     @property
     def fast(self) -> str:
         """How many calls took fast forms, for people; on a CPU the step loop has none."""
-        fast, total = (sum(column) for column in zip(*self.calls.values())) if self.calls else (0, 0)
+        fast, total = tally.total(self.calls.values())
         return f"fast in {fast} of {total} calls" if fast else "not exercised"
 
 
@@ -184,25 +184,22 @@ def _row(family: Family, tiny: bool) -> Row:
             patched = _video(pipe, family, tiny)
         modules, status = _modules(pipe), wan_patches.status()
         skipped = {report.name: report.reason for report in status.skipped() if report.module in modules}
-    calls, reasons = _calls(status.reports)
+        counts = sorted(wan_patches._registry.calls({}).items())
+    calls = {name: count for name, count in counts if name not in _OF_ACCELERATORS}
+    reasons = _reasons(report for report in status.reports if report.name not in _OF_ACCELERATORS)
     same = identical(stock, patched)
     return Row(family.name, type(pipe).__name__, tuple(sorted(called)), skipped, same, calls, reasons)
 
 
-def _calls(reports: Iterable[wan_patches.Report]) -> tuple[dict[str, tuple[int, int]], dict[str, dict[str, int]]]:
-    """Of each patch, in all modules: fast calls and all; why the others took stock's way."""
-    calls: dict[str, tuple[int, int]] = {}
-    reasons: dict[str, dict[str, int]] = {}
+def _reasons(reports: Iterable[wan_patches.Report]) -> dict[str, dict[str, int]]:
+    """By patch, in all modules: why calls took stock's way, and how many."""
+    found: dict[str, dict[str, int]] = {}
     for report in reports:
-        if not report.ways or report.name in _OF_ACCELERATORS:
-            continue
-        fast, total = calls.get(report.name, (0, 0))
-        calls[report.name] = (fast + report.fast, total + report.calls)
         for way, count in report.ways.items():
             if not way.is_fast:
-                why = reasons.setdefault(report.name, {})
+                why = found.setdefault(report.name, {})
                 why[f"{way.op}: {way.reason}"] = why.get(f"{way.op}: {way.reason}", 0) + count
-    return dict(sorted(calls.items())), dict(sorted(reasons.items()))
+    return dict(sorted(found.items()))
 
 
 _OF_ACCELERATORS = ("rotary_tables", "step_loop")  # they spare waits for a device, of which CPUs know none
@@ -238,6 +235,5 @@ def _cell(record: Iterable[Row], pipeline: str, ever: set[str]) -> str:
     missing = ever - _patches(rows, pipeline)
     if missing:
         return f"not {', '.join(sorted(missing))}"
-    counts = [count for row in rows for count in row.calls.values()]
-    fast, total = (sum(column) for column in zip(*counts)) if counts else (0, 0)
+    fast, total = tally.total(count for row in rows for count in row.calls.values())
     return f"{fast} of {total}" if fast else "not exercised"

@@ -141,7 +141,7 @@ class Verification:
     @property
     def exercise(self) -> str:
         """How many calls took forms other than stock's, in words; where none did, nothing is said about those."""
-        fast, total = (sum(column) for column in zip(*self.calls.values())) if self.calls else (0, 0)
+        fast, total = tally.total(self.calls.values())
         if fast:
             return f"fast in {fast} of {total} calls"
         return "fast forms were not exercised" + ("" if total else ": no call was counted")
