@@ -193,6 +193,7 @@ def test_it_can_be_pickled(registry, usable):
     assert torch.equal(forward(pickle.loads(pickle.dumps(model))), forward(model))
 
 
+@pytest.mark.skipif(not hasattr(torch, "accelerator"), reason="torch 2.5 compiles no model with a chosen backend")
 def test_a_compiled_model_can_use_it(registry, usable):
     model = transformer()
     model.set_attention_backend("_native_npu")

@@ -28,6 +28,9 @@ DIM, SEQ = 48, 30
 
 @pytest.fixture
 def fast_forms(any_size, monkeypatch):
+    dtypes = torch.float32, torch.bfloat16, torch.float16
+    if not all(op._is_exact(dtype, DIM, torch.get_num_threads()) for dtype in dtypes):
+        pytest.skip("torch's own norm has another order here: no form is taken")  # torch 2.5
     calls, form = [], op.in_chunks.function
     monkeypatch.setattr(op.in_chunks, "function", lambda *args: calls.append(1) or form(*args))
     monkeypatch.setattr(op, "_is_exact", lambda *args: True)  # whose trial is a call as well
