@@ -129,7 +129,7 @@ def test_missing_diffusers(monkeypatch, quick):
         (DIFFUSERS, "0.30.0", PROBLEM, "too old"),
         (DIFFUSERS, "somebody's", WARNING, "no version that can be compared"),
         (TESTED[0], "2.13.0+cpu", OK, "2.13.0+cpu"),
-        (TESTED[0], "2.8.0", WARNING, "older"),
+        (TESTED[0], "2.5.0", WARNING, "older"),
         (TRANSFORMERS, None, WARNING, "not installed"),
         (TRANSFORMERS, "99.0", OK, "mostly tested with"),
     ],

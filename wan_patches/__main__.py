@@ -261,6 +261,31 @@ def verify(
         raise typer.Exit(2)
 
 
+@app.command()
+def upstream(
+    old: Annotated[Path, typer.Argument(help="A wheel of diffusers, or a folder that holds `diffusers/`.")],
+    new: Annotated[Path, typer.Argument(help="Another.")],
+    diff: Annotated[bool, typer.Option("--diff", help="Also what changed in each function.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Also functions that did not change.")] = False,
+) -> None:
+    """What changed between two versions of diffusers, of what patches change or rely on.
+
+    Exits with status 1 if the patches know the old text of a function and not the new one.
+    """
+    from wan_patches import upstream as run
+
+    try:
+        sources = run.Source(old), run.Source(new)
+    except (OSError, ValueError) as error:
+        _fail(str(error))
+    found = run.compare(*sources, wan_patches._registry.patches())
+    shown = [function for function in found if everything or function.diff or function.is_lost]
+    typer.echo(text(run.table(shown, *sources, diffs=diff)))
+    lost = sum(function.is_lost for function in found)
+    typer.echo(f"{len(found)} functions: {sum(bool(f.diff) for f in found)} changed, {lost} not known any more.")
+    raise typer.Exit(1 if lost else 0)
+
+
 @bench.command()
 def ops(
     json: Annotated[Optional[Path], typer.Option(help="Write the rows and the machine's facts here.")] = None,  # noqa: UP045
@@ -472,16 +497,16 @@ def compatibility(
     json: Annotated[
         Optional[Path], typer.Option(help="Folder for a record, named after the versions.")  # noqa: UP045
     ] = None,
-    tiny: Annotated[
-        bool, typer.Option("--tiny", help="So small that fast forms have little to do: shows where patches apply.")
+    production: Annotated[
+        bool, typer.Option("--production", help="Forms are asked from the sizes on at which they are fast. Takes long.")
     ] = False,
 ) -> None:
-    """Each pipeline: its patches, how many calls took fast forms, equal bits. Exits with status 1 if a bit differs."""
+    """Each pipeline: its patches, how many calls took forms, equal bits. Exits with status 1 if a bit differs."""
     _check(check_folder, json)
     with _errors("bench"):
         from wan_patches.bench import compatibility as run
 
-        rows = run.measure(families or (), tiny)
+        rows = run.measure(families or (), production)
         typer.echo(text(run.table(rows)))
     different = [row.family for row in rows if not row.identical]
     _end(different, (json, lambda path: run.write_json(path, rows)))

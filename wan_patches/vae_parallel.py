@@ -19,16 +19,14 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
-from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from wan_patches.codeswap import stock
+from wan_patches.fingerprints import AUTOENCODER, is_known
 from wan_patches.instances import exchange_class
-from wan_patches.rewrite import Unknown, fingerprint
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -37,35 +35,20 @@ __all__ = ["MODES", "ParallelVAE", "balanced", "parallelize_vae"]
 
 MODES = ("tiles", "spatial")
 
-#: By tiled method: the two modules that a tile goes through, a few frames at a time, and the method's known texts.
-_TILED: dict[str, tuple[tuple[str, str], set[str]]] = {
-    "tiled_decode": (("post_quant_conv", "decoder"), {"45af8c75e53a56c1", "335a3a4eb5a4735b"}),
-    "tiled_encode": (("encoder", "quant_conv"), {"1afcb98eab45ee76", "8225a258bb2c904d"}),
-}
+_MODEL = "AutoencoderKLWan"
 
-#: By untiled method: the part of the model whose convolutions look at neighbours, and the method's known texts.
-_UNTILED: dict[str, tuple[str, set[str]]] = {
-    "_decode": ("decoder", {"b3a00fbfe7ea88dc"}),
-    "_encode": ("encoder", {"c153b2e76001cae4", "fa194e82cac56543"}),
-}
+#: By tiled method: the two modules that a tile goes through, a few frames at a time.
+_TILED = {"tiled_decode": ("post_quant_conv", "decoder"), "tiled_encode": ("encoder", "quant_conv")}
 
-#: Of what encoder and decoder are made: the known texts of each class's `forward`.
-_FORWARDS: dict[str, set[str]] = {
-    "AvgDown3D": {"94837202ad51a582"},
-    "DupUp3D": {"9ce151b116617947"},
-    "WanAttentionBlock": {"220c002c809b1ace"},
-    "WanCausalConv3d": {"04d4cc1d5eef07df"},
-    "WanDecoder3d": {"04ba78038458710f", "79b6e1480503651b"},
-    "WanEncoder3d": {"ccf7adb7b36ca049", "e49c76e8d9c2ab8c"},
-    "WanMidBlock": {"680be2f1110718f9", "23fc1bae73fbb131"},
-    "WanRMS_norm": {"2589c33f8908ab21", "13d23c0e7d565d8e"},
-    "WanResample": {"d2ba2e5c1e04d9bc"},
-    "WanResidualBlock": {"6b11c2b5830c2809"},
-    "WanResidualDownBlock": {"afd25e4c2af44b70", "f2798108d5a5002f"},
-    "WanResidualUpBlock": {"3caf892c82025550", "083afe537c743027"},
-    "WanUpBlock": {"dd853fe626a7c2ba", "426ef8cfa2fa91d7"},
-    "WanUpsample": {"9324770ad80c15cc"},
-}
+#: By untiled method: the part of the model whose convolutions look at neighbours.
+_UNTILED = {"_decode": "decoder", "_encode": "encoder"}
+
+#: Of what encoder and decoder are made: classes whose `forward` has to be known.
+_PARTS = (
+    *("AvgDown3D", "DupUp3D", "WanAttentionBlock", "WanCausalConv3d", "WanDecoder3d", "WanEncoder3d", "WanMidBlock"),
+    *("WanRMS_norm", "WanResample", "WanResidualBlock", "WanResidualDownBlock", "WanResidualUpBlock", "WanUpBlock"),
+    "WanUpsample",
+)
 _ACTIVATIONS = (nn.GELU, nn.Mish, nn.ReLU, nn.SiLU)
 _OF_TORCH = (nn.Conv2d, nn.Dropout, nn.Identity, nn.ModuleList, nn.Sequential, nn.ZeroPad2d, *_ACTIVATIONS)
 
@@ -191,13 +174,10 @@ class _Ranks:
         return rank if self.group is None else dist.get_global_rank(self.group, rank)
 
 
-def _require_known(cls: type, method: str, known: set[str]) -> None:
-    function = getattr(cls, method, None)
-    try:
-        if isinstance(function, FunctionType) and fingerprint(stock(function)) in known:
-            return
-    except Unknown:  # no source
-        pass
+def _require_known(cls: type, method: str, name: str) -> None:
+    """name: that of the class, whose `method` has to say what it is known to say; or of the one it is made of."""
+    if is_known(getattr(cls, method, None), AUTOENCODER, f"{name}.{method}"):
+        return
     raise RuntimeError(
         f"{cls.__name__}.{method}, as it is installed or as something has changed it, is not known here, so the VAE "
         "cannot be made parallel"
@@ -214,15 +194,15 @@ def _is_recorded(vae: nn.Module, x: torch.Tensor) -> bool:
 
 def _by_tiles(vae: Any, ranks: _Ranks) -> ParallelVAE:
     cls = type(vae)
-    for method, (_, known) in _TILED.items():
-        _require_known(cls, method, known)
+    for method in _TILED:
+        _require_known(cls, method, _MODEL)
     tiled = vae.use_tiling
 
     def give_tiling_back() -> None:
         vae.use_tiling = tiled
 
     vae.enable_tiling()
-    members = {method: _divided_tiles(getattr(cls, method), names, ranks) for method, (names, _) in _TILED.items()}
+    members = {method: _divided_tiles(getattr(cls, method), names, ranks) for method, names in _TILED.items()}
     return ParallelVAE([give_tiling_back, exchange_class(vae, {**members, "_wan_patches_parallel": True})])
 
 
@@ -357,8 +337,8 @@ def _by_slabs(vae: Any, ranks: _Ranks) -> ParallelVAE:
     exchanges: list[tuple[Any, dict[str, Any]]] = []
     members: dict[str, Any] = {"_wan_patches_parallel": True}
     pixels = 2 ** len(vae.temperal_downsample) * (getattr(vae.config, "patch_size", None) or 1)
-    for method, (part, known) in _UNTILED.items():
-        _require_known(cls, method, known)
+    for method, part in _UNTILED.items():
+        _require_known(cls, method, _MODEL)
         unit = pixels if method == "_encode" else 1
         members[method] = _divided_slabs(getattr(cls, method), part, unit, slabs)
         exchanges += _neighbourly(getattr(vae, part), slabs)
@@ -454,8 +434,8 @@ def _neighbourly(part: nn.Module, slabs: _Slabs) -> list[tuple[nn.Module, dict[s
     }
     for module in part.modules():
         cls = type(module)
-        if cls.__name__ in _FORWARDS:
-            _require_known(cls, "forward", _FORWARDS[cls.__name__])
+        if cls.__name__ in _PARTS:
+            _require_known(cls, "forward", cls.__name__)
         elif cls not in _OF_TORCH:
             raise RuntimeError(f"{cls.__name__} in the VAE is not known here, so it cannot be divided into slabs")
         call: Callable[..., Any] | None = None

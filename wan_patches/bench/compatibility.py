@@ -1,11 +1,13 @@
-"""Which pipelines of the installed diffusers get which patches, how many calls take fast forms, and the videos' bits.
+"""Which pipelines of the installed diffusers get which patches, how many calls take forms, and the videos' bits.
 
-Models have few layers, but are as wide and videos as large as fast forms ask for. The matrix of diffusers versions
-(`tox`) writes a record of each. They make the README's table.
+Models have few layers and videos are small, so the sizes below which forms are slower than stock's operations are not
+minded: every form that there is for a call computes it. With `production` they are, and models and videos are larger.
+The matrix of diffusers versions (`tox`) writes a record of each. They make the README's table.
 """
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 from collections import Counter
@@ -27,6 +29,7 @@ from wan_patches import tally
 from wan_patches.bench.measure import MeasurementError, identical
 from wan_patches.bench.models import FAMILIES, Family, available
 from wan_patches.observation import observing
+from wan_patches.ops.dispatch import at_any_size
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Row:
 
     patches: those whose code was called.
     skipped: those that a module of the pipeline was left without, and why.
-    calls: by patch, how many calls took a form other than stock's, and how many there were.
+    calls: by patch, how many calls took a form other than stock's operations, and how many there were.
     reasons: by patch, why calls took stock's way, and how many did.
     """
 
@@ -48,19 +51,18 @@ class Row:
     reasons: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     @property
-    def fast(self) -> str:
-        """How many calls took fast forms, for people; on a CPU the step loop has none."""
-        fast, total = tally.total(self.calls.values())
-        return f"fast in {fast} of {total} calls" if fast else "not exercised"
+    def exercise(self) -> str:
+        """How many calls took forms, for people; on a CPU the step loop has none."""
+        taken, total = tally.total(self.calls.values())
+        return f"forms in {taken} of {total} calls" if taken else "not exercised"
 
 
-def measure(families: Iterable[str] = (), tiny: bool = False) -> list[Row]:
+def measure(families: Iterable[str] = (), production: bool = False) -> list[Row]:
     """Runs families once stock and once patched, on the CPU.
 
     Args:
         families: names in `wan_patches.bench.models.FAMILIES`; none means all that the installed diffusers has.
-        tiny: so small that most calls are below what fast forms are for: a matter of seconds, which shows where patches
-            apply and nothing else.
+        production: forms are asked as in production, from the sizes on at which they are fast: some ten times as long.
 
     Raises:
         MeasurementError: the installed diffusers has no such family, or nobody knows it.
@@ -74,21 +76,22 @@ def measure(families: Iterable[str] = (), tiny: bool = False) -> list[Row]:
             f"{missing[0].name} came with diffusers {since}, this is {diffusers.__version__}; "
             f"it has: {', '.join(available())}."
         )
-    return [_row(FAMILIES[name], tiny) for name in families or available()]
+    with contextlib.nullcontext() if production else at_any_size():
+        return [_row(FAMILIES[name], production) for name in families or available()]
 
 
 def table(rows: Iterable[Row]) -> Table:
     """The rows for people."""
-    found = Table("family", "pipeline", "fast calls", "left stock", "exact", box=box.SIMPLE, pad_edge=False)
+    found = Table("family", "pipeline", "calls by forms", "left stock", "exact", box=box.SIMPLE, pad_edge=False)
     for row in rows:
         skipped = "; ".join(f"{name}: {reason}" for name, reason in row.skipped.items())
-        exact = f"yes, {row.fast}" if row.identical else "NO"
+        exact = f"yes, {row.exercise}" if row.identical else "NO"
         found.add_row(row.family, row.pipeline, _counts(row), skipped, exact)
     return found
 
 
 def _counts(row: Row) -> str:
-    """The patches of a family, with calls that took fast forms of all that were counted."""
+    """The patches of a family, with calls that took forms of all that were counted."""
     counts = {name: row.calls.get(name) for name in row.patches}
     return ", ".join(f"{name} {found[0]}/{found[1]}" if found else name for name, found in counts.items())
 
@@ -155,20 +158,24 @@ def markdown(records: Mapping[str, Collection[Row]]) -> str:
     return "\n".join([f"| {' | '.join(line)} |" for line in lines] + [""] * bool(notes) + notes)
 
 
-_WIDE: dict[str, Any] = {"dtype": torch.bfloat16, "head_dim": 128, "transformer": {"num_attention_heads": 12}}
-_LARGE: dict[str, Any] = {"size": (336, 336), "frames": 17, "steps": 2}
+_SMALL: dict[str, Any] = {"dtype": torch.bfloat16, "head_dim": 128, "transformer": {"num_attention_heads": 4}}
+_SHORT: dict[str, Any] = {"size": (192, 192), "frames": 9, "steps": 2}
+_WIDE: dict[str, Any] = {
+    **{"dtype": torch.bfloat16, "head_dim": 128, "transformer": {"num_attention_heads": 13}},
+    "vae": {"base_dim": 16, "decoder_base_dim": 16},  # fewer channels are convolved by a loop
+}
+_LONG: dict[str, Any] = {"size": (320, 320), "frames": 17, "steps": 2}
 _TEXT = "max_sequence_length"  # the published pipelines fill up prompts to 512 tokens
 
 
-def _row(family: Family, tiny: bool) -> Row:
-    pipe = family.build(**({} if tiny else _WIDE))
+def _row(family: Family, production: bool) -> Row:
+    config, inputs = (_WIDE, _LONG) if production else (_SMALL, _SHORT)
+    pipe = family.build(**config)
     try:
-        stock = _video(pipe, family, tiny)
+        stock = _video(pipe, family, inputs)
     except RuntimeError:  # of stock itself, in bf16: Wan-Animate in diffusers 0.36
-        if tiny:
-            raise
-        pipe = family.build(**_WIDE | {"dtype": torch.float32})
-        stock = _video(pipe, family, tiny)
+        pipe = family.build(**config | {"dtype": torch.float32})
+        stock = _video(pipe, family, inputs)
     called: set[str] = set()
     tally.reset()
     with wan_patches.enabled():
@@ -181,7 +188,7 @@ def _row(family: Family, tiny: bool) -> Row:
             called.update(names[id(frame.f_code)])
 
         with observing(codes, on_call=note):
-            patched = _video(pipe, family, tiny)
+            patched = _video(pipe, family, inputs)
         modules, status = _modules(pipe), wan_patches.status()
         skipped = {report.name: report.reason for report in status.skipped() if report.module in modules}
         counts = sorted(wan_patches._registry.calls({}).items())
@@ -205,13 +212,11 @@ def _reasons(reports: Iterable[wan_patches.Report]) -> dict[str, dict[str, int]]
 _OF_ACCELERATORS = ("rotary_tables", "step_loop")  # they spare waits for a device, of which CPUs know none
 
 
-def _video(pipe: Any, family: Family, tiny: bool) -> Any:
+def _video(pipe: Any, family: Family, inputs: dict[str, Any]) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)  # Helios' pyramid draws from it in some versions
-        if tiny:
-            return pipe(**family.inputs()).frames
         long = {_TEXT: 512} if _TEXT in inspect.signature(pipe.__call__).parameters else {}
-        return pipe(**family.inputs(**_LARGE) | long).frames
+        return pipe(**family.inputs(**inputs) | long).frames
 
 
 def _modules(pipe: Any) -> set[str]:
@@ -235,5 +240,5 @@ def _cell(record: Iterable[Row], pipeline: str, ever: set[str]) -> str:
     missing = ever - _patches(rows, pipeline)
     if missing:
         return f"not {', '.join(sorted(missing))}"
-    fast, total = tally.total(count for row in rows for count in row.calls.values())
-    return f"{fast} of {total}" if fast else "not exercised"
+    taken, total = tally.total(count for row in rows for count in row.calls.values())
+    return f"{taken} of {total}" if taken else "not exercised"

@@ -50,7 +50,7 @@ class Tested:
 
 
 TESTED = (
-    Tested("torch", "2.13.0", "2.13.0", decisive=True),
+    Tested("torch", "2.5.1", "2.14.1", decisive=True),
     Tested("diffusers", "0.35.2", "0.42.1", decisive=True),
     Tested("transformers", "4.57", "5.23.0", needed=False),
     Tested("accelerate", "1.15.0", "1.15.0", needed=False),

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from wan_patches import tally
+from wan_patches.fingerprints import AUTOENCODER, relied_on
 from wan_patches.originals import are_torchs, has_librarys, is_watched
 from wan_patches.patches.forwards import hands_on
 from wan_patches.patches.versions import since
-from wan_patches.registry import Known, Patch, Target
+from wan_patches.registry import Patch, Target
 from wan_patches.rewrite import Block, Replace
 
 _CALL = "_wan_patches_condition_mask"
@@ -38,14 +39,7 @@ def _patch(module: str, *targets: Target, optional: bool = False) -> Patch:
 
 
 # who takes the condition video in slices: `AutoencoderKLWan` from diffusers 0.35 to 0.42
-_ENCODE = tuple(
-    Known("diffusers.models.autoencoders.autoencoder_kl_wan", f"AutoencoderKLWan.{name}", frozenset(known))
-    for name, known in (
-        ("encode", ("bb9c5f01af64c520",)),
-        ("_encode", ("c153b2e76001cae4", "fa194e82cac56543")),
-        ("tiled_encode", ("1afcb98eab45ee76", "8225a258bb2c904d")),
-    )
-)
+_ENCODE = relied_on(AUTOENCODER, *(f"AutoencoderKLWan.{name}" for name in ("encode", "_encode", "tiled_encode")))
 
 
 def _video(module: str, qualname: str, last_frame: bool) -> Patch:

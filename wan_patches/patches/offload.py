@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from wan_patches.codeswap import functions_behind, site, stock
+from wan_patches.fingerprints import GROUP_OFFLOADING, texts
 from wan_patches.rewrite import Replace, Unknown, fingerprint, rewritten
 
 __all__ = ["Streams", "making", "streams_on"]
@@ -30,12 +31,12 @@ EDITS = (
 )
 
 #: What runs with the stream later: takes it from `torch.accelerator`, waits for copies and for the computation.
-REQUIRES = {
-    "ModuleGroup.__init__": {"d52ba5906ac0580d"},
-    "ModuleGroup._onload_from_memory": {"0929c9e1fad35616", "6c8c206dcd2a2069"},
-    "ModuleGroup._offload_to_memory": {"2c8403c909b74275", "f12685d2cf6b11b3"},
-    "GroupOffloadingHook.pre_forward": {"e1302930e3a6ed58", "e5dc37b59d132d28", "60878aa0b6615ee2"},
-}
+_REQUIRES = (
+    "ModuleGroup.__init__",
+    "ModuleGroup._onload_from_memory",
+    "ModuleGroup._offload_to_memory",
+    "GroupOffloadingHook.pre_forward",
+)
 
 #: `pre_forward` of 0.33 and 0.34, in which nothing waits for the weights of the last group.
 _UNSAFE = "0a2501b816045088"
@@ -70,8 +71,8 @@ def streams_on(device: torch.device) -> Streams:
         accelerator = torch.accelerator.current_accelerator() if hasattr(torch, "accelerator") else None
         if accelerator is None or accelerator.type != device.type:
             raise Unknown(f"torch.accelerator gives {accelerator}, not {device.type}")
-        for qualname, known in REQUIRES.items():
-            if _fingerprint(module, qualname) not in known:
+        for qualname in _REQUIRES:
+            if _fingerprint(module, qualname) not in texts(GROUP_OFFLOADING, qualname):
                 raise Unknown(f"the text of {qualname} is not known")
         rewritten(stock(_function(module)), EDITS)
     except Unknown as error:

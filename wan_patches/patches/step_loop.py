@@ -13,6 +13,7 @@ from itertools import pairwise
 from typing import Any
 
 from wan_patches import tally
+from wan_patches.fingerprints import HELIOS, UNIPC, relied_on
 from wan_patches.originals import are_torchs, has_librarys
 from wan_patches.patches.versions import since
 from wan_patches.registry import Known, Patch, Target
@@ -99,13 +100,6 @@ def _corrector(scheduled: str = "True") -> Replace:
     return Replace("torch.linalg.solve(R, b)", f"{_SOLVE}(self, R, b, order, 0, {scheduled})")
 
 
-def _known(module: str, scheduler: str, **methods: tuple[str, ...]) -> tuple[Known, ...]:
-    """What the matrices are made of: their check is left out by knowing it."""
-    return tuple(
-        Known(f"diffusers.{module}", f"{scheduler}.{method}", frozenset(known)) for method, known in methods.items()
-    )
-
-
 _UNIPC, _HELIOS = "schedulers.scheduling_unipc_multistep", "schedulers.scheduling_helios"
 _DMD = "schedulers.scheduling_helios_dmd"
 _SKYREELS = "skyreels_v2.pipeline_skyreels_v2_diffusion_forcing"
@@ -121,11 +115,10 @@ _UPDATES = (
             "UniPCMultistepScheduler.multistep_uni_c_bh_update",
             (Either((_SIGMA_EDITS, _NUMBERS_EDITS)), _corrector()),
         ),
-        requires=_known(
-            _UNIPC,
-            "UniPCMultistepScheduler",
-            multistep_uni_p_bh_update=("cb30ad96efae6934", "73090d0d66fc0a12"),
-            multistep_uni_c_bh_update=("a469ddef6a6bcabb", "19a434fe5d7b901a"),
+        requires=relied_on(  # what the matrices are made of: their check is left out by knowing it
+            UNIPC,
+            "UniPCMultistepScheduler.multistep_uni_p_bh_update",
+            "UniPCMultistepScheduler.multistep_uni_c_bh_update",
         ),
     ),
     _patch(
@@ -138,11 +131,8 @@ _UPDATES = (
             "HeliosScheduler.multistep_uni_c_bh_update",
             (*_NUMBERS_EDITS, _corrector("sigma is None and sigma_before is None")),
         ),
-        requires=_known(
-            _HELIOS,
-            "HeliosScheduler",
-            multistep_uni_p_bh_update=("9226d0720986e92d",),
-            multistep_uni_c_bh_update=("26e4e1859058e623",),
+        requires=relied_on(
+            HELIOS, "HeliosScheduler.multistep_uni_p_bh_update", "HeliosScheduler.multistep_uni_c_bh_update"
         ),
     ),
 )
@@ -177,7 +167,7 @@ _SCHEDULES = (
             "UniPCMultistepScheduler._init_step_index",
             (Replace("self.index_for_timestep(timestep)", f"{_INDEX}(self, timestep)"),),
         ),
-        requires=_known(_UNIPC, "UniPCMultistepScheduler", index_for_timestep=("8c3c654c9419209f",)),
+        requires=relied_on(UNIPC, "UniPCMultistepScheduler.index_for_timestep"),
     ),
     _patch(_HELIOS, Target("HeliosScheduler.set_timesteps", (*_SCHEDULE, _SHIFT))),
     _patch(_DMD, Target("HeliosDMDScheduler.set_timesteps", _SCHEDULE)),

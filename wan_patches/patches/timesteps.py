@@ -11,6 +11,7 @@ from typing import Any
 
 from wan_patches import tally
 from wan_patches.fidelity import Fidelity
+from wan_patches.fingerprints import IMAGE_TO_VIDEO, relied_on
 from wan_patches.originals import has_librarys
 from wan_patches.patches.forwards import hands_on, runs
 from wan_patches.patches.modulation import reason_against_two_kinds
@@ -38,11 +39,7 @@ def _patch(module: str, target: Target, requires: tuple[Known, ...] = ()) -> Pat
 
 
 # how `prepare_latents` makes the mask of the first frame, from diffusers 0.35 to 0.42
-_MASK = Known(
-    "diffusers.pipelines.wan.pipeline_wan_i2v",
-    "WanImageToVideoPipeline.prepare_latents",
-    frozenset(("06e2330f8dfb9215", "fca136457d9b149a")),
-)
+_MASK = relied_on(IMAGE_TO_VIDEO, "WanImageToVideoPipeline.prepare_latents")
 
 PATCHES = (
     _patch(
@@ -69,7 +66,7 @@ PATCHES = (
             "WanImageToVideoPipeline.__call__",
             (Replace(_STOCK, f"{_OF_IMAGE}(self, current_model, temp_ts, latents)"),),
         ),
-        requires=(_MASK,),
+        requires=_MASK,
     ),
     _patch(
         "pipelines.wan.pipeline_wan",

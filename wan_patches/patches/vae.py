@@ -18,30 +18,29 @@ from typing import Any
 
 from wan_patches import tally
 from wan_patches.codeswap import STOCK
+from wan_patches.fingerprints import AUTOENCODER, TEXTS, relied_on
 from wan_patches.instances import own_methods
 from wan_patches.originals import are_torchs, has_librarys, is_librarys, is_watched
 from wan_patches.patches.forwards import has_global_hooks, is_hooked
-from wan_patches.registry import Known, Patch, Target
+from wan_patches.registry import Patch, Target
 from wan_patches.rewrite import Body, Replace, fingerprint
 
 logger = logging.getLogger("wan_patches")
 
 _HERE = "wan_patches.patches.vae"
-_MODULE = "diffusers.models.autoencoders.autoencoder_kl_wan"
 _CLONE = "_wan_patches_vae_unchanged"
 _SHORT = "shared windows, no clones"
 _STEP = 2  # frames at a time in the largest layers: half of stock's
 _ROWS = 16  # that are upsampled at a time there
-_IN_FP32 = "13d23c0e7d565d8e"  # the text of a norm that takes lengths and quotients of half dtypes in fp32
 
-# target, the function here that runs in its place, and the fingerprints of the texts it knows
+# target, and the function here that runs in its place
 _REPLACED = (
-    ("AutoencoderKLWan.clear_cache", "clear_cache", "c2bf2f3e72354f26"),
-    ("AutoencoderKLWan._decode", "decode", "b3a00fbfe7ea88dc"),
-    ("WanDecoder3d.forward", "decode_chunk", "04ba78038458710f", "79b6e1480503651b"),
-    ("WanEncoder3d.forward", "encode_chunk", "ccf7adb7b36ca049", "e49c76e8d9c2ab8c"),
-    ("WanResidualBlock.forward", "residual_block", "6b11c2b5830c2809"),
-    ("WanResample.forward", "resample", "d2ba2e5c1e04d9bc"),
+    ("AutoencoderKLWan.clear_cache", "clear_cache"),
+    ("AutoencoderKLWan._decode", "decode"),
+    ("WanDecoder3d.forward", "decode_chunk"),
+    ("WanEncoder3d.forward", "encode_chunk"),
+    ("WanResidualBlock.forward", "residual_block"),
+    ("WanResample.forward", "resample"),
 )
 _ARGUMENTS = {
     "clear_cache": "self",
@@ -53,19 +52,15 @@ _ARGUMENTS = {
 }
 
 
-def _replaced(qualname: str, function: str, *known: str) -> Target:
+def _replaced(qualname: str, function: str) -> Target:
     call = f"return _wan_patches_vae_{function}(_wan_patches_stock_vae_{function}, {_ARGUMENTS[function]})"
-    return Target(qualname, (Body(replacements=tuple((text, call) for text in known)),))
-
-
-def _relied_on(qualname: str, *known: str) -> Known:
-    return Known(_MODULE, qualname, frozenset(known))
+    return Target(qualname, (Body(replacements=tuple((text, call) for text in TEXTS[AUTOENCODER][qualname])),))
 
 
 PATCHES = (
     Patch(
         name="vae",
-        module=_MODULE,
+        module=AUTOENCODER,
         targets=(
             *(_replaced(*entry) for entry in _REPLACED),
             *(
@@ -74,8 +69,8 @@ PATCHES = (
             ),
         ),
         calls={
-            **{f"_wan_patches_vae_{function}": f"{_HERE}:{function}" for _, function, *_ in _REPLACED},
-            **{f"_wan_patches_stock_vae_{function}": STOCK for _, function, *_ in _REPLACED},
+            **{f"_wan_patches_vae_{function}": f"{_HERE}:{function}" for _, function in _REPLACED},
+            **{f"_wan_patches_stock_vae_{function}": STOCK for _, function in _REPLACED},
             _CLONE: f"{_HERE}:unchanged",
         },
         implementations={
@@ -83,18 +78,19 @@ PATCHES = (
             "CUDA with Triton": "shared windows, and norm and SiLU in a kernel",
             "other devices": "shared windows in place of joined, padded and cloned tensors",
         },
-        requires=(
-            _relied_on("WanCausalConv3d.__init__", "929b940173af746e"),
-            _relied_on("WanCausalConv3d.forward", "04d4cc1d5eef07df"),
-            _relied_on("WanRMS_norm.forward", "2589c33f8908ab21", _IN_FP32),
-            _relied_on("WanUpsample.forward", "9324770ad80c15cc"),
-            _relied_on("WanAttentionBlock.forward", "220c002c809b1ace"),
-            _relied_on("WanMidBlock.forward", "680be2f1110718f9", "23fc1bae73fbb131"),
-            _relied_on("WanUpBlock.forward", "dd853fe626a7c2ba", "426ef8cfa2fa91d7"),
-            _relied_on("WanResidualUpBlock.forward", "3caf892c82025550", "083afe537c743027"),
-            _relied_on("WanResidualDownBlock.forward", "afd25e4c2af44b70", "f2798108d5a5002f"),
-            _relied_on("DupUp3D.forward", "9ce151b116617947"),
-            _relied_on("AvgDown3D.forward", "94837202ad51a582"),
+        requires=relied_on(
+            AUTOENCODER,
+            "WanCausalConv3d.__init__",
+            "WanCausalConv3d.forward",
+            "WanRMS_norm.forward",
+            "WanUpsample.forward",
+            "WanAttentionBlock.forward",
+            "WanMidBlock.forward",
+            "WanUpBlock.forward",
+            "WanResidualUpBlock.forward",
+            "WanResidualDownBlock.forward",
+            "DupUp3D.forward",
+            "AvgDown3D.forward",
         ),
     ),
 )
@@ -288,7 +284,7 @@ def _normalizes_in_fp32() -> bool:
     from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm
 
     forward: Any = WanRMS_norm.forward
-    return fingerprint(forward) == _IN_FP32
+    return TEXTS[AUTOENCODER]["WanRMS_norm.forward"].get(fingerprint(forward)) == "0.38"
 
 
 def _convolution(conv: Any, padding: Any = 0) -> Callable[[Any], Any]:
