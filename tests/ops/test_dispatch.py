@@ -164,6 +164,19 @@ def test_small_inputs_are_the_references_before_anything_is_asked():
     assert ways() == {("", SMALL): 2, ("ours", ""): 2}
 
 
+def test_in_fp32_the_limit_is_another():
+    add, _, _ = made()
+    add.form("ours", "cpu", smallest=10, smallest_in_fp32=20)(plus_one)
+    for dtype, size in ((torch.bfloat16, 9), (torch.bfloat16, 10), (torch.float32, 19), (torch.float32, 20)):
+        x = torch.zeros(size, dtype=dtype)
+        assert add.is_small(x) == (size in (9, 19))
+        assert add.least_for(x) == (20 if dtype == torch.float32 else 10)
+        add(x)
+    assert ways() == {("", SMALL): 2, ("ours", ""): 2}
+    with at_any_size():
+        assert add.least_for(torch.zeros(1)) == 0
+
+
 def test_the_table_is_bounded(monkeypatch, elsewhere):
     monkeypatch.setattr(dispatch, "CAPACITY", 5)
     add, _, _ = made(plus_one)

@@ -184,3 +184,33 @@ def test_shared_memory_comes_in_both_formats():
             shape = (*x.shape[:-1], 9)
             found = caches.shared(shape, x, memory_format is last)
             assert found.stride() == torch.empty(shape, memory_format=memory_format).stride()
+
+
+@pytest.mark.parametrize("steps", [(4,), (2, 2)])
+def test_windows_lie_as_what_stock_joins(steps):
+    """A chunk is in channels-last memory where all of it is, and the frames before it: its steps, too."""
+    caches, seen = FrameCaches(1), []
+
+    def convolution(window):
+        seen.append(vae.is_channels_last(window))
+        return window[:, :, 2:, 1:-1, 1:-1].clone()
+
+    def pass_on(x):
+        seen.clear()
+        start = 0
+        for frames in steps if x.shape[2] > 1 else (1,):
+            caches.continues = start > 0
+            caches.convolve(0, x[:, :, start : start + frames], convolution, (1, 1))
+            start += frames
+        caches.unite()
+        return set(seen)
+
+    def video(frames, memory_format):
+        return torch.randn(2, 3, frames, 4, 5).contiguous(memory_format=memory_format)
+
+    last, first = torch.channels_last_3d, torch.contiguous_format
+    assert pass_on(video(1, first)) == {False}
+    assert pass_on(video(4, last)) == {False}  # what is remembered is not
+    assert pass_on(video(4, last)) == {True}
+    assert pass_on(video(4, first)) == {False}
+    assert pass_on(video(4, last)) == {False}

@@ -148,7 +148,7 @@ def markdown(records: Mapping[str, Collection[Row]]) -> str:
     for diffusers_version, record in records.items():
         for patch, reason in sorted({item for row in record for item in row.skipped.items()}):
             reasons.setdefault((patch, reason), []).append(diffusers_version)
-    notes = [f"- {patch}, {', '.join(where)}: {reason}" for (patch, reason), where in reasons.items()]
+    notes = [f"- {patch}, {'; '.join(where)}: {reason}" for (patch, reason), where in reasons.items()]
     slow: Counter[tuple[str, str]] = Counter()
     for row in list(records.values())[-1] if records else ():
         for patch, why in row.reasons.items():
