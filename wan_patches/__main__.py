@@ -295,15 +295,7 @@ def ops(
     threads: Annotated[Optional[int], typer.Option(min=1, help="Threads of torch on the CPU.")] = None,  # noqa: UP045
 ) -> None:
     """Each operation by itself: time, memory, equal bits. Exits with status 1 if a single bit differs."""
-    _check(check_file, json)
-    with _errors("bench"):
-        from wan_patches.bench import ops as run
-        from wan_patches.bench.measure import device_of, dtype_of
-
-        rows = run.measure(device_of(device), dtype_of(dtype), quick=quick, threads=threads)
-        typer.echo(text(run.table(rows)))
-    different = [f"{row.op} {row.shape}" for row in rows if not row.exact]
-    _end(different, (json, lambda path: run.write_json(path, rows, device_of(device), threads)))
+    _operations("ops", json, device, dtype, quick, threads)
 
 
 @bench.command()
@@ -315,11 +307,15 @@ def forms(
     threads: Annotated[Optional[int], typer.Option(min=1, help="Threads of torch on the CPU.")] = None,  # noqa: UP045
 ) -> None:
     """Each form beside the reference of its op, from the smallest size on. Exits with status 1 if a bit differs."""
+    _operations("forms", json, device, dtype, quick, threads)
+
+
+def _operations(name: str, json: Path | None, device: str, dtype: str, quick: bool, threads: int | None) -> None:
     _check(check_file, json)
     with _errors("bench"):
-        from wan_patches.bench import forms as run
         from wan_patches.bench.measure import device_of, dtype_of
 
+        run = importlib.import_module(f"wan_patches.bench.{name}")
         rows = run.measure(device_of(device), dtype_of(dtype), quick=quick, threads=threads)
         typer.echo(text(run.table(rows)))
     different = [f"{row.op} {row.shape}" for row in rows if row.exact is False]

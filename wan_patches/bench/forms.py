@@ -7,7 +7,6 @@ has no place there, and its calls would be counted as fast.
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from rich import box
 from rich.console import Group
 from rich.table import Table
 
-from wan_patches.bench.measure import DTYPES, identical, in_turns, machine, using_threads
+from wan_patches.bench.measure import DTYPES, identical, in_turns, using_threads, write_rows
 from wan_patches.bench.models import images
 from wan_patches.fidelity import Fidelity
 from wan_patches.ops import conditioning, frames, fused_norm, modulation, norm_silu, rms_norm, rope
@@ -96,10 +95,7 @@ def table(rows: Sequence[Row]) -> Group:
 
 def write_json(path: Path, rows: Sequence[Row], device: torch.device, threads: int | None = None) -> None:
     """Writes the rows and the facts about the machine; `threads` as it was given to `measure`."""
-    with using_threads(threads):
-        facts = machine(device)
-    content = {"machine": facts, "rows": [{**asdict(row), "share": row.share} for row in rows]}
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    write_rows(path, [{**asdict(row), "share": row.share} for row in rows], device, threads)
 
 
 def _row(sample: Sample, device: torch.device, dtype: torch.dtype, seconds: float) -> Row:
@@ -123,11 +119,7 @@ def _row(sample: Sample, device: torch.device, dtype: torch.dtype, seconds: floa
 def samples(device: torch.device, dtype: torch.dtype, quick: bool = False) -> list[Sample]:
     """What is measured on a device: all ops that have forms for it."""
     found = [*_of_tokens(device, dtype, quick), *_of_videos(quick)]
-    return [sample for sample in found if any(_is_for(form.device, device) for form in sample.op.forms)]
-
-
-def _is_for(kind: str | None, device: torch.device) -> bool:
-    return kind in (None, device.type) or (kind == "accelerator" and device.type != "cpu")
+    return [sample for sample in found if sample.op._forms_on(device.type)]
 
 
 # Hidden states, queries and keys

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import json
 import math
 import os
 import platform
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -240,6 +242,13 @@ def machine(device: torch.device) -> dict[str, Any]:
         with contextlib.suppress(PackageNotFoundError):
             facts[package] = version(package)
     return facts
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]], device: torch.device, threads: int | None = None) -> None:
+    """Writes a measurement and the facts about the machine; `threads` are those that it had of torch."""
+    with using_threads(threads):
+        content = {"machine": machine(device), "rows": rows}
+    path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def _cuda() -> dict[str, Any]:

@@ -9,7 +9,6 @@ import gc
 import importlib
 import importlib.util
 import inspect
-import json
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -24,7 +23,7 @@ from rich.console import Group
 from rich.table import Table
 
 import wan_patches
-from wan_patches.bench.measure import DTYPES, identical, interleaved, machine, peak_extra_bytes, using_threads
+from wan_patches.bench.measure import DTYPES, identical, interleaved, peak_extra_bytes, using_threads, write_rows
 from wan_patches.bench.models import images
 from wan_patches.bench.parts import AttentionWithoutLayers, block_without_layers
 from wan_patches.codeswap import with_code
@@ -136,10 +135,7 @@ def _number(value: float | None) -> str:
 
 def write_json(path: Path, rows: Sequence[Row], device: torch.device, threads: int | None = None) -> None:
     """Writes the rows and the facts about the machine; `threads` as it was given to `measure`."""
-    with using_threads(threads):
-        facts = machine(device)
-    content = {"machine": facts, "rows": [{**asdict(row), "ratio": row.ratio} for row in rows]}
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    write_rows(path, [{**asdict(row), "ratio": row.ratio} for row in rows], device, threads)
 
 
 # The cases
