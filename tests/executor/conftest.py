@@ -6,6 +6,7 @@ import contextlib
 import gc
 import os
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -50,6 +51,9 @@ def _leaving_nothing():
     children = set(psutil.Process().children(recursive=True)) - processes
     _, alive = psutil.wait_procs(children, timeout=5)
     assert not alive, f"left: {[child.cmdline() for child in alive]}"
+    end = time.monotonic() + 5  # an executor that nobody waits for closes them in a thread
+    while not _descriptors() <= descriptors and time.monotonic() < end:
+        time.sleep(0.05)
     assert _descriptors() <= descriptors
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import sys
@@ -36,6 +37,14 @@ class CustomError(ValueError):
 class Unportable(Exception):
     def __init__(self, first: int, second: int) -> None:
         super().__init__(f"{first} and {second}")
+
+
+class Unspeakable(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no words")
+
+    def __reduce__(self):
+        raise RuntimeError("no way")
 
 
 class Unloadable:
@@ -116,6 +125,65 @@ class Fake:
         time.sleep(seconds)
         return "woke up"
 
+    def stop(self, _: Any) -> str:
+        os.kill(os.getpid(), signal.SIGSTOP)
+        return "went on"
+
+    def stop_once(self, path: str) -> str:
+        if not os.path.exists(path):
+            with open(path, "w"):
+                os.kill(os.getpid(), signal.SIGSTOP)
+        return "second time"
+
+    def hold_the_lock(self, seconds: int) -> str:
+        """Python's own, in C."""
+        ctypes.PyDLL(None).sleep(seconds)
+        return "went on"
+
+    def change_the_process(self, folder: str) -> None:
+        torch.set_default_dtype(torch.float64)
+        torch.set_grad_enabled(False)
+        torch.set_num_threads(7)
+        torch.use_deterministic_algorithms(True)
+        os.chdir(folder)
+        os.environ["LEFT_BEHIND"] = "yes"
+        del os.environ["PATH"]
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+    def process(self, _: Any) -> Any:
+        return (
+            torch.get_default_dtype(),
+            torch.is_grad_enabled(),
+            torch.get_num_threads(),
+            torch.are_deterministic_algorithms_enabled(),
+            os.getcwd(),
+            dict(os.environ),
+            signal.getsignal(signal.SIGTERM),
+        )
+
+    def flags(self, _: Any) -> Any:
+        return sys.path, sys.flags.optimize, sys.warnoptions, sys.executable
+
+    def command(self, _: Any) -> list[str]:
+        return Path("/proc/self/cmdline").read_bytes().decode().split("\0")
+
+    def fail_unspeakably(self, _: Any) -> None:
+        raise Unspeakable
+
+    def chatter(self, count: int) -> int:
+        """Writes so many bytes without an end of line."""
+        for _ in range(count >> 20):
+            sys.stdout.write("x" * (1 << 20))
+        sys.stdout.flush()
+        return count
+
+    def no_memory(self, _: Any) -> None:
+        raise MemoryError
+
+    def no_space(self, _: Any) -> None:
+        """A disk that is full."""
+        Path("/dev/full").write_text("x")
+
     def take_memory(self, _: Any) -> None:
         import resource
 
@@ -177,10 +245,36 @@ def without_memfd() -> Fake:
     return Fake()
 
 
-def only_once(path: str) -> Fake:
-    """Loads the first time; later it finds its weights gone."""
-    if os.path.exists(path):
+def while_there(path: str) -> Fake:
+    """Loads while the file is there."""
+    if not os.path.exists(path):
         raise CustomError(4, "the weights are gone")
+    return Fake()
+
+
+def stops_later(first: str, second: str) -> Fake:
+    """The second process that loads it stops."""
+    for path in (first, second):
+        if not os.path.exists(path):
+            with open(path, "w"):
+                if path == second:
+                    os.kill(os.getpid(), signal.SIGSTOP)
+                break
+    return Fake()
+
+
+def unreliable(folder: str) -> Fake:
+    """Hangs or fails to load while a file of that name is in the folder."""
+    if os.path.exists(f"{folder}/hang"):
+        time.sleep(60)
+    if os.path.exists(f"{folder}/fail"):
+        raise MemoryError
+    return Fake()
+
+
+def slow_to_load_again(path: str, seconds: float) -> Fake:
+    if os.path.exists(path):
+        time.sleep(seconds)
     with open(path, "w"):
         return Fake()
 

@@ -17,7 +17,7 @@ def workers() -> list[psutil.Process]:
     found = []
     for child in psutil.Process().children():
         with contextlib.suppress(psutil.Error):  # gone meanwhile
-            if "wan_patches.executor.worker" in child.cmdline():
+            if any("wan_patches.executor.worker" in word for word in child.cmdline()):
                 found.append(child)
     return sorted(found, key=lambda worker: worker.pid)
 

@@ -14,6 +14,7 @@ import fakes
 import pytest
 from processes import HEEDS_CONTROL_C
 
+from wan_patches.executor.bounds import Bounds
 from wan_patches.executor.crew import Crew
 from wan_patches.executor.errors import WorkerDied
 from wan_patches.executor.groups import WorkerGroup
@@ -27,6 +28,7 @@ class Told:
     """A group whose requests end when `go` is set."""
 
     remote = False
+    name = "the group"
 
     def __init__(self) -> None:
         self.on_death = lambda: None
@@ -35,7 +37,7 @@ class Told:
         self.is_alive = False
         self.interrupted = []
 
-    def start(self) -> None:
+    def start(self, wanted) -> None:
         self.starts += 1
         self.is_alive = True
 
@@ -49,8 +51,12 @@ class Told:
     def kill(self) -> None:
         self.kills += 1
 
-    def alive(self) -> bool:
-        return self.is_alive
+    def check(self) -> None:
+        if not self.is_alive:
+            raise WorkerDied(-9, 0, None)
+
+    def members(self):
+        return [(0, "cpu", None)]
 
     def stop(self) -> None:
         self.stops += 1
@@ -62,7 +68,7 @@ def request(number: int = 1, **options) -> Request:
 
 def test_an_interrupt_that_comes_late_harms_nobody():
     group = Told()
-    crew = Crew([group], patience=0.1)
+    crew = Crew([group], Bounds(), patience=0.1)
     crew.start()
     first = request()
     crew.add(first)
@@ -81,7 +87,7 @@ def test_an_interrupt_that_comes_late_harms_nobody():
 
 def test_patience_ends_with_a_group_that_does_not_heed():
     group = Told()
-    crew = Crew([group], patience=0.1)
+    crew = Crew([group], Bounds(), patience=0.1)
     crew.start()
     first = request()
     crew.add(first)
@@ -99,7 +105,7 @@ def test_patience_ends_with_a_group_that_does_not_heed():
 
 def test_a_dead_group_is_not_started_again_when_nothing_is_to_come():
     group = Told()
-    crew = Crew([group], patience=1)
+    crew = Crew([group], Bounds(), patience=1)
     crew.start()
     crew.close()
     group.is_alive = False
@@ -116,7 +122,7 @@ def test_a_request_that_was_cancelled_between_two_tries_is_not_tried_again():
             raise WorkerDied(-9, 0, request.id)
 
     group = Dies()
-    crew = Crew([group], patience=1)
+    crew = Crew([group], Bounds(), patience=1)
     crew.start()
     first = request()
     first._retries = 5
@@ -138,14 +144,14 @@ def test_a_request_that_was_cancelled_before_another_try_does_not_run(caplog):
             assert request.id != 1, "it was cancelled"
             return request.id, {}
 
-        def start(self):
+        def start(self, wanted):
             if self.starts:
                 first.cancel()
-            super().start()
+            super().start(wanted)
 
     group, first, second = DiesOnce(), request(1), request(2)
     first._retries = 1
-    crew = Crew([group], patience=1)
+    crew = Crew([group], Bounds(), patience=1)
     crew.start()
     crew.add(first)
     crew.add(second)
@@ -158,12 +164,12 @@ def test_a_request_that_was_cancelled_before_another_try_does_not_run(caplog):
 
 def test_all_groups_end_when_one_cannot_start():
     class Fails(Told):
-        def start(self):
+        def start(self, wanted):
             raise KeyError("no weights")
 
     groups = [Told(), Fails(), Told()]
     with pytest.raises(KeyError, match="no weights"):
-        Crew(groups, patience=1).start()
+        Crew(groups, Bounds(), patience=1).start()
     assert [group.stops for group in groups] == [1, 1, 1]
 
 
@@ -181,7 +187,7 @@ def test_a_death_is_the_cause_of_what_another_rank_raised_because_of_it():
         def join(self):
             pass
 
-    group = WorkerGroup(None, [None] * 2, first_rank=0, setup={}, environment={}, log=print)
+    group = WorkerGroup(None, [None] * 2, first_rank=0, setup={}, launcher=None, bounds=Bounds(), log=print)
     group._workers = first, second = Dead(0), Dead(1)
     lost = pack(RuntimeError("connection closed by peer")).parts()
     group._events.put((first, Message("failed", 1, "traceback", [lost])))

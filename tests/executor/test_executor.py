@@ -26,8 +26,8 @@ from wan_patches.executor.progress import Bars
 pytestmark = [pytest.mark.timeout(180), pytest.mark.usefixtures("nothing_left")]
 
 INLINE = {"devices": "cpu"}
-WORKER = {"devices": ["cpu"], "layout": "replicas"}
-WORKERS = {"devices": ["cpu", "cpu"]}
+WORKER = {"devices": ["cpu"], "layout": "replicas", "spares": 0}
+WORKERS = {"devices": ["cpu", "cpu"], "spares": 0}
 
 
 @pytest.fixture(scope="module", params=[INLINE, WORKER], ids=["inline", "worker"])

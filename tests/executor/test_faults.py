@@ -20,12 +20,12 @@ import torch
 from processes import HEEDS_CONTROL_C, wait_until, workers
 
 from wan_patches import ParallelExecutor
-from wan_patches.executor import ExecutorBroken, WorkerDied
+from wan_patches.executor import Bounds, ExecutorBroken, WorkerDied
 
 pytestmark = [pytest.mark.timeout(240), pytest.mark.usefixtures("nothing_left")]
 
-WORKER = {"devices": ["cpu"], "layout": "replicas"}
-WORKERS = {"devices": ["cpu", "cpu"]}
+WORKER = {"devices": ["cpu"], "layout": "replicas", "spares": 0}
+WORKERS = {"devices": ["cpu", "cpu"], "spares": 0}
 FOLDER = str(Path(fakes.__file__).parent)
 
 
@@ -39,7 +39,7 @@ def test_a_death_is_told_with_all_that_is_known():
         assert (error.exit_code, error.request) == (-9, 1)
         assert error.rank in (0, 1)
         assert "about to go" in error.log
-        assert str(error).startswith(f"worker {error.rank} was ended by SIGKILL (the system does that when memory")
+        assert str(error).startswith(f"{error.worker} was ended by SIGKILL (the system does that when memory")
         assert str(error).endswith("\n    about to go")
         error = executor.submit("leave", 3).exception(60)
         assert error.exit_code == 3
@@ -95,17 +95,48 @@ def test_a_lost_request_is_tried_again_as_often_as_wanted(tmp_path):
         assert isinstance(executor.submit("kill_once", str(tmp_path / "b")).exception(60), WorkerDied)
 
 
-def test_when_none_can_be_started_any_more_all_that_waits_is_told(tmp_path, monkeypatch):
-    monkeypatch.setattr("wan_patches.executor.crew._PAUSE", 0.1)
-    with ParallelExecutor(functools.partial(fakes.only_once, str(tmp_path / "there")), **WORKER) as executor:
-        killed, waiting = executor.submit("kill", signal.SIGKILL), executor.submit()
+def test_a_short_outage_costs_nothing_but_time(tmp_path):
+    there = tmp_path / "there"
+    there.touch()
+    with ParallelExecutor(functools.partial(fakes.while_there, str(there)), **WORKER) as executor:
+        there.unlink()
+        killed, waiting = executor.submit("kill", signal.SIGKILL), executor.submit(value="late")
         assert isinstance(killed.exception(60), WorkerDied)
-        error = waiting.exception(60)
+        wait_until(lambda: executor.health().workers[0].restarts >= 3)
+        health = executor.health()
+        assert (health.serving, health.waiting) == (0, 1)
+        assert "the weights are gone" in health.workers[0].reason
+        there.touch()
+        assert waiting.result(60) == "late"
+        assert executor.health().serving == 1
+
+
+def test_in_a_long_outage_requests_are_told_and_afterwards_are_taken_again(tmp_path):
+    there = tmp_path / "there"
+    there.touch()
+    build = functools.partial(fakes.while_there, str(there))
+    with ParallelExecutor(build, **WORKER, bounds=Bounds(outage=1.5)) as executor:
+        there.unlink()
+        executor.submit("kill", signal.SIGKILL)
+        error = executor.submit().exception(60)
         assert isinstance(error, ExecutorBroken)
-        assert "the weights are gone" in str(error.__cause__)
+        assert "no worker has served for 1.5 s" in str(error)
+        wait_until(lambda: "the weights are gone" in executor.health().workers[0].reason)
         with pytest.raises(ExecutorBroken) as caught:
             executor.submit()
         assert "the weights are gone" in str(caught.value.__cause__)
+        there.touch()
+        wait_until(lambda: executor.health().serving == 1)
+        assert executor.submit(value=1).result(60) == 1
+
+
+def test_a_request_that_ends_all_its_workers_is_given_up_and_the_workers_are_not(caplog):
+    with ParallelExecutor(fakes.fake, **WORKERS, retries=2) as executor:
+        assert isinstance(executor.submit("kill", signal.SIGKILL).exception(60), WorkerDied)
+        assert caplog.text.count("request 1 is tried again: worker") == 2
+        assert "1 of 2 serve" in caplog.text
+        wait_until(lambda: executor.health().serving == 2)
+        assert executor.submit(value=1).result(60) == 1
 
 
 def test_a_death_is_seen_though_a_child_of_the_dead_holds_the_socket(tmp_path):
@@ -181,7 +212,7 @@ def _in_small_shared_memory(fill: str) -> subprocess.CompletedProcess[str]:
         import torch, fakes
         from wan_patches import ParallelExecutor
 
-        with ParallelExecutor(fakes.fake, devices=["cpu"], layout="replicas") as executor:
+        with ParallelExecutor(fakes.fake, devices=["cpu"], layout="replicas", spares=0) as executor:
             for n in range(3):
                 sent = torch.full((200 << 20,), n, dtype=torch.uint8)
                 got = executor.submit(value=sent).result()
@@ -253,7 +284,7 @@ _RUNS = """
     import fakes, time
     from wan_patches import ParallelExecutor
 
-    with ParallelExecutor(fakes.fake, devices=["cpu", "cpu"]) as executor:
+    with ParallelExecutor(fakes.fake, devices=["cpu", "cpu"], spares=0) as executor:
         future = executor.submit({request})
         executor.submit({request})
         while not future.running():

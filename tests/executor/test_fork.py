@@ -38,7 +38,7 @@ pytestmark = [
 
 BIG = 1 << 20  # bytes, more than goes through the socket
 CARRIERS = {"slots": {}, "files": {"slots": 0}, "wire": {"memfd": False}}
-WORKER = {"devices": ["cpu"], "layout": "replicas", "threads": 1}
+WORKER = {"devices": ["cpu"], "layout": "replicas", "spares": 0, "threads": 1}
 FOLDER = str(Path(fakes.__file__).parent)
 
 
@@ -280,7 +280,7 @@ sys.path.insert(0, {FOLDER!r})
 import fakes
 from wan_patches import ParallelExecutor
 
-executor = ParallelExecutor(fakes.fake, devices=["cpu"], layout="replicas")
+executor = ParallelExecutor(fakes.fake, devices=["cpu"], layout="replicas", spares=0)
 """
 
 

@@ -22,7 +22,7 @@ from wan_patches.executor.images import Frame
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("nothing_left", "one_thread")]
 
-TWO = {"devices": ["cpu", "cpu"], "threads": 1}
+TWO = {"devices": ["cpu", "cpu"], "spares": 0, "threads": 1}
 
 
 def alone(name: str, dtype: torch.dtype = torch.float32, **inputs):

@@ -20,9 +20,10 @@ import psutil
 import pytest
 import torch
 from PIL import Image
+from processes import wait_until
 
 import wan_patches
-from wan_patches.executor import RemoteError, WorkerDied
+from wan_patches.executor import Bounds, RemoteError, WorkerDied, WorkerHung
 
 ray = pytest.importorskip("ray", reason="Ray is an extra: pip install 'wan-patches[ray]'")
 
@@ -207,9 +208,10 @@ def test_a_request_that_cannot_travel_is_an_error_of_that_future_only(executor):
 def test_a_dead_worker_loses_its_own_request_only(executor):
     lost = executor.submit("kill", signal.SIGKILL)
     others = [executor.submit(value=n, steps=2, seconds=0.1) for n in range(4)]
-    with pytest.raises(WorkerDied, match=rf"worker \d ended during request {lost.id}") as caught:
+    with pytest.raises(WorkerDied, match=rf"worker \d \(pid \d+, node .+\) ended during request {lost.id}") as caught:
         lost.result(60)
     assert caught.value.exit_code is None
+    assert caught.value.node == ray.util.get_node_ip_address()
     assert "actor" in str(caught.value.__cause__)
     assert [future.result(60) for future in others] == [*range(4)]
 
@@ -223,6 +225,52 @@ def test_a_worker_that_is_killed_while_it_runs_is_replaced(executor):
     with pytest.raises(WorkerDied):
         running.result(30)
     assert not _pids(executor) & pids
+
+
+@pytest.mark.parametrize("do", ["stop", pytest.param("hold_the_lock", marks=pytest.mark.slow)])
+def test_a_worker_that_gives_no_sign_of_life_is_started_again(do, caplog):
+    with RayParallelExecutor(fakes.fake, **ONE, bounds=Bounds(answer=8.0)) as executor:
+        (before,) = executor.health().workers
+        assert before.device == f"CPU of node {ray.util.get_node_ip_address()}"
+        request = executor.submit(do, 60)
+        with pytest.raises(WorkerHung, match=rf"worker 0 \(pid {before.pid}, node .*\) gave no sign of life for 8 s"):
+            request.result(60)
+        assert "gave no sign of life for 8 s during request 1" in caplog.text
+        assert executor.submit("pid").result(60) != before.pid
+
+
+@pytest.mark.slow
+def test_too_long_between_two_steps_and_a_load_that_hangs_have_bounds(tmp_path):
+    with RayParallelExecutor(fakes.fake, **ONE, bounds=Bounds(step=2.0)) as executor:
+        with pytest.raises(WorkerHung, match="made no step for 2 s during request 1"):
+            executor.submit("hang", 60, steps=2, seconds=0.1).result(60)
+        assert executor.submit(value=1).result(60) == 1
+    with pytest.raises(WorkerHung, match="was not ready for 2 s while it loaded the pipeline"):
+        RayParallelExecutor(functools.partial(fakes.slow_to_load, 60), **ONE, bounds=Bounds(load=2.0))
+
+
+@pytest.mark.slow
+def test_a_short_outage_costs_nothing_but_time(tmp_path):
+    there = tmp_path / "there"
+    there.touch()
+    with RayParallelExecutor(functools.partial(fakes.while_there, str(there)), **ONE) as executor:
+        there.unlink()
+        killed, waiting = executor.submit("kill", signal.SIGKILL), executor.submit(value="late")
+        assert isinstance(killed.exception(60), WorkerDied)
+        wait_until(lambda: executor.health().workers[0].restarts >= 2)
+        there.touch()
+        assert waiting.result(60) == "late"
+
+
+@pytest.mark.slow
+def test_shutdown_ends_within_its_bound_whatever_runs():
+    executor = RayParallelExecutor(fakes.fake, **ONE)
+    running = executor.submit("hang", 100)
+    _until_running(running)
+    start = time.monotonic()
+    executor.shutdown(timeout=1.0)
+    assert time.monotonic() - start < 40
+    assert running.cancelled()
 
 
 @pytest.mark.slow
@@ -285,9 +333,8 @@ def test_two_ranks_give_what_one_process_gives_and_leave_nothing():
         assert running.cancel()
         running = executor.submit(**inputs | {"num_inference_steps": 500})
         _until_running(running)
-        pids = ray.get([actor.handle.prepare.remote([]) for actor in executor._crew.groups[0]._actors])
-        os.kill(pids[1], signal.SIGKILL)
-        with pytest.raises(WorkerDied, match="worker 1 ended"):
+        os.kill(executor.health().workers[1].pid, signal.SIGKILL)
+        with pytest.raises(WorkerDied, match=r"worker 1 \(pid .*\) ended"):
             running.result(60)
         request = executor.submit(**inputs, generator=torch.Generator().manual_seed(4))
         assert np.abs(request.result().frames - expected).max() < 1e-4

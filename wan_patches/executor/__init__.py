@@ -4,21 +4,27 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from wan_patches.executor.errors import ExecutorBroken, RemoteError, WorkerDied
+from wan_patches.executor.bounds import Bounds
+from wan_patches.executor.errors import ExecutorBroken, RemoteError, WorkerDied, WorkerHung
 from wan_patches.executor.executor import ParallelExecutor
+from wan_patches.executor.health import Health, WorkerHealth
 from wan_patches.executor.requests import Progress, Request
 
 if TYPE_CHECKING:
     from wan_patches.executor.ray import RayParallelExecutor
 
 __all__ = [
+    "Bounds",
     "ExecutorBroken",
+    "Health",
     "ParallelExecutor",
     "Progress",
     "RayParallelExecutor",
     "RemoteError",
     "Request",
     "WorkerDied",
+    "WorkerHealth",
+    "WorkerHung",
 ]
 
 

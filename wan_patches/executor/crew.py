@@ -4,40 +4,68 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import threading
+import time
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError
+from dataclasses import dataclass, field
 
 from wan_patches.executor import forks
+from wan_patches.executor.bounds import LOOK, Bounds
 from wan_patches.executor.errors import ExecutorBroken, WorkerDied
-from wan_patches.executor.groups import Group
+from wan_patches.executor.groups import Group, Unwanted
+from wan_patches.executor.health import Health, State, WorkerHealth
 from wan_patches.executor.requests import Request, logger
 from wan_patches.executor.session import Interrupted
 
-_STARTS = 3  # times in a row that a group may fail to start before it is given up
-_PAUSE = 1.0  # seconds between them
+_LONGEST_PAUSE = 60.0  # seconds between two attempts to start a group
+_STABLE = 60.0  # seconds after which a group that dies is started again at once
+
+
+@dataclass(eq=False)
+class _Duty:
+    """A group, and what it does at the moment. Changed by its own thread."""
+
+    group: Group
+    state: State = "loading"
+    since: float = field(default_factory=time.monotonic)
+    request: Request | None = None
+    restarts: int = 0
+    failures: int = 0  # deaths and failed starts since a request was done
+    error: BaseException | None = None
+
+    @property
+    def serving(self) -> bool:
+        return self.state in ("idle", "running")
+
+    def pause(self) -> float:
+        """Seconds until the next attempt: none after the first failure."""
+        return 0.0 if self.failures < 2 else min(_LONGEST_PAUSE, 2.0 ** (self.failures - 2))
 
 
 class Crew:
     """The groups of an executor, their threads and the requests that wait."""
 
-    def __init__(self, groups: Sequence[Group], patience: float) -> None:
+    def __init__(self, groups: Sequence[Group], bounds: Bounds, patience: float | None) -> None:
         self.groups = list(groups)
-        self._patience = patience
+        self._bounds, self._patience = bounds, patience
         self._changed = threading.Condition()
         self._waiting: deque[Request] = deque()
-        self._running: dict[Group, Request] = {}
-        self._lost: dict[Group, BaseException] = {}
-        self._started: dict[Group, BaseException | None] = {}
-        self._closed = False
+        self._duties = [_Duty(group) for group in self.groups]
+        self._begun = False  # every group has had its pipeline
+        self._closed = False  # no more requests are taken
+        self._ended = False  # and those there were are not wanted any more
         self._inherited = False
+        self._is_broken = False  # no group has served for long
+        self._outage: threading.Timer | None = None
         for group in self.groups:
             group.on_death = self._look_again
         self._threads = [
-            threading.Thread(target=self._serve, args=(group,), name="wan-patches group", daemon=True)
-            for group in self.groups
+            threading.Thread(target=self._serve, args=(duty,), name="wan-patches group", daemon=True)
+            for duty in self._duties
         ]
 
     def start(self) -> None:
@@ -48,14 +76,13 @@ class Crew:
             for thread in self._threads:
                 thread.start()
             with self._changed:
-                while len(self._started) < len(self.groups) and not any(self._started.values()):
+                while not all(duty.serving for duty in self._duties):
+                    for error in filter(None, (duty.error for duty in self._duties)):
+                        raise error
                     self._changed.wait()
-                for error in filter(None, self._started.values()):
-                    raise error
+                self._begun = True
         except BaseException:  # Ctrl-C, too
             self.close()
-            for group in self.groups:
-                group.kill()
             self.join()
             raise
 
@@ -63,17 +90,33 @@ class Crew:
         """Raises what a request given now would meet."""
         if self._inherited:
             raise RuntimeError("this executor belongs to the parent of this process; make another one here")
-        with self._changed:
-            if self._closed:
-                raise RuntimeError("this executor was shut down; make another one")
-            if len(self._lost) == len(self.groups):
-                raise _broken(next(iter(self._lost.values())))
+        if self._closed:
+            raise RuntimeError("this executor was shut down; make another one")
+        if self._is_broken:
+            raise self._broken()
 
     def add(self, request: Request) -> None:
         with self._changed:
             self.check()
             self._waiting.append(request)
+            request._wait()
             self._changed.notify_all()
+
+    def health(self) -> Health:
+        """How the groups are, and how many requests there are."""
+        with self._changed:
+            if self._inherited:
+                self.check()
+            now, workers = time.monotonic(), []
+            for duty in self._duties:
+                for rank, device, pid in duty.group.members():
+                    request = None if duty.request is None else duty.request.id
+                    reason = None if duty.error is None else _told(duty.error)
+                    workers.append(
+                        WorkerHealth(rank, device, duty.state, now - duty.since, pid, request, duty.restarts, reason)
+                    )
+            waiting = sum(not request.done() for request in self._waiting)
+            return Health(tuple(workers), waiting, sum(duty.request is not None for duty in self._duties))
 
     def _look_again(self) -> None:
         """A worker has ended: whoever waits for requests sees whether it was theirs."""
@@ -85,16 +128,26 @@ class Crew:
         with self._changed:
             self._closed = True
             cancelled = list(self._waiting) if cancel_waiting else []
+            self._waiting = deque(request for request in self._waiting if request not in cancelled)
             self._changed.notify_all()
         for request in cancelled:
             request.cancel()
+            request._give_up(CancelledError())  # tells those who wait
 
     def cancel(self) -> None:
         """Cancels all requests, those that run too."""
         with self._changed:
-            requests = [*self._waiting, *self._running.values()]
+            requests = [*self._waiting, *(duty.request for duty in self._duties if duty.request is not None)]
         for request in requests:
             request.cancel()
+
+    def end(self) -> None:
+        """Cancels all requests and ends the workers, whatever they do; a thread of this process goes on."""
+        self._ended = True
+        self.close(cancel_waiting=True)
+        self.cancel()
+        for group in self.groups:
+            group.kill()
 
     def join(self) -> None:
         """Waits until all groups have ended."""
@@ -111,109 +164,183 @@ class Crew:
         """The groups and the threads are the parent's: here nothing is left to close, to join or to wait for."""
         self._inherited = self._closed = True
         self._changed = threading.Condition()  # a thread of the parent's may hold the other
-        for request in [*self._waiting, *self._running.values()]:
+        for request in [*self._waiting, *(duty.request for duty in self._duties if duty.request is not None)]:
             request._abandon()
-        for theirs in (self.groups, self._threads, self._waiting, self._running):
+        self._outage = None
+        for theirs in (self.groups, self._threads, self._waiting, self._duties):
             theirs.clear()
 
     # In the thread of a group
 
-    def _serve(self, group: Group) -> None:
+    def _serve(self, duty: _Duty) -> None:
         try:
-            self._start(group, tries=1)
-            while group not in self._lost and (request := self._next(group)) is not None:
-                self._run(group, request)
-                del request  # this thread may wait long for another, and must not hold the result
+            self._start(duty)
+            if duty.serving:
+                while (request := self._next(duty)) is not None:
+                    self._run(duty, request)
+                    del request  # this thread may wait long for another, and must not hold the result
         finally:
-            if group in self.groups:  # not in a child that was forked in this thread, by a callback
+            if duty in self._duties:  # not in a child that was forked in this thread, by a callback
                 with contextlib.suppress(Exception):
-                    group.stop()
+                    duty.group.stop()
 
-    def _start(self, group: Group, tries: int) -> None:
-        error: BaseException | None = None
-        for left in reversed(range(tries)):
-            try:
-                group.start()
-            except BaseException as problem:
-                error = problem
-                if group in self._started:  # else the constructor raises it
-                    logger.warning("workers could not be started again: %s", problem)
-            else:
-                error = None
-                break
-            if left:
-                with self._changed:
-                    self._changed.wait_for(lambda: self._closed, _PAUSE)
+    def _set(self, duty: _Duty, state: State, request: Request | None = None) -> None:
         with self._changed:
-            self._started.setdefault(group, error)
-            if error is not None:
-                self._lost[group] = error
-            self._changed.notify_all()
-            abandoned = list(self._waiting) if len(self._lost) == len(self.groups) else []
-            self._waiting = deque(request for request in self._waiting if request not in abandoned)
-        for request in abandoned:
-            request._give_up(_broken(error))
+            duty.state, duty.since, duty.request = state, time.monotonic(), request
+            self._watch_for_outage()
+            if not self._begun:  # the constructor waits
+                self._changed.notify_all()
 
-    def _next(self, group: Group) -> Request | None:
+    def _is_over(self) -> bool:
+        return self._closed and not self._waiting
+
+    def _start(self, duty: _Duty) -> None:
+        self._set(duty, "loading")
+        try:
+            duty.group.start(wanted=lambda: not self._is_over())
+        except Unwanted as error:
+            duty.error = error
+        except BaseException as error:
+            self._failed(duty, error, f"{duty.group.name} could not be started: ")
+        else:
+            self._set(duty, "idle")
+            if duty.restarts:
+                logger.warning("%s serves again; %s", duty.group.name, self._capacity())
+
+    def _failed(self, duty: _Duty, error: BaseException, what: str = "") -> None:
+        with self._changed:
+            if duty.serving and time.monotonic() - duty.since > _STABLE:
+                duty.failures = 0
+            duty.failures += 1
+            duty.error = error
+            self._set(duty, "down")
+            told, over, pause = self._begun and not self._ended, self._is_over(), duty.pause()
+        if told:
+            what += _told(error)
+            again = f"; started again {f'in {pause:g} s' if pause else 'now'}, {self._capacity()}"
+            logger.warning("%s%s", what, "" if over else again)
+
+    def _capacity(self) -> str:
+        return f"{sum(duty.serving for duty in self._duties)} of {len(self._duties)} serve"
+
+    def _next(self, duty: _Duty) -> Request | None:
         """The next request for a group that is ready for it; None when there will be none."""
-        while group not in self._lost:
+        while not self._is_over():
+            if duty.serving:
+                try:
+                    duty.group.check()  # without the lock, as it ends what has hung
+                except WorkerDied as error:
+                    self._failed(duty, error)
             with self._changed:
-                if self._closed and not self._waiting:
-                    return None
-                if group.alive():
-                    if self._waiting:
-                        self._running[group] = request = self._waiting.popleft()
-                        return request
-                    self._changed.wait()
-                    continue
-            self._start(group, tries=_STARTS)
+                if not duty.serving:
+                    self._changed.wait_for(self._is_over, duty.pause())
+                elif self._waiting:
+                    request = self._waiting.popleft()
+                    self._set(duty, "running", request)
+                    return request
+                elif not self._closed:
+                    self._changed.wait(LOOK)
+            if not duty.serving and not self._is_over():
+                duty.restarts += 1
+                self._start(duty)
         return None
 
-    def _run(self, group: Group, request: Request) -> None:
+    def _run(self, duty: _Duty, request: Request) -> None:
+        group = duty.group
         killers: list[threading.Timer] = []
 
         def interrupt() -> None:
             with self._changed:
-                if self._running.get(group) is not request:  # it has just ended
+                if duty.request is not request:  # it has just ended
                     return
-                timer = threading.Timer(self._patience, group.kill)
-                timer.daemon = True
-                killers.append(timer)
-                timer.start()
+                if self._patience is not None:
+                    timer = threading.Timer(self._patience, overdue)
+                    timer.daemon = True
+                    killers.append(timer)
+                    timer.start()
             group.interrupt(request.id)
 
+        def overdue() -> None:
+            logger.warning(
+                "request %d is not wanted any more, and %s has not left it for %g s: it is ended and started again",
+                request.id,
+                group.name,
+                self._patience,
+            )
+            group.kill()
+
         again = False
+        death: WorkerDied | None = None
+        deliver: Callable[[], object] | None = None
         try:
-            if not request._begin(interrupt):
-                return
-            result, timings = group.run(request)
-            request._succeed(result, timings)
-        except Interrupted:
-            request._fail(CancelledError())  # it was cancelled or has timed out, and nothing comes of this
+            if request._begin(interrupt):
+                deliver = functools.partial(request._succeed, *group.run(request))
+        except Interrupted:  # it was cancelled or has timed out, and nothing comes of this
+            deliver = functools.partial(request._fail, CancelledError())
         except WorkerDied as error:
+            death = error
             again = request._retries > 0 and not request.done()
-            if again:
-                logger.warning("request %d is tried again: %s", request.id, error)
-                request._retries -= 1
-            else:
-                request._fail(error)
+            if not again:
+                deliver = functools.partial(request._fail, error)
         except BaseException as error:
-            request._fail(error)
-        finally:
-            request._end_of_try()
-            with self._changed:
-                self._running.pop(group, None)
-                for timer in killers:
-                    timer.cancel()
-                if again:
-                    self._waiting.appendleft(request)
-                    self._changed.notify_all()
+            deliver = functools.partial(request._fail, error)
+        request._end_of_try()
+        with self._changed:
+            for timer in killers:
+                timer.cancel()
+            if again:
+                request._retries -= 1
+                self._waiting.appendleft(request)
+                self._changed.notify_all()
+            if death is None:
+                duty.failures, duty.error = 0, None
+                self._set(duty, "idle")
+        if death is not None:
+            self._failed(duty, death, f"request {request.id} is tried again: " if again else "")
+        del death  # it refers to this frame
+        if deliver is not None:
+            deliver()  # last: who is told finds the executor as it is now
+        del deliver
+
+    # Outages
+
+    def _watch_for_outage(self) -> None:
+        """Called with the lock, when a group has come into service or has left it."""
+        if not self._begun:
+            return
+        if any(duty.serving for duty in self._duties):
+            if self._outage is not None:
+                self._outage.cancel()
+            self._outage, self._is_broken = None, False
+        elif self._outage is None and self._bounds.outage is not None:
+            self._outage = threading.Timer(self._bounds.outage, self._break)
+            self._outage.daemon = True
+            self._outage.start()
+
+    def _break(self) -> None:
+        """No group has served for long: whoever waits is told, and whoever comes until one serves again."""
+        with self._changed:
+            if self._outage is None or any(duty.serving for duty in self._duties):
+                return
+            self._is_broken = True
+            abandoned, self._waiting = list(self._waiting), deque()
+            self._changed.notify_all()
+        logger.error("%s; %d requests are given up", self._broken(), len(abandoned))
+        for request in abandoned:
+            request._give_up(self._broken())
+
+    def _broken(self) -> ExecutorBroken:
+        causes = [duty.error for duty in self._duties if duty.error is not None]
+        error = ExecutorBroken(
+            f"no worker has served for {self._bounds.outage:g} s; they are started again, and requests are taken when "
+            "one serves"
+        )
+        error.__cause__ = causes[-1] if causes else None
+        return error
 
 
-def _broken(cause: BaseException | None) -> ExecutorBroken:
-    error = ExecutorBroken("no worker is left, and none could be started again; make another executor")
-    error.__cause__ = cause
-    return error
+def _told(error: BaseException) -> str:
+    return error.summary if isinstance(error, WorkerDied) else f"{type(error).__name__}: {error}".rstrip(": ")
 
 
 _crews: weakref.WeakSet[Crew] = weakref.WeakSet()

@@ -13,23 +13,67 @@ class WorkerDied(RuntimeError):
     Attributes:
         exit_code: of the process; negative: the signal that ended it; None if it could not be learned.
         rank: the worker's place in the executor's list of devices.
-        request: number of the request that is lost, None if it died while it loaded the pipeline.
+        request: number of the request that is lost, None if there was none: it loaded the pipeline, or waited.
         log: the worker's last lines of output, None if they are not at hand.
+        pid: of the process, None if it is not known.
+        node: address of the machine, None if it is this one.
+        doing: what the worker was doing, in words.
     """
 
     def __init__(
-        self, exit_code: int | None, rank: int, request: int | None, log: tuple[str, ...] | None = None
+        self,
+        exit_code: int | None,
+        rank: int,
+        request: int | None,
+        log: tuple[str, ...] | None = None,
+        pid: int | None = None,
+        node: str | None = None,
+        doing: str = "",
     ) -> None:
-        super().__init__(exit_code, rank, request, log)
+        doing = doing or ("while it loaded the pipeline" if request is None else f"during request {request}")
+        super().__init__(exit_code, rank, request, log, pid, node, doing)
         self.exit_code, self.rank, self.request, self.log = exit_code, rank, request, log
+        self.pid, self.node, self.doing = pid, node, doing
+
+    @property
+    def worker(self) -> str:
+        """Which one it was, in words."""
+        return worker_named(self.rank, self.pid, self.node)
+
+    @property
+    def summary(self) -> str:
+        """What happened, without the worker's output."""
+        return f"{self.worker} {_ended(self.exit_code)} {self.doing}"
 
     def __str__(self) -> str:
-        doing = "while it loaded the pipeline" if self.request is None else f"during request {self.request}"
-        told = f"worker {self.rank} {_ended(self.exit_code)} {doing}"
         if self.log is None:
-            return told
+            return self.summary
         lines = "".join(f"\n    {line}" for line in self.log)
-        return f"{told}; its last output:{lines}" if lines else f"{told}; it had written nothing"
+        return f"{self.summary}; its last output:{lines}" if lines else f"{self.summary}; it had written nothing"
+
+
+class WorkerHung(WorkerDied):
+    """The process that worked on a request gave no sign for longer than the executor's bound, and was ended.
+
+    Attributes:
+        bound: which of `Bounds` it exceeded.
+        seconds: that bound.
+    """
+
+    def __init__(self, bound: str, seconds: float, *of_death: Any) -> None:
+        super().__init__(*of_death)
+        self.args = (bound, seconds, *self.args)
+        self.bound, self.seconds = bound, seconds
+
+    @property
+    def summary(self) -> str:
+        missed = {
+            "answer": "gave no sign of life",
+            "load": "was not ready",
+            "first_step": "did not reach the first step",
+            "step": "made no step",
+        }[self.bound]
+        return f"{self.worker} {missed} for {self.seconds:g} s {self.doing}, and was ended"
 
 
 class RemoteError(RuntimeError):
@@ -37,7 +81,7 @@ class RemoteError(RuntimeError):
 
 
 class ExecutorBroken(BrokenExecutor):
-    """No worker is left, and none could be started again; the cause is the last attempt's exception."""
+    """No worker has served for longer than the executor's bound `outage`; the cause is what the last one failed of."""
 
 
 class RemoteTraceback(Exception):
@@ -70,7 +114,13 @@ def _ended(exit_code: int | None) -> str:
     return f"was ended by {name}{hint}"
 
 
-def portable(error: BaseException) -> Any:
+def worker_named(rank: int, pid: int | None, node: str | None = None) -> str:
+    """A worker in words."""
+    where = [text for text in (f"pid {pid}" if pid else "", f"node {node}" if node else "") if text]
+    return f"worker {rank} ({', '.join(where)})" if where else f"worker {rank}"
+
+
+def portable(error: BaseException) -> BaseException:
     """`error` if it survives pickling with its type and message, else a `RemoteError` that tells both."""
     import pickle
 
@@ -78,6 +128,13 @@ def portable(error: BaseException) -> Any:
         copy = pickle.loads(pickle.dumps(error))
         if type(copy) is type(error) and str(copy) == str(error):
             return error
-    except Exception:  # anything can go wrong in someone's __reduce__
+    except BaseException:  # anything can go wrong in someone's __reduce__
         pass
-    return RemoteError(f"{type(error).__module__}.{type(error).__qualname__}: {error}")
+    return RemoteError(f"{type(error).__module__}.{type(error).__qualname__}: {_message(error)}")
+
+
+def _message(error: BaseException) -> str:
+    try:
+        return str(error)
+    except BaseException as problem:
+        return f"(its message cannot be printed: {type(problem).__name__})"

@@ -8,6 +8,7 @@ import itertools
 import os
 import socket
 import sys
+import threading
 import time
 import weakref
 from collections import deque
@@ -18,9 +19,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from wan_patches.executor import main_module
+from wan_patches.executor.bounds import DEFAULT, Bounds, Default, check_count, check_seconds
 from wan_patches.executor.crew import Crew
 from wan_patches.executor.groups import Group, InlineGroup, Log, WorkerGroup
+from wan_patches.executor.health import Health
 from wan_patches.executor.layouts import device_named, resolve
+from wan_patches.executor.processes import Launcher
 from wan_patches.executor.progress import Bars
 from wan_patches.executor.rank import chosen_patches
 from wan_patches.executor.requests import Progress, Request
@@ -40,7 +44,9 @@ class PipelineExecutor(Executor):
         *,
         retries: int,
         timeout: float | None,
-        patience: float,
+        queue_timeout: float | None,
+        patience: float | None,
+        bounds: Bounds,
         progress: bool | Callable[[Request, Progress], None],
         script: bool = False,
     ) -> None:
@@ -48,10 +54,11 @@ class PipelineExecutor(Executor):
 
         script: workers have imported the script, and find what is defined in it.
         """
-        self._timeout, self._retries, self._on_progress = timeout, retries, _progress(progress)
+        self._timeout, self._queue_timeout, self._retries = timeout, queue_timeout, retries
+        self._on_progress = _progress(progress)
         self._ids = itertools.count(1)
         self._remote, self._script = groups[0].remote, script
-        self._crew = Crew(groups, patience)
+        self._crew = Crew(groups, bounds, patience)
         self._crew.start()
         # threads hold the crew and not this object, so that it can go out of scope like any executor
         weakref.finalize(self, self._crew.close).atexit = False
@@ -73,7 +80,8 @@ class PipelineExecutor(Executor):
     def submit(  # type: ignore[override]
         self,
         *arguments: Any,
-        timeout: float | None = None,
+        timeout: float | Default | None = DEFAULT,
+        queue_timeout: float | Default | None = DEFAULT,
         on_progress: Callable[[Request, Progress], None] | None = None,
         **keywords: Any,
     ) -> Request:
@@ -85,21 +93,28 @@ class PipelineExecutor(Executor):
 
         Args:
             arguments, keywords: what the pipeline takes, as if it were called.
-            timeout, on_progress: for this request, instead of the executor's.
+            timeout, queue_timeout, on_progress: for this request, instead of the executor's; a timeout of None is
+                none.
 
         Returns:
             A `concurrent.futures.Future` of what the pipeline returns. It ends with the pipeline's exception,
-            `TimeoutError`, or `WorkerDied`; `cancel()` works while it runs, too.
+            `TimeoutError`, `WorkerDied` or `ExecutorBroken`; `cancel()` works while it runs, too.
 
         Raises:
-            RuntimeError: the executor was shut down, or (`ExecutorBroken`) no worker is left.
+            ValueError: a timeout is no number of seconds.
+            RuntimeError: the executor was shut down, or (`ExecutorBroken`) no worker has served for long.
         """
+        timeout = self._timeout if timeout is DEFAULT else timeout
+        queue_timeout = self._queue_timeout if queue_timeout is DEFAULT else queue_timeout
+        check_seconds("timeout", timeout)
+        check_seconds("queue_timeout", queue_timeout)
         request = Request(
             next(self._ids),
             arguments,
             keywords,
             seed=int(torch.randint(2**63 - 1, ())) if self._remote else None,
-            timeout=self._timeout if timeout is None else timeout,
+            timeout=timeout,
+            queue_timeout=queue_timeout,
             on_progress=on_progress or self._on_progress,
         )
         request._retries = self._retries
@@ -107,14 +122,35 @@ class PipelineExecutor(Executor):
         if self._remote:
             request._patches = chosen_patches()
             try:
-                request._packed = pack((arguments, keywords))
-                if not self._script:
-                    main_module.refuse(request._packed.stream)
+                request._packed = self._pack(arguments, keywords)
             except Exception as error:  # of this future only
                 request._give_up(error)
                 return request
         self._crew.add(request)
         return request
+
+    def _pack(self, arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> Packed:
+        """Both pickled, for workers.
+
+        Raises:
+            Exception: what pickling raises, with a note that names the argument.
+        """
+
+        def packed(value: Any) -> Packed:
+            found = pack(value)
+            if not self._script:
+                main_module.refuse(found.stream)
+            return found
+
+        try:
+            return packed((arguments, keywords))
+        except Exception:
+            for name, value in [*enumerate(arguments, 1), *keywords.items()]:
+                try:
+                    packed(value)
+                except Exception as error:
+                    raise _about(name, error) from error
+            raise
 
     def map(  # type: ignore[override]
         self,
@@ -169,16 +205,30 @@ class PipelineExecutor(Executor):
                 )
             yield self.submit(**request)
 
-    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+    def health(self) -> Health:
+        """How the workers are at this moment, and how many requests wait and run; for services and their monitors."""
+        return self._crew.health()
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False, timeout: float | None = None) -> None:
         """No more requests are taken; workers end when the last is done.
 
         Args:
             wait: return only then.
             cancel_futures: cancel the requests that have not started. Those that run go on.
+            timeout: seconds after which all requests are cancelled and the workers ended, whatever they do. A pipeline
+                of this process (layout "inline") leaves its request at the next step.
         """
+        check_seconds("timeout", timeout)
         self._crew.close(cancel_futures)
+        killer = None
+        if timeout is not None:
+            killer = threading.Timer(timeout, self._crew.end)
+            killer.daemon = True
+            killer.start()
         if wait:
             self._crew.join()
+            if killer is not None:
+                killer.cancel()
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Waits for all requests; after an exception cancels them, those that run too."""
@@ -224,7 +274,10 @@ class ParallelExecutor(PipelineExecutor):
         vae_parallel: bool | str = False,
         retries: int = 0,
         timeout: float | None = None,
-        patience: float = 600.0,
+        queue_timeout: float | None = None,
+        patience: float | None = 600.0,
+        bounds: Bounds | None = None,
+        spares: int | None = None,
         progress: bool | Callable[[Request, Progress], None] = False,
         log: Log | None = None,
         threads: int | None = None,
@@ -247,8 +300,13 @@ class ParallelExecutor(PipelineExecutor):
                 rounding. See `wan_patches.parallelize_vae`.
             retries: how often a request is given to another worker after its own has died.
             timeout: seconds that a request may run, from when it starts; `submit` can set another.
+            queue_timeout: seconds that a request may wait for a worker; `submit` can set another.
             patience: seconds that a cancelled or timed out request may take to reach its next step before its
                 worker is ended and started anew.
+            bounds: after how long a worker that stands still is ended and started anew; None: as `Bounds()` says.
+            spares: how many processes have imported torch and diffusers and wait to take the place of a worker that
+                ends. Each takes some 0.3 GB of memory, and nothing of a device. By default as many as work on a
+                request together.
             progress: True for bars in the terminal, or a function called with the request (its future) and its
                 `Progress` after every step; `submit` can set another.
             log: called with a worker's rank and a line of its output; by default they go to stderr, prefixed
@@ -261,33 +319,48 @@ class ParallelExecutor(PipelineExecutor):
             WorkerDied: a worker ended while it loaded.
             Exception: what the factory raises.
         """
+        check_options(retries, timeout, queue_timeout, patience, threads)
+        bounds = bounds or Bounds()
         main_module.refuse_while_loading()
         chosen = _devices(devices)
         layout, size = resolve(layout, chosen, group_size, parallel, vae_parallel)
         groups: list[Group]
         script = False
         if layout == "inline":
-            groups = [InlineGroup(functools.partial(Session, factory, layout, chosen[0]))]
+            groups = [InlineGroup(functools.partial(Session, factory, layout, chosen[0]), chosen[0])]
         else:
             if not hasattr(socket, "AF_UNIX"):
                 raise RuntimeError('workers need Unix sockets, which this system has not; use layout="inline"')
             build, setup = _worker_setup(factory, layout, {"parallel": parallel, "vae_parallel": vae_parallel})
             script = setup["main"] is not None
-            environment = {"PYTHONUNBUFFERED": "1"}
+            environment = {}
             if threads is not None or "OMP_NUM_THREADS" not in os.environ:
                 environment["OMP_NUM_THREADS"] = str(threads or max(1, _cores() // len(chosen)))
+            spares = size if spares is None else spares
+            check_count("spares", spares, 0)
+            launcher = Launcher(sys.path, environment, spares=spares, send_timeout=bounds.answer)
             groups = [
                 WorkerGroup(
                     build,
                     chosen[first : first + size],
                     first_rank=first,
                     setup=setup,
-                    environment=environment,
+                    launcher=launcher,
+                    bounds=bounds,
                     log=log or _to_stderr,
                 )
                 for first in range(0, len(chosen), size)
             ]
-        super().__init__(groups, retries=retries, timeout=timeout, patience=patience, progress=progress, script=script)
+        super().__init__(
+            groups,
+            retries=retries,
+            timeout=timeout,
+            queue_timeout=queue_timeout,
+            patience=patience,
+            bounds=bounds,
+            progress=progress,
+            script=script,
+        )
 
 
 def _worker_setup(factory: Callable[[], Any], layout: str, options: dict[str, Any]) -> tuple[Packed, dict[str, Any]]:
@@ -303,8 +376,32 @@ def _worker_setup(factory: Callable[[], Any], layout: str, options: dict[str, An
             f"workers cannot be told about the factory {factory!r} ({error}); it must be a function at the top of a "
             "module, or anything else that pickles"
         ) from error
-    setup = {"layout": layout, "path": [str(path) for path in sys.path], "patches": chosen_patches()}
+    setup = {"layout": layout, "patches": chosen_patches()}
     return build, setup | {"main": main_module.needed(factory)}
+
+
+def check_options(
+    retries: int, timeout: float | None, queue_timeout: float | None, patience: float | None, threads: int | None
+) -> None:
+    """Refuses values that all executors refuse, before anything is started.
+
+    Raises:
+        ValueError: the message names the argument.
+    """
+    check_count("retries", retries, 0)
+    for name, seconds in {"timeout": timeout, "queue_timeout": queue_timeout, "patience": patience}.items():
+        check_seconds(name, seconds)
+    if threads is not None:
+        check_count("threads", threads, 1)
+
+
+def _about(argument: object, error: Exception) -> Exception:
+    """The same error, as far as it can be made, that names the argument of the request."""
+    text = f"argument {argument!r} of the request cannot be sent to a worker: {error}"
+    try:
+        return type(error)(text)
+    except Exception:
+        return TypeError(text)
 
 
 def _devices(wanted: str | int | Sequence[str | torch.device]) -> list[torch.device]:
@@ -315,7 +412,11 @@ def _devices(wanted: str | int | Sequence[str | torch.device]) -> list[torch.dev
         devices = [device_named(device) for device in wanted]
         if not devices:
             raise ValueError('devices is empty; name at least one, or "auto"')
+        for device in devices:
+            _check_there(device)
         return devices
+    if wanted != "auto":
+        check_count("devices", wanted, 1)
     found = _accelerators() or [torch.device("cpu")]
     if wanted == "auto":
         return found
@@ -326,6 +427,15 @@ def _devices(wanted: str | int | Sequence[str | torch.device]) -> list[torch.dev
             'the CPU give a list: ["cpu", "cpu"]'
         )
     return found[: int(wanted)]
+
+
+def _check_there(device: torch.device) -> None:
+    backend: Any = getattr(torch, device.type)
+    if device.type == "cpu" or not hasattr(backend, "device_count"):
+        return
+    count = backend.device_count() if backend.is_available() else 0
+    if (device.index or 0) >= count:
+        raise ValueError(f"devices names {str(device)!r}; torch {torch.__version__} finds {count} such devices here")
 
 
 def _accelerators() -> list[torch.device]:

@@ -5,35 +5,30 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
-import select
-import socket
+import shutil
 import subprocess
-import sys
+import tempfile
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
-from wan_patches.executor.errors import WorkerDied
+from wan_patches.executor.bounds import LOOK, Bounds, Stillness
+from wan_patches.executor.errors import WorkerDied, WorkerHung, worker_named
+from wan_patches.executor.processes import Launcher, Process
 from wan_patches.executor.rank import failure_of
 from wan_patches.executor.requests import Progress, Request
 from wan_patches.executor.session import Interrupted, Session
-from wan_patches.executor.transport import Channel, Packed
+from wan_patches.executor.transport import Packed
 
 LOG_LINES = 40  # kept for WorkerDied
+_LONGEST_LINE = 8 << 10  # bytes; longer ones are cut, as a worker may never end one
+BEAT = 5.0  # seconds between two signs of life, at most
 OTHER_RANKS = 30.0  # seconds that ranks have to end a request after one of them has failed
 GOODBYE = 10.0  # seconds that a worker has to end after being told to
-
-#: For the collectives of ranks, which are all on this machine: nothing of them on the network.
-_LOOPBACK = {
-    f"{library}_SOCKET_IFNAME": name
-    for _, name in (socket.if_nameindex() if hasattr(socket, "if_nameindex") else ())
-    if name in ("lo", "lo0")
-    for library in ("GLOO", "NCCL")
-}
 
 Log = Callable[[int, str], None]
 
@@ -42,14 +37,19 @@ def _nothing() -> None:
     pass
 
 
+class Unwanted(Exception):
+    """The pipeline that is being built is not wanted any more."""
+
+
 class Group(Protocol):
-    """One of these for each pipeline. One thread calls `start`, `run` and `stop`; `interrupt` and `kill` any."""
+    """One of these for each pipeline. One thread calls all but `interrupt`, `kill` and `members`, which any may."""
 
     remote: bool  # requests cross a process boundary
+    name: str  # for messages
     on_death: Callable[[], None]  # called, by any thread, when workers have ended
 
-    def start(self) -> None:
-        """Builds the pipeline, again if need be; raises what keeps it from being built."""
+    def start(self, wanted: Callable[[], bool]) -> None:
+        """Builds the pipeline, again if need be; raises what keeps it from being built, `Unwanted` if it is not."""
 
     def run(self, request: Request) -> tuple[Any, dict[str, float]]:
         """The pipeline's result and seconds by stage; raises what it raised, `Interrupted` or `WorkerDied`."""
@@ -60,24 +60,72 @@ class Group(Protocol):
     def kill(self) -> None:
         """Ends the workers at once, to be started again; a thread cannot be ended, and goes on."""
 
-    def alive(self) -> bool:
-        """Whether `run` can be called without another `start`."""
+    def check(self) -> None:
+        """Raises `WorkerDied` if `run` cannot be called without another `start`. To be asked every `LOOK` seconds."""
+
+    def members(self) -> list[tuple[int, str, int | None]]:
+        """Rank, device and process id of each worker."""
 
     def stop(self) -> None:
         """Ends everything, in peace."""
+
+
+class Progression:
+    """Whether a load, or a request in its ranks, comes on as fast as it must."""
+
+    def __init__(self, bounds: Bounds, loading: bool) -> None:
+        self._bounds = bounds
+        self._bound = "load" if loading else "first_step"
+        self._still = Stillness()
+
+    def step(self) -> None:
+        """There was one."""
+        self._bound = "step"
+        self._still.sign()
+
+    def exceeded(self) -> tuple[str, float] | None:
+        """The bound that was, and its seconds. To be asked every `LOOK` seconds."""
+        bound = getattr(self._bounds, self._bound)
+        return (self._bound, bound) if self._still.seconds() > (bound or float("inf")) else None
+
+
+class Member(Protocol):
+    """A process of a group, seen from here."""
+
+    silent: Stillness
+
+    @property
+    def up(self) -> bool:
+        """Whether it gives signs of life."""
+
+
+_Member = TypeVar("_Member", bound=Member)
+
+
+def find_hung(
+    members: Sequence[_Member], bounds: Bounds, exceeded: tuple[str, float] | None
+) -> tuple[_Member, tuple[str, float] | None]:
+    """Which process of a group stands still, and the bound that it exceeds; `exceeded`: what all together do."""
+    late = members[0]
+    for member in members:
+        silent = member.silent.seconds()
+        if member.up and bounds.answer is not None and silent > bounds.answer:
+            late, exceeded = member, ("answer", bounds.answer)
+    return late, exceeded
 
 
 class InlineGroup:
     """The pipeline lives in this process; nothing is copied."""
 
     remote = False
+    name = "the pipeline"
 
-    def __init__(self, make_session: Callable[[], Session]) -> None:
-        self._make_session = make_session
+    def __init__(self, make_session: Callable[[], Session], device: torch.device) -> None:
+        self._make_session, self._device = make_session, device
         self.on_death = _nothing
         self._session: Session | None = None
 
-    def start(self) -> None:
+    def start(self, wanted: Callable[[], bool]) -> None:
         self._session = self._make_session()
 
     def run(self, request: Request) -> tuple[Any, dict[str, float]]:
@@ -95,8 +143,11 @@ class InlineGroup:
     def kill(self) -> None:
         pass
 
-    def alive(self) -> bool:
-        return self._session is not None
+    def check(self) -> None:
+        pass
+
+    def members(self) -> list[tuple[int, str, int | None]]:
+        return [(0, str(self._device), os.getpid())]
 
     def stop(self) -> None:
         self._session = None
@@ -114,59 +165,73 @@ class WorkerGroup:
         *,
         first_rank: int,
         setup: dict[str, Any],
-        environment: dict[str, str],
+        launcher: Launcher,
+        bounds: Bounds,
         log: Log,
     ) -> None:
         """`first_rank`: place of the first device in the executor's list. `setup`: see `worker.py`."""
         self._build, self._devices, self._first_rank = build, tuple(devices), first_rank
-        self._setup, self._environment = setup, environment
+        self._setup, self._launcher, self._bounds = setup, launcher, bounds
         self._log = log
+        self.name = group_name(first_rank, len(self._devices))
         self.on_death = _nothing
         self._workers: list[_Worker] = []
         self._events: queue.Queue[tuple[_Worker, Any]] = queue.Queue()
-        self._store: Any = None  # where the ranks find one another
+        self._rendezvous: _Rendezvous | None = None
 
-    def start(self) -> None:
+    def start(self, wanted: Callable[[], bool]) -> None:
         self._clear()
         self._events = queue.Queue()
-        rendezvous = None
         if len(self._devices) > 1:
-            self._store = _store()
-            rendezvous = self._store.port
+            self._rendezvous = _Rendezvous()
         for rank, device in enumerate(self._devices):
-            setup = self._setup | {"rank": rank, "ranks": len(self._devices), "rendezvous": rendezvous}
-            worker = _Worker(self._first_rank + rank, device, self._events, self._environment, self._log, self.on_death)
+            setup = self._setup | {
+                "device": str(device),
+                "rank": rank,
+                "ranks": len(self._devices),
+                "rendezvous": self._rendezvous and self._rendezvous.path,
+                "beat": self._bounds.answer and min(BEAT, self._bounds.answer / 4),
+            }
+            process = self._launcher.take()
+            worker = _Worker(process, self._first_rank + rank, device, self._events, self._log, self.on_death)
             self._workers.append(worker)
             with contextlib.suppress(OSError):  # it has died already: the event tells how
-                worker.channel.send("setup", info=setup, value=self._build)
+                process.channel.send("setup", info=setup, value=self._build)
         try:
-            self._gather(None)
+            message = self._gather(None, wanted)
         except BaseException:
             self._clear()
             raise
+        self._launcher.prepare(message.info["modules"])
 
     def run(self, request: Request) -> tuple[Any, dict[str, float]]:
         info = {"seed": request._seed, "patches": request._patches}
         for worker in self._workers:
             try:
-                worker.channel.send("run", request.id, info, request._packed)
+                worker.process.channel.send("run", request.id, info, request._packed)
             except OSError:  # it died while it was idle, or reads no more; its event tells
                 break
         message = self._gather(request)
         result = message.load()
         return result, message.info["timings"]
 
-    def _gather(self, request: Request | None) -> Any:
+    def _gather(self, request: Request | None, wanted: Callable[[], bool] = lambda: True) -> Any:
         """Waits until every rank is done; the message of the first one."""
         done: dict[_Worker, Any] = {}
         deadline = None
         failure: BaseException | None = None
+        progression = Progression(self._bounds, loading=request is None)
         while len(done) < len(self._workers):
             try:
-                worker, message = self._events.get(timeout=deadline and max(0.0, deadline - time.monotonic()))
-            except queue.Empty:  # one rank failed, the others wait for it in vain
-                self._clear()
-                break
+                worker, message = self._events.get(timeout=LOOK)
+            except queue.Empty:
+                if not wanted():
+                    raise Unwanted from None
+                if deadline is not None and time.monotonic() > deadline:
+                    self._clear()  # one rank failed, the others wait for it in vain
+                    break
+                self._look(None if request is None else request.id, progression.exceeded())
+                continue
             if worker not in self._workers:  # of workers that were ended before
                 continue
             if message is None:
@@ -176,6 +241,7 @@ class WorkerGroup:
                 self._clear()
                 raise died  # the cause, too, of an exception that another rank met in torch.distributed
             if message.kind == "progress":
+                progression.step()
                 if request is not None and message.request == request.id and worker is self._workers[0]:
                     request._advance(Progress(*message.info))
                 continue
@@ -189,10 +255,18 @@ class WorkerGroup:
             raise failure
         return done[self._workers[0]]
 
+    def _look(self, request: int | None, exceeded: tuple[str, float] | None, doing: str = "") -> None:
+        """Raises if a worker gives no sign of life, or if all together have exceeded a bound."""
+        late, exceeded = find_hung(self._workers, self._bounds, exceeded)
+        if exceeded is not None:
+            hung = WorkerHung(*exceeded, None, late.rank, request, late.lines(), late.process.pid, None, doing)
+            self._clear()
+            raise hung
+
     def interrupt(self, request: int) -> None:
         for worker in list(self._workers):
             with contextlib.suppress(OSError):
-                worker.channel.send("interrupt", request)
+                worker.process.channel.send("interrupt", request)
 
     def kill(self) -> None:
         for worker in list(self._workers):
@@ -203,70 +277,75 @@ class WorkerGroup:
         for worker in self._workers:
             worker.join()
         self._workers = []
-        self._store = None
+        if self._rendezvous is not None:
+            self._rendezvous.close()
+            self._rendezvous = None
 
-    def alive(self) -> bool:
-        return bool(self._workers) and all(worker.alive() for worker in self._workers)
+    def check(self) -> None:
+        if not self._workers:
+            raise WorkerDied(None, self._first_rank, None, None, None, None, "as another of its group had failed")
+        dead = [worker for worker in self._workers if worker.process.popen.poll() is not None]
+        if dead:
+            raise dead[0].died(None, "while it was idle")
+        self._look(None, None, "while it was idle")
+
+    def members(self) -> list[tuple[int, str, int | None]]:
+        pids: dict[int, int] = {worker.rank: worker.process.pid for worker in list(self._workers)}
+        ranks = enumerate(self._devices, self._first_rank)
+        return [(rank, str(device), pids.get(rank)) for rank, device in ranks]
 
     def stop(self) -> None:
         for worker in self._workers:
             with contextlib.suppress(OSError):
-                worker.channel.send("stop")
+                worker.process.channel.send("stop")
         deadline = time.monotonic() + GOODBYE
         for worker in self._workers:
-            worker.wait(deadline - time.monotonic())
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                worker.process.popen.wait(max(0.0, deadline - time.monotonic()))
         self._clear()
+        self._launcher.close()
 
 
-def _store() -> Any:
-    """What ranks find one another by; only processes of this machine can reach it."""
-    from torch.distributed import TCPStore
-
-    listener = socket.create_server(("127.0.0.1", 0))  # by itself, torch listens on all interfaces
-    port = listener.getsockname()[1]
-    return TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
+def group_name(first_rank: int, ranks: int) -> str:
+    """Of a group, for messages."""
+    return worker_named(first_rank, None) if ranks == 1 else f"workers {first_rank} to {first_rank + ranks - 1}"
 
 
-def _pidfd(pid: int) -> int | None:
-    try:
-        return os.pidfd_open(pid)
-    except (AttributeError, OSError):  # not on this system
-        return None
+class _Rendezvous:
+    """A file by which the ranks of a group find one another. Only processes of this user can open it."""
+
+    def __init__(self) -> None:
+        try:
+            self._descriptor = os.memfd_create("wan-patches rendezvous")
+            self.path, self._folder = f"/proc/{os.getpid()}/fd/{self._descriptor}", None
+        except AttributeError:  # not on this system
+            self._folder = tempfile.mkdtemp(prefix="wan-patches-")
+            self.path = os.path.join(self._folder, "rendezvous")
+
+    def close(self) -> None:
+        if self._folder is None:
+            os.close(self._descriptor)
+        else:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
 
 class _Worker:
-    """A worker process, and the threads that read its messages and its output."""
+    """A process that has a rank, and the threads that read its messages and its output."""
 
     def __init__(
         self,
+        process: Process,
         rank: int,
         device: torch.device,
         events: queue.Queue[tuple[_Worker, Any]],
-        environment: dict[str, str],
         log: Log,
         on_death: Callable[[], None],
     ) -> None:
-        self.rank = rank
+        self.process, self.rank = process, rank
+        self.up = False  # it has said that it will give signs of life
+        self.silent = Stillness()
         self._events, self._log, self._on_death = events, log, on_death
         self._lines: deque[str] = deque(maxlen=LOG_LINES)
-        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.channel = Channel(self._socket, slots=0)  # inputs are small beside results, and need not stay mapped
-        try:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "wan_patches.executor.worker", str(theirs.fileno()), str(device)],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                pass_fds=[theirs.fileno()],
-                env=_LOOPBACK | os.environ | environment,
-            )
-        except BaseException:
-            self.channel.close()
-            raise
-        finally:
-            theirs.close()
-        # the end of the stream alone does not tell of its death: what it forked may hold the other end open
-        self._pidfd = _pidfd(self._process.pid)
         self._threads = [
             threading.Thread(target=self._read_messages, name=f"wan-patches worker {rank}", daemon=True),
             threading.Thread(target=self._read_output, name=f"wan-patches worker {rank} output", daemon=True),
@@ -274,57 +353,51 @@ class _Worker:
         for thread in self._threads:
             thread.start()
 
-    def died(self, request: int | None) -> WorkerDied:
+    def died(self, request: int | None, doing: str = "") -> WorkerDied:
         """Call after the event that told of it."""
         self._threads[1].join(1.0)  # the last lines of output; something it started may still hold the pipe
-        return WorkerDied(self._process.returncode, self.rank, request, tuple(self._lines))
+        process = self.process
+        return WorkerDied(process.popen.returncode, self.rank, request, self.lines(), process.pid, None, doing)
 
-    def alive(self) -> bool:
-        return self._process.poll() is None
+    def lines(self) -> tuple[str, ...]:
+        """The last lines of its output."""
+        return tuple(self._lines)
 
     def kill(self) -> None:
-        self._process.kill()
-
-    def wait(self, seconds: float) -> None:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(max(0.0, seconds))
+        self.process.popen.kill()
 
     def join(self) -> None:
-        """After `kill`: nothing of it is left."""
-        self._process.wait()
+        """Ends it, if it lives: nothing of it is left."""
+        self.process.end()
         for thread in self._threads:
             thread.join(1.0)
-        self.channel.close()
-        if self._pidfd is not None:
-            os.close(self._pidfd)
+        if not self._threads[0].is_alive():
+            self.process.close()
 
     def _read_messages(self) -> None:
+        process = self.process
         try:
-            while self._wait_for_message():
-                self._events.put((self, self.channel.recv()))
+            while process.wait_for_message():
+                message = process.channel.recv()
+                self.silent.sign()
+                if message.kind == "up":
+                    self.up = True
+                elif message.kind not in ("alive", "imported"):
+                    self._events.put((self, message))
+                del message
         except (EOFError, OSError):
             pass
         try:
-            self._process.wait(GOODBYE)
+            process.popen.wait(GOODBYE)
         except subprocess.TimeoutExpired:  # it has closed its end, and lives
-            self._process.kill()
-            self._process.wait()
+            process.end()
         self._events.put((self, None))
         self._on_death()
 
-    def _wait_for_message(self) -> bool:
-        """False once the process has ended and all that it sent is read."""
-        if self._pidfd is None:
-            return True
-        poll = select.poll()
-        poll.register(self._socket, select.POLLIN)
-        poll.register(self._pidfd, select.POLLIN)
-        return self._socket.fileno() in [fd for fd, _ in poll.poll()]
-
     def _read_output(self) -> None:
-        assert self._process.stdout is not None
-        with self._process.stdout as output:
-            for raw in output:
+        assert self.process.popen.stdout is not None
+        with self.process.popen.stdout as output:
+            while raw := output.readline(_LONGEST_LINE):
                 # what a progress bar overwrote was not meant to stay
                 line = raw.decode(errors="replace").rstrip("\r\n").rpartition("\r")[2]
                 self._lines.append(line)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,9 +15,11 @@ from wan_patches.delivery import Delivery, delivering
 from wan_patches.executor import errors
 from wan_patches.executor.images import Frame
 from wan_patches.executor.session import Report, Session
+from wan_patches.executor.state import unchanged
 from wan_patches.executor.transport import Message, Packed, pack
 
 _BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "npu": "cpu:gloo,npu:hccl", "xpu": "cpu:gloo,xpu:xccl"}
+_SLOWEST_LOAD = datetime.timedelta(hours=1)  # that a rank waits for the others; by itself, a store says 5 minutes
 
 
 class Rank:
@@ -49,6 +52,7 @@ class Rank:
         """
         self._use(patches)
         if self._ranks > 1:
+            store.set_timeout(_SLOWEST_LOAD)
             torch.distributed.init_process_group(
                 _BACKENDS.get(self._device.type, "gloo"), store=store, rank=self._rank, world_size=self._ranks
             )
@@ -83,11 +87,12 @@ class Rank:
         self._use(patches)
         arguments, keywords = inputs()
         if self._rank:
-            _, timings = self._session.run(request, arguments, keywords, seed=seed)
+            with unchanged():
+                _, timings = self._session.run(request, arguments, keywords, seed=seed)
             return None, timings
-        with delivering(Delivery(empty_strided=empty_strided, image=Frame)):
+        with unchanged(), delivering(Delivery(empty_strided=empty_strided, image=Frame)):
             result, timings = self._session.run(request, arguments, keywords, seed=seed, report=report)
-        return pack(result), timings
+            return pack(result), timings
 
     def interrupt(self, request: int) -> None:
         """Leaves that request at its next step."""
@@ -111,7 +116,10 @@ class Rank:
 
 def failed(error: BaseException) -> tuple[str, Packed]:
     """An exception's traceback, and itself as it can travel. It holds nothing of the pipeline any more."""
-    text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    try:
+        text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    except BaseException:  # its __str__ can do anything
+        text = "".join(traceback.format_tb(error.__traceback__))
     with contextlib.suppress(RuntimeError):  # frames that still run
         traceback.clear_frames(error.__traceback__)
     return text, pack(errors.portable(error.with_traceback(None)))

@@ -24,18 +24,28 @@ import numpy as np
 import torch
 
 from wan_patches.executor import crew
-from wan_patches.executor.errors import WorkerDied
-from wan_patches.executor.executor import PipelineExecutor
-from wan_patches.executor.groups import GOODBYE, OTHER_RANKS
+from wan_patches.executor.bounds import LOOK, Bounds, Stillness
+from wan_patches.executor.errors import WorkerDied, WorkerHung
+from wan_patches.executor.executor import PipelineExecutor, check_options
+from wan_patches.executor.groups import (
+    BEAT,
+    GOODBYE,
+    LOG_LINES,
+    OTHER_RANKS,
+    Progression,
+    Unwanted,
+    find_hung,
+    group_name,
+)
 from wan_patches.executor.layouts import resolve
 from wan_patches.executor.rank import Rank, chosen_patches, failed, failure_of
+from wan_patches.executor.rendezvous import Notes, Rendezvous
 from wan_patches.executor.requests import Progress, Request, logger
 from wan_patches.executor.session import Interrupted
 from wan_patches.executor.transport import Message, aligned
 
-_LOOK = 1.0  # seconds: a call that waits in Ray is not told when another thread shuts Ray down
 _PATIENT = 20.0  # seconds without a place in the cluster until the log says so
-_THREADS = 4  # of an actor: one runs, one waits for its end, the others take interrupts
+_THREADS = 5  # of an actor: one runs, one waits for its end, the others take interrupts and give signs of life
 
 #: A pickle and its buffers.
 Parts = tuple[np.ndarray, list[np.ndarray]]
@@ -50,8 +60,8 @@ class RayParallelExecutor(PipelineExecutor):
 
     Requests, results, progress, cancelling, errors and layouts are those of `ParallelExecutor`, but for the layout
     "inline", which needs no Ray. Results are copied out of Ray's object store: they can be written to, and outlive
-    the executor and Ray. Output of workers goes where Ray brings it; a `WorkerDied` has no log, its cause
-    (`__cause__`) is what Ray says about the end.
+    the executor and Ray. Output of workers goes where Ray brings it; a `WorkerDied` names the node, its log is what
+    Ray's dashboard can tell, and its cause (`__cause__`) is what Ray says about the end.
 
     Uses the Ray that the program is connected to, or else connects to the cluster that `address` names, or starts
     one on this machine, and leaves that again when the last executor is shut down. Ray Client (`ray://`) will not do:
@@ -69,7 +79,9 @@ class RayParallelExecutor(PipelineExecutor):
         vae_parallel: bool | str = False,
         retries: int = 0,
         timeout: float | None = None,
-        patience: float = 600.0,
+        queue_timeout: float | None = None,
+        patience: float | None = 600.0,
+        bounds: Bounds | None = None,
         progress: bool | Callable[[Request, Progress], None] = False,
         threads: int | None = None,
         resources: Mapping[str, float] | None = None,
@@ -83,7 +95,8 @@ class RayParallelExecutor(PipelineExecutor):
                 script, of a notebook and lambdas will do.
             devices: the number of workers; "auto" for as many as the cluster has `resources` for.
             layout: "replicas" (also "auto"), "context", "cfg" or "sharded"; see `ParallelExecutor`.
-            group_size, parallel, vae_parallel, retries, timeout, patience, progress: see `ParallelExecutor`.
+            group_size, parallel, vae_parallel, retries, timeout, queue_timeout, patience, bounds, progress: see
+                `ParallelExecutor`. A load begins when Ray has given a place to the workers; until then they wait.
             threads: CPU threads of each worker; by default the cluster's are shared out among as many workers as it
                 has room for. On CPUs results can depend on it.
             resources: of Ray's, for each worker. By default `{"GPU": 1}` or `{"NPU": 1}`, whichever the cluster has,
@@ -98,6 +111,8 @@ class RayParallelExecutor(PipelineExecutor):
             WorkerDied: a worker ended while it loaded.
             Exception: what the factory raises.
         """
+        check_options(retries, timeout, queue_timeout, patience, threads)
+        bounds = bounds or Bounds()
         ray = _import_ray()
         if layout == "inline":
             raise ValueError('layout "inline" runs in this process and needs no Ray; use ParallelExecutor for it')
@@ -130,10 +145,18 @@ class RayParallelExecutor(PipelineExecutor):
                 "threads": threads or max(1, int(total.get("CPU", 1) // max(1, room))),
             }
             groups = [
-                RayGroup(build, size, first_rank=first, setup=setup, strategy=strategy)
+                RayGroup(build, size, first_rank=first, setup=setup, strategy=strategy, bounds=bounds)
                 for first in range(0, count, size)
             ]
-            super().__init__(groups, retries=retries, timeout=timeout, patience=patience, progress=progress)
+            super().__init__(
+                groups,
+                retries=retries,
+                timeout=timeout,
+                queue_timeout=queue_timeout,
+                patience=patience,
+                bounds=bounds,
+                progress=progress,
+            )
         finally:
             _connection.leave()  # the groups have entered themselves
 
@@ -143,16 +166,26 @@ class RayGroup:
 
     remote = True
 
-    def __init__(self, build: bytes, ranks: int, *, first_rank: int, setup: dict[str, Any], strategy: str) -> None:
+    def __init__(
+        self,
+        build: bytes,
+        ranks: int,
+        *,
+        first_rank: int,
+        setup: dict[str, Any],
+        strategy: str,
+        bounds: Bounds,
+    ) -> None:
         """`first_rank`: number of the first rank among all workers. `setup`: see `RayParallelExecutor`."""
         self._build, self._ranks, self._first_rank = build, ranks, first_rank
-        self._setup, self._strategy = setup, strategy
+        self._setup, self._strategy, self._bounds = setup, strategy, bounds
+        self.name = group_name(first_rank, ranks)
         self.on_death: Callable[[], None] = lambda: None
         self._actors: list[_Actor] = []
         self._placement: Any = None
         _connection.enter()
 
-    def start(self) -> None:
+    def start(self, wanted: Callable[[], bool]) -> None:
         import ray
 
         self._clear()
@@ -171,17 +204,15 @@ class RayGroup:
                     )
                 handle = actor.options(max_concurrency=_THREADS, **options).remote()
                 self._actors.append(_Actor(self._first_rank + rank, handle, self.on_death))
-            self._wait_for_places([actor.handle.prepare.remote(self._setup["path"]) for actor in self._actors])
-            rendezvous = None
-            if self._ranks > 1:
-                rendezvous = self._get(self._actors[0], self._actors[0].handle.open_store.remote())
+            self._wait_for_places([actor.handle.prepare.remote(self._setup["path"]) for actor in self._actors], wanted)
+            first = self._actors[0].handle
             streams = [
                 actor.handle.load.options(num_returns="streaming").remote(
-                    self._build, self._setup, rank, self._ranks, rendezvous
+                    self._build, self._setup, rank, self._ranks, first
                 )
                 for rank, actor in enumerate(self._actors)
             ]
-            self._gather(None, streams)
+            self._gather(None, streams, wanted)
         except BaseException:
             self._clear()
             raise
@@ -199,7 +230,9 @@ class RayGroup:
         message = self._gather(request, streams)
         return message.load(), message.info
 
-    def _gather(self, request: Request | None, streams: Sequence[Any]) -> Message:
+    def _gather(
+        self, request: Request | None, streams: Sequence[Any], wanted: Callable[[], bool] = lambda: True
+    ) -> Message:
         """Waits until every rank is done; what the first one gave."""
         import ray
 
@@ -208,17 +241,22 @@ class RayGroup:
         first: Message | None = None
         deadline: float | None = None
         failure: BaseException | None = None
+        progression = Progression(self._bounds, loading=request is None)
         while waiting:
             with self._deaths(self._actors[0], number):
-                ready, _ = ray.wait(list(waiting), num_returns=1, timeout=_LOOK)
+                ready, _ = ray.wait(list(waiting), num_returns=1, timeout=LOOK)
             if not ready:
-                if deadline is None or time.monotonic() < deadline:
-                    continue
-                self._clear()  # one rank failed, the others wait for it in vain
-                break
+                if not wanted():
+                    raise Unwanted
+                if deadline is not None and time.monotonic() > deadline:
+                    self._clear()  # one rank failed, the others wait for it in vain
+                    break
+                self._look(number or None, progression.exceeded())
+                continue
             stream, actor = ready[0], waiting[ready[0]]
             kind, info, *value = self._get(actor, stream, number)
             if kind == "progress":
+                progression.step()
                 if request is not None:
                     request._advance(Progress(*info))
                 continue
@@ -244,7 +282,7 @@ class RayGroup:
                 what = next(what)
         while True:
             with self._deaths(actor, request), contextlib.suppress(ray.exceptions.GetTimeoutError):
-                return ray.get(what, timeout=_LOOK)
+                return ray.get(what, timeout=LOOK)
 
     @contextlib.contextmanager
     def _deaths(self, actor: _Actor, request: int) -> Iterator[None]:
@@ -260,16 +298,32 @@ class RayGroup:
             deadly = isinstance(error, (ray.exceptions.RayError, StopIteration))
             if _initialized() and (not deadly or isinstance(error, ray.exceptions.RayTaskError)):
                 raise
-            self._clear()
             # the cause, too, of an exception that another rank met in torch.distributed
-            raise WorkerDied(None, actor.rank, request or None) from error
+            died = WorkerDied(None, actor.rank, request or None, actor.lines(), actor.pid, actor.node)
+            self._clear()
+            raise died from error
 
-    def _wait_for_places(self, calls: list[Any]) -> None:
+    def _look(self, request: int | None, exceeded: tuple[str, float] | None, doing: str = "") -> None:
+        """Raises if a worker gives no sign of life, or if all together have exceeded a bound."""
+        for actor in self._actors:
+            actor.ask()
+        late, exceeded = find_hung(self._actors, self._bounds, exceeded)
+        if exceeded is not None:
+            hung = WorkerHung(*exceeded, None, late.rank, request, late.lines(), late.pid, late.node, doing)
+            self._clear()
+            raise hung
+
+    def _wait_for_places(self, calls: list[Any], wanted: Callable[[], bool]) -> None:
         import ray
 
         needed = self._setup["resources"]
-        _, waiting = ray.wait(calls, num_returns=len(calls), timeout=_PATIENT)
-        if waiting:
+        began, told = time.monotonic(), False
+        while ray.wait(calls, num_returns=len(calls), timeout=LOOK)[1]:
+            if not wanted():
+                raise Unwanted
+            if told or time.monotonic() - began < _PATIENT:
+                continue
+            told = True
             logger.warning(
                 "workers wait for a place in the Ray cluster: each of %d needs %s; it has %s, of which %s are free",
                 self._ranks,
@@ -278,7 +332,7 @@ class RayGroup:
                 _told(ray.available_resources(), needed),
             )
         for actor, call in zip(self._actors, calls):
-            self._get(actor, call)
+            actor.pid, actor.node = self._get(actor, call)
 
     def interrupt(self, request: int) -> None:
         for actor in list(self._actors):
@@ -302,12 +356,30 @@ class RayGroup:
             with contextlib.suppress(Exception):
                 ray.util.remove_placement_group(placement)
 
-    def alive(self) -> bool:
-        return bool(self._actors) and not any(actor.ended.is_set() for actor in self._actors) and _initialized()
+    def check(self) -> None:
+        if not _initialized() or not self._actors:
+            doing = "as another of its group had failed" if _initialized() else "with Ray, which was shut down"
+            raise WorkerDied(None, self._first_rank, None, None, None, None, doing)
+        for actor in self._actors:
+            if actor.ended.is_set():
+                doing = "while it was idle"
+                raise WorkerDied(None, actor.rank, None, actor.lines(), actor.pid, actor.node, doing)
+        self._look(None, None, "while it was idle")
+
+    def members(self) -> list[tuple[int, str, int | None]]:
+        actors = {actor.rank: actor for actor in list(self._actors)}
+        device = next((kind for kind in ("GPU", "NPU") if kind in self._setup["resources"]), "CPU")
+        found: list[tuple[int, str, int | None]] = []
+        for rank in range(self._first_rank, self._first_rank + self._ranks):
+            if (actor := actors.get(rank)) is None or actor.pid is None:
+                found.append((rank, device, None))
+            else:
+                found.append((rank, f"{device} of node {actor.node}", actor.pid))
+        return found
 
     def stop(self) -> None:
         try:
-            if self.alive():
+            if self._actors and not any(actor.ended.is_set() for actor in self._actors) and _initialized():
                 import ray
 
                 with contextlib.suppress(Exception):
@@ -322,14 +394,44 @@ class RayGroup:
 
 
 class _Actor:
-    """The handle of an actor, and whether it has ended."""
+    """The handle of an actor, whether it has ended, and its signs of life."""
 
     def __init__(self, rank: int, handle: Any, on_death: Callable[[], None]) -> None:
         self.rank, self.handle = rank, handle
+        self.pid: int | None = None
+        self.node: str | None = None
         self.ended = threading.Event()
+        self.silent = Stillness()
+        self._asked, self._answered = 0.0, True
         self._on_death = on_death
         # a call that never returns: it ends with the actor
         handle.wait.remote().future().add_done_callback(self._end)
+
+    @property
+    def up(self) -> bool:
+        """Whether it has a place in the cluster, and can answer."""
+        return self.pid is not None
+
+    def ask(self) -> None:
+        """For a sign of life, if it has given the last one that it was asked for, and some time ago."""
+        if self.up and self._answered and time.monotonic() - self._asked > BEAT:
+            self._asked, self._answered = time.monotonic(), False
+            self.handle.answer.remote().future().add_done_callback(self._answer)
+
+    def lines(self) -> tuple[str, ...] | None:
+        """The last lines of its output, as far as Ray's dashboard runs."""
+        from ray.util.state import get_log
+
+        try:
+            pieces = get_log(actor_id=self.handle._actor_id.hex(), tail=LOG_LINES, timeout=5)
+            return tuple("".join(pieces).splitlines()[-LOG_LINES:])
+        except Exception:  # there is no dashboard
+            return None
+
+    def _answer(self, answer: Any) -> None:
+        if answer.exception() is None:
+            self._answered = True
+            self.silent.sign()
 
     def _end(self, _: Any) -> None:
         self.ended.set()
@@ -351,20 +453,25 @@ class PipelineWorker:
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, "pipeline")
         self._rank: Rank | None = None
-        self._store: Any = None
+        self._notes = Notes()
 
-    def prepare(self, path: Sequence[str]) -> int:
-        """Before anything that the factory needs is unpickled: where modules may be, after Ray's own places."""
-        sys.path.extend(folder for folder in path if folder not in sys.path)
-        return os.getpid()
+    def prepare(self, path: Sequence[str]) -> tuple[int, str]:
+        """Before anything that the factory needs is unpickled: where modules may be, after Ray's own places.
 
-    def open_store(self) -> tuple[str, int]:
-        """Where the ranks find one another; in the first."""
+        Returns:
+            This process, and the address of its machine.
+        """
         import ray
 
-        host = ray.util.get_node_ip_address()
-        self._store = torch.distributed.TCPStore(host, 0, is_master=True, wait_for_workers=False)
-        return host, self._store.port
+        sys.path.extend(folder for folder in path if folder not in sys.path)
+        return os.getpid(), ray.util.get_node_ip_address()
+
+    def answer(self) -> None:
+        """Returns at once."""
+
+    def rendezvous(self, method: str, *arguments: Any) -> Any:
+        """What the ranks of a group tell one another; kept by the first."""
+        return getattr(self._notes, method)(*arguments)
 
     def load(self, *arguments: Any) -> Iterator[Any]:
         """Builds the pipeline; one event, "ready" or "failed"."""
@@ -405,16 +512,13 @@ class PipelineWorker:
             yield event
         yield event
 
-    def _load(
-        self, build: bytes, setup: dict[str, Any], rank: int, ranks: int, rendezvous: tuple[str, int] | None
-    ) -> Any:
+    def _load(self, build: bytes, setup: dict[str, Any], rank: int, ranks: int, first: Any) -> Any:
         import ray
 
         torch.set_num_threads(setup["threads"])  # Ray has set one, if the actor has no CPUs of its own
-        if rendezvous is not None and self._store is None:
-            self._store = torch.distributed.TCPStore(*rendezvous)
+        store = Rendezvous(lambda *call: ray.get(first.rendezvous.remote(*call))) if ranks > 1 else None
         self._rank = Rank(rank, ranks, _device(setup["resources"]))
-        self._rank.load(lambda: ray.cloudpickle.loads(build), setup["layout"], setup["patches"], self._store)
+        self._rank.load(lambda: ray.cloudpickle.loads(build), setup["layout"], setup["patches"], store)
         return "ready", None
 
     def _run(

@@ -45,6 +45,7 @@ class Request(Future):  # type: ignore[type-arg]
         *,
         seed: int | None = None,
         timeout: float | None = None,
+        queue_timeout: float | None = None,
         on_progress: Callable[[Request, Progress], None] | None = None,
     ) -> None:
         super().__init__()
@@ -52,7 +53,7 @@ class Request(Future):  # type: ignore[type-arg]
         self.progress: Progress | None = None
         self.timings: dict[str, float] = {}
         self._arguments, self._keywords = arguments, keywords
-        self._seed, self._timeout, self._on_progress = seed, timeout, on_progress
+        self._seed, self._timeout, self._queue_timeout, self._on_progress = seed, timeout, queue_timeout, on_progress
         self._patches: dict[str, Any] | None = None
         self._packed: Any = None
         self._retries = 0
@@ -81,30 +82,56 @@ class Request(Future):  # type: ignore[type-arg]
 
     # What the executor calls
 
+    def _wait(self) -> None:
+        """Now it waits for a worker."""
+        if self._queue_timeout is not None:
+            self._start_timer(self._queue_timeout, self._expire_waiting)
+
     def _begin(self, interrupt: Callable[[], None]) -> bool:
-        """Now it runs, and `interrupt` stops it; False if it was cancelled before."""
+        """Now it runs, and `interrupt` stops it; False if it was cancelled or has timed out before."""
         self._interrupt = interrupt  # before the looks below: who cancels after them finds it
-        if self._begun:  # this is another try
-            if self.done():
-                return False
-        elif not self.set_running_or_notify_cancel():
+        if not self._claim():
             return False
-        self._begun = True
         if self._timeout is not None:
-            self._timer = threading.Timer(self._timeout, self._expire)
-            self._timer.daemon = True
-            self._timer.start()
+            self._start_timer(self._timeout, self._expire)
         return True
 
     def _give_up(self, error: BaseException) -> None:
         """It will not run any more, or never."""
-        if self._begun or self.set_running_or_notify_cancel():
+        if self._claim():
             self._fail(error)
+
+    def _claim(self) -> bool:
+        """It waits no longer; False if it is done already, or was cancelled."""
+        with self._condition:  # one of those who want it gets it
+            if self._begun:  # this is another try
+                return not self.done()
+            if self._state == "FINISHED" or not self.set_running_or_notify_cancel():
+                return False
+            self._begun = True
+        self._stop_timer()
+        return True
+
+    def _start_timer(self, seconds: float, call: Callable[[], None]) -> None:
+        self._timer = threading.Timer(seconds, call)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
 
     def _end_of_try(self) -> None:
         self._interrupt = None
-        if self._timer is not None:
-            self._timer.cancel()
+        self._stop_timer()
+
+    def _expire_waiting(self) -> None:
+        if not self._begun and self._claim():
+            self._fail(
+                TimeoutError(
+                    f"request {self.id} waited longer for a worker than its queue_timeout of {self._queue_timeout} s"
+                )
+            )
 
     def _expire(self) -> None:
         if self._fail(TimeoutError(f"request {self.id} took longer than its timeout of {self._timeout} s")):

@@ -106,7 +106,7 @@ class Session:
         try:
             self._leave_if_unwanted()
             if seed is not None:
-                torch.manual_seed(seed)
+                _seed(seed, self._device)
             keywords = {name: _on_device(value, self._device) for name, value in keywords.items()}
             with stages.watching(self._pipe, self._device) as watch:
                 result = self._pipe(*arguments, **keywords)
@@ -176,6 +176,14 @@ class _StepBar:
         if name.startswith("__"):
             raise AttributeError(name)
         return lambda *_, **__: None  # set_description, set_postfix, refresh, close, ...
+
+
+def _seed(seed: int, device: torch.device) -> None:
+    """Sets the default generators that a pipeline on `device` can draw from; setting all takes longer."""
+    if device.type == "cpu":
+        torch.default_generator.manual_seed(seed)
+    else:
+        torch.manual_seed(seed)
 
 
 def _on_device(value: Any, device: torch.device) -> Any:

@@ -116,6 +116,8 @@ class Channel:
         sock: A connected stream socket of family `AF_UNIX`, the channel's own from now on.
         slots: How many slots this end sends through, at most. Their memory stays until `trim` or `close`.
         memfd: False sends everything through the socket, as on a system without memfd.
+        send_timeout: Seconds that the other end may read nothing of what is sent before the connection is given up;
+            None: any time.
         device: Of the tensors that will be sent. For a CUDA device slots are registered with the driver, so that
             it writes to them directly, and NPU tensors go through pinned memory; neither has been run on hardware.
 
@@ -126,12 +128,21 @@ class Channel:
     """
 
     def __init__(
-        self, sock: socket.socket, *, slots: int = 2, memfd: bool = True, device: torch.device | None = None
+        self,
+        sock: socket.socket,
+        *,
+        slots: int = 2,
+        memfd: bool = True,
+        send_timeout: float | None = None,
+        device: torch.device | None = None,
     ) -> None:
         self._socket = sock
+        if send_timeout is not None:
+            seconds, rest = divmod(send_timeout, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(seconds), int(rest * 1e6)))
         self._limit = slots if memfd else 0
         self._memfd = memfd
-        self._device = device
+        self.device = device  # may be set later, before anything is sent
         self._lock = threading.Lock()
         self._slots: list[Slot | None] = []  # None: could not be made
         self._theirs: dict[int, Received] = {}
@@ -162,7 +173,7 @@ class Channel:
                 to the other end, which may write to it.
 
         Raises:
-            ConnectionError: The other end is gone, or this one closed.
+            ConnectionError: The other end is gone or reads no more, or this one closed.
             TypeError: `info` is not plain data.
         """
         payloads = value.payloads if value else []
@@ -306,7 +317,7 @@ class Channel:
             new = Slot(-(-size // PAGE) * PAGE)
         except OSError:
             return None
-        if self._device is not None and self._device.type == "cuda":
+        if self.device is not None and self.device.type == "cuda":
             new.pin()
         self._slots[number] = new
         return new
@@ -324,7 +335,10 @@ class Channel:
         left = [memoryview(part).cast("B") for part in parts if len(part)]
         flags = getattr(socket, "MSG_NOSIGNAL", 0)
         while left:
-            written = self._socket.sendmsg(left[:64], ancillary, flags)
+            try:
+                written = self._socket.sendmsg(left[:64], ancillary, flags)
+            except BlockingIOError:
+                raise ConnectionError("The other end reads no more.") from None
             ancillary = []  # they have gone with the first byte
             while left and written >= len(left[0]):
                 written -= len(left.pop(0))

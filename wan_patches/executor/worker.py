@@ -1,18 +1,22 @@
-"""`python -m wan_patches.executor.worker FD DEVICE`: a worker process.
+"""A worker process: `main` is what it runs.
 
-Reads from the socket FD, its parent's: first a `setup` message, then requests, one at a time. Runs nothing but the
-pipeline it is given, and ends when the socket does.
+Reads from a socket, its parent's: first a `setup` message, then requests, one at a time. A spare one gets an `import`
+message before. Runs nothing but the pipeline it is given, and ends when the socket or its parent does.
 """
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
+import importlib
 import os
 import queue
+import select
 import signal
 import socket
 import sys
 import threading
+import time
 
 import torch
 
@@ -22,26 +26,33 @@ from wan_patches.executor.rank import Rank, failed
 from wan_patches.executor.session import Interrupted
 from wan_patches.executor.transport import Channel, Message
 
+#: Packages of which a worker that is started later will need what one has loaded. Not the user's: importing those
+#: may do anything.
+_SLOW_TO_IMPORT = frozenset({"torch", "diffusers", "transformers", "accelerate", "peft", "wan_patches"})
 _IDLE = 30.0  # seconds without a request after which memory that results used is given back
 
 
 class Worker:
     """Does what the messages of `channel` say."""
 
-    def __init__(self, channel: Channel, device: torch.device, setup: Message) -> None:
+    def __init__(self, channel: Channel, setup: Message) -> None:
         self._channel, self._setup = channel, setup
+        channel.device = device = device_named(setup.info["device"])
         self._rank = Rank(setup.info["rank"], setup.info["ranks"], device)
         self._inbox: queue.Queue[Message] = queue.Queue()
 
     def run(self) -> None:
         """Until the parent says so."""
         threading.Thread(target=self._read, name="messages", daemon=True).start()
+        if self._setup.info["beat"] is not None:
+            self._channel.send("up")
+            threading.Thread(target=self._beat, name="signs of life", daemon=True).start()
         try:
             self._load()
         except BaseException as error:
             self._channel.send("failed", 0, *failed(error))
             return
-        self._channel.send("ready")
+        self._channel.send("ready", info={"modules": _slow_to_import()})
         while (message := self._next()).kind != "stop":
             self._serve(message)
             del message  # with it the inputs, which may lie in the parent's memory
@@ -59,6 +70,12 @@ class Worker:
         except (EOFError, OSError):
             os._exit(1)  # the parent is gone: nobody waits for what runs
 
+    def _beat(self) -> None:
+        with contextlib.suppress(OSError):  # the parent is gone
+            while True:
+                self._channel.send("alive")
+                time.sleep(self._setup.info["beat"])
+
     def _next(self) -> Message:
         while True:
             try:
@@ -68,12 +85,11 @@ class Worker:
 
     def _load(self) -> None:
         info = self._setup.info
-        sys.path[:] = info["path"]
         if info["main"]:
             main_module.load(info["main"])
         store = None
         if info["ranks"] > 1:
-            store = torch.distributed.TCPStore("127.0.0.1", info["rendezvous"])
+            store = torch.distributed.FileStore(info["rendezvous"], info["ranks"])
         self._rank.load(self._setup.load, info["layout"], info["patches"], store)
 
     def _serve(self, message: Message) -> None:
@@ -97,18 +113,46 @@ class Worker:
             self._channel.send("done", message.request, {"timings": timings}, result)
 
 
-def main(fd: int, device_name: str) -> None:
-    """The process."""
+def _slow_to_import() -> list[str]:
+    """The modules that a spare process imports, in the order in which this one has."""
+    return [name for name in list(sys.modules) if name.partition(".")[0] in _SLOW_TO_IMPORT]
+
+
+def _import(names: list[str]) -> None:
+    for name in names:
+        if name not in sys.modules:
+            with contextlib.suppress(BaseException):  # the pipeline will say if it needs it
+                importlib.import_module(name)
+
+
+def _end_with(parent: int) -> None:
+    """Ends this process when that one has ended.
+
+    The socket alone does not tell: what the parent has forked may hold the other end open.
+    """
+    try:
+        descriptor = os.pidfd_open(parent)
+    except (AttributeError, OSError):  # not on this system, or it has ended already
+        while os.getppid() == parent:
+            time.sleep(1.0)
+    else:
+        if os.getppid() == parent:  # else that process is another one by now
+            poll = select.poll()
+            poll.register(descriptor, select.POLLIN)
+            poll.poll()
+    os._exit(1)
+
+
+def main(fd: int, parent: int) -> None:
+    """The process, which reads messages from the socket `fd` and lives as long as the process `parent`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, and it decides
     faulthandler.enable(all_threads=False)
-    device = device_named(device_name)
-    channel = Channel(socket.socket(fileno=fd), device=device)
+    threading.Thread(target=_end_with, args=(parent,), name="parent", daemon=True).start()
+    channel = Channel(socket.socket(fileno=fd))
     try:
-        setup = channel.recv()
-    except EOFError:
+        while (message := channel.recv()).kind == "import":
+            _import(message.info)
+            channel.send("imported")
+    except (EOFError, OSError):
         return
-    Worker(channel, device, setup).run()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    Worker(channel, message).run()
