@@ -1,68 +1,236 @@
-"""A small video service over one executor: `python examples/service.py MODEL [PORT]`.
+"""A video service over one executor: `pip install "wan-patches[service]"`, `python examples/service.py MODEL [PORT]`.
 
-    curl -X POST --data-binary "a fox in the snow" localhost:8000/ > fox.gif
+    curl --data-binary "a fox in the snow" localhost:8000/ > fox.mp4
+    curl --json '{"prompt": "a fox in the snow", "num_frames": 33, "seed": 42}' localhost:8000/ > fox.mp4
+    curl localhost:8000/health
+    curl localhost:8000/metrics
 
-The body is the prompt, the answer the video. Who hangs up before it is there has it cancelled, and the device works
-for the next one. Meant to be read: a real service has queues with limits, authentication and a proper HTTP server.
+Who hangs up before the video is there has it cancelled, and the device works for the next one. On SIGTERM or Ctrl-C
+what runs is finished and all else refused. Only this machine can reach the service: TLS and passwords are the work of
+a proxy in front of it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import dataclasses
 import functools
 import io
+import logging
 import sys
+import time
 
+import av
 import torch
+import uvicorn
+from prometheus_client import CollectorRegistry, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.exposition import choose_encoder
+from pydantic import BaseModel, Field, ValidationError
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 import wan_patches
 from wan_patches import ParallelExecutor
+from wan_patches.executor import ExecutorBroken, WorkerDied
+
+log = logging.getLogger("uvicorn.error")  # where the server's own messages go
+RETRY = {"Retry-After": "30"}
+FAILURES = {
+    ClientDisconnect: (499, "the client has gone"),
+    TimeoutError: (504, "the video took too long"),
+    ExecutorBroken: (503, "no worker is there"),
+    WorkerDied: (502, "the process that made the video has died"),
+    Exception: (500, "the pipeline failed"),
+}
 
 
-def to_gif(frames) -> bytes:
-    """PIL images as an animated GIF."""
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    body: int = 64 << 10  # bytes of a request
+    waiting: int = 16  # requests that no worker has begun
+    read: float = 10.0  # seconds for a client to send its request
+    write: float = 60.0  # for a client to take its answer
+    queue: float = 300.0  # for a request to wait
+    run: float = 600.0  # for a request to run
+    drain: float = 120.0  # for those that run when the service is told to end
+
+
+class Order(BaseModel, extra="forbid"):
+    """What a client may choose, by the pipeline's names."""
+
+    prompt: str = Field(min_length=1, max_length=4000)
+    negative_prompt: str | None = Field(None, max_length=4000)
+    height: int | None = Field(None, ge=16, le=1280, multiple_of=16)
+    width: int | None = Field(None, ge=16, le=1280, multiple_of=16)
+    num_frames: int | None = Field(None, ge=1, le=121)
+    num_inference_steps: int | None = Field(None, ge=1, le=50)
+    guidance_scale: float | None = Field(None, ge=0, le=20)
+    seed: int | None = Field(None, ge=0, lt=2**63)
+
+
+def to_mp4(frames, fps: int = 16) -> bytes:
+    """PIL images as a video (H.264)."""
     file = io.BytesIO()
-    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=1000 // 16, loop=0)
+    with av.open(file, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=fps, options={"crf": "18"})
+        stream.width, stream.height = frames[0].size
+        stream.pix_fmt = "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_image(frame)))
+        container.mux(stream.encode(None))
     return file.getvalue()
 
 
-async def answer(executor: ParallelExecutor, call: dict, reader: asyncio.StreamReader, writer: asyncio.StreamWriter):
-    """One connection, one video."""
+async def read(request: Request, limit: int) -> Order:
+    """The order that a request holds, as JSON or as nothing but the prompt."""
+    body = b""
+    async for chunk in request.stream():  # to the end: who is cut off while sending never sees the answer
+        body = body + chunk if len(body) <= limit else body
+    if len(body) > limit:
+        raise HTTPException(413, f"a request may have {limit} bytes")
     try:
-        head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
-        length = next((int(line[15:]) for line in head.split("\r\n") if line.startswith("content-length:")), 0)
-        prompt = (await reader.readexactly(length)).decode()
-        # the event loop goes on while the video is made
-        video = asyncio.wrap_future(executor.submit(prompt=prompt, output_type="pil", **call))
-        gone = asyncio.ensure_future(reader.read(1))
+        json = request.headers.get("content-type", "").startswith("application/json")
+        return Order.model_validate_json(body) if json else Order(prompt=body.decode())
+    except UnicodeDecodeError as error:
+        raise HTTPException(400, str(error)) from None
+    except ValidationError as error:
+        problems = error.errors()
+        status = 400 if problems[0]["type"] == "json_invalid" else 422
+        told = (f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}".lstrip(": ") for problem in problems)
+        raise HTTPException(status, "; ".join(told)) from None
+
+
+async def unless_gone(request: Request, video: asyncio.Future):
+    """What `video` gives; cancels it when the client hangs up."""
+    gone = asyncio.ensure_future(request.receive())  # after the body nothing else comes
+    try:
         await asyncio.wait([video, gone], return_when=asyncio.FIRST_COMPLETED)
-        gone.cancel()
         if not video.done():
-            video.cancel()  # at the pipeline's next step
-            return
-        try:
-            status, body = "200 OK\r\nContent-Type: image/gif", to_gif(video.result().frames[0])
-        except Exception as error:
-            status, body = "500 Internal Server Error", f"{type(error).__name__}: {error}\n".encode()
-        writer.write(f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode() + body)
-        await writer.drain()
-    except (asyncio.IncompleteReadError, ConnectionError, ValueError):
-        pass  # no request, or nobody there any more
+            raise ClientDisconnect
+        if video.cancelled():
+            raise HTTPException(503, "the service is ending", RETRY)
+        return video.result()
     finally:
-        writer.close()
+        gone.cancel()
+        video.cancel()  # unless it is done; at the pipeline's next step
 
 
-async def serve(executor: ParallelExecutor, port: int = 8000, **call) -> asyncio.Server:
-    """Answers requests on `port` (0: any) with `executor`; `call` goes to the pipeline with every prompt."""
-    return await asyncio.start_server(functools.partial(answer, executor, call), "127.0.0.1", port)
+class Service:
+    """The application; `call` goes to the pipeline with every order."""
+
+    def __init__(self, executor: ParallelExecutor, limits: Limits = Limits(), **call) -> None:
+        self.executor, self.limits, self.call, self.ending = executor, limits, call, False
+        self.registry = CollectorRegistry()
+        self.registry.register(self)
+        told, buckets = "Orders until they are answered, by HTTP status", (0.1, 1, 3, 10, 30, 60, 120, 300, 600)
+        self.answers = Histogram("wan_answer_seconds", told, ["status"], buckets=buckets, registry=self.registry)
+        order = Route("/", self.order, methods=["POST"])
+        self.app = Starlette(routes=[order, Route("/health", self.health), Route("/metrics", self.metrics)])
+
+    async def order(self, request: Request) -> Response:
+        began = time.monotonic()
+        try:
+            response = Response(await self.video(request), media_type="video/mp4")
+        except HTTPException as error:
+            response = PlainTextResponse(f"{error.detail}\n", error.status_code, error.headers)
+        except Exception as error:
+            status, told = next(answer for kind, answer in FAILURES.items() if isinstance(error, kind))
+            if status in (500, 502):
+                log.error("an order failed", exc_info=error)  # clients are told no more than the kind
+            response = PlainTextResponse(f"{told}\n", status, RETRY if status == 503 else None)
+        self.answers.labels(response.status_code).observe(time.monotonic() - began)
+        return response
+
+    async def video(self, request: Request) -> bytes:
+        try:
+            order = await asyncio.wait_for(read(request, self.limits.body), self.limits.read)
+        except asyncio.TimeoutError:
+            raise HTTPException(408, f"a request must arrive in {self.limits.read} s") from None
+        if self.ending:
+            raise HTTPException(503, "the service is ending", RETRY)
+        if self.executor.health().waiting >= self.limits.waiting:
+            raise HTTPException(503, "too many requests wait", RETRY)
+        call = self.call | order.model_dump(exclude_none=True)
+        if (seed := call.pop("seed", None)) is not None:
+            call["generator"] = torch.Generator().manual_seed(seed)
+        limits = {"timeout": self.limits.run, "queue_timeout": self.limits.queue}
+        future = self.executor.submit(output_type="pil", **limits, **call)
+        output = await unless_gone(request, asyncio.wrap_future(future))
+        return await asyncio.to_thread(to_mp4, output.frames[0])  # others are answered meanwhile
+
+    async def health(self, request: Request) -> Response:
+        health = self.executor.health()
+        serves = health.serving > 0 and not self.ending
+        facts = {"serving": health.serving, "ending": self.ending, **dataclasses.asdict(health)}
+        return JSONResponse(facts, 200 if serves else 503)
+
+    async def metrics(self, request: Request) -> Response:
+        encode, kind = choose_encoder(request.headers.get("accept", ""))
+        return Response(encode(self.registry), headers={"Content-Type": kind})
+
+    def collect(self):
+        """Of the executor, when Prometheus asks."""
+        health = self.executor.health()
+        yield GaugeMetricFamily("wan_requests_waiting", "Requests in the queue", health.waiting)
+        yield GaugeMetricFamily("wan_requests_running", "Requests that workers work on", health.running)
+        up = GaugeMetricFamily("wan_worker_up", "Whether a worker can serve", labels=["rank", "device"])
+        restarts = CounterMetricFamily("wan_worker_restarts", "Times it was started again", labels=["rank", "device"])
+        for worker in health.workers:
+            up.add_metric([str(worker.rank), worker.device], worker.state in ("idle", "running"))
+            restarts.add_metric([str(worker.rank), worker.device], worker.restarts)
+        yield from (up, restarts)
+
+    async def end(self) -> None:
+        """Refuses what waits and what comes, and finishes what runs."""
+        self.ending = True
+        await asyncio.to_thread(self.executor.shutdown, cancel_futures=True, timeout=self.limits.drain)
 
 
-async def main(model: str, port: str = "8000") -> None:
+class Protocol(H11Protocol):
+    """uvicorn's, with limits for clients who are slow to ask or to listen; it leaves those to a proxy."""
+
+    def __init__(self, limits: Limits, **options) -> None:
+        super().__init__(**options)
+        self.limits = limits
+
+    def connection_made(self, transport) -> None:
+        super().connection_made(transport)
+        self.loop.call_later(self.limits.read, self.close_unless_asked)
+
+    def close_unless_asked(self) -> None:
+        if self.cycle is None and not self.transport.is_closing():  # there is no whole head of a request
+            self.transport.write(b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+            self.transport.close()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self.loop.call_later(self.limits.write, self.transport.abort)
+
+
+class Server(uvicorn.Server):
+    def __init__(self, service: Service, port: int = 8000) -> None:
+        self.service, limits = service, service.limits
+        # one request for each connection, as the protocol's limits count; videos take longer than connections
+        options = {"http": functools.partial(Protocol, limits), "ws": "none", "headers": [("Connection", "close")]}
+        super().__init__(uvicorn.Config(service.app, port=port, timeout_graceful_shutdown=limits.write, **options))
+
+    async def shutdown(self, sockets=None) -> None:
+        await self.service.end()  # who asks for health meanwhile is told
+        await super().shutdown(sockets)
+
+
+def main(model: str, port: str = "8000") -> None:
     wan_patches.enable()
-    with ParallelExecutor.from_pretrained(model, timeout=600, torch_dtype=torch.bfloat16) as executor:
-        async with await serve(executor, int(port)) as server:
-            await server.serve_forever()
+    executor = ParallelExecutor.from_pretrained(model, retries=1, torch_dtype=torch.bfloat16)
+    with executor, contextlib.suppress(KeyboardInterrupt):
+        Server(Service(executor), int(port)).run()
 
 
 if __name__ == "__main__":
-    asyncio.run(main(*sys.argv[1:]))
+    main(*sys.argv[1:])

@@ -46,6 +46,7 @@ LONG = (
     "bench/test_ways.py",
     "beside/test_watchers.py",
     "beside/test_wrappers.py",
+    "examples/test_service.py",
     "test_examples.py",
     "test_doctor.py",
     "bench/test_model.py",

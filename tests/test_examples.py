@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import importlib.util
-import io
 import os
 import re
 import subprocess
@@ -20,7 +17,6 @@ import torch
 from diffusers import DiffusionPipeline
 
 import wan_patches
-from wan_patches import ParallelExecutor
 from wan_patches.bench.measure import identical
 from wan_patches.bench.models import FAMILIES, images
 
@@ -144,50 +140,6 @@ def test_batch(tmp_path, capsys, devices):
     (videos / "0002.gif").unlink()
     assert load("batch").main(*arguments, **TINY | {"height": 33}) == 1
     assert "ValueError" in capsys.readouterr().err
-
-
-@pytest.mark.usefixtures("one_thread")
-@pytest.mark.timeout(120)
-def test_service():
-    service = load("service")
-
-    async def ask(port: int, prompt: str) -> tuple[bytes, bytes]:
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(f"POST / HTTP/1.1\r\nContent-Length: {len(prompt)}\r\n\r\n{prompt}".encode())
-        head, _, body = (await reader.read()).partition(b"\r\n\r\n")
-        writer.close()
-        return head, body
-
-    async def main() -> None:
-        with ParallelExecutor(FAMILIES["wan_t2v"].build, devices="cpu") as executor:
-            server = await service.serve(executor, 0, **TINY)
-            port = server.sockets[0].getsockname()[1]
-            (head, fox), (_, cat) = await asyncio.gather(ask(port, "a fox"), ask(port, "a cat"))
-            assert head.startswith(b"HTTP/1.1 200 OK")
-            for body in (fox, cat):
-                with PIL.Image.open(io.BytesIO(body)) as video:
-                    assert video.size == (48, 32)
-            server.close()
-
-            submitted = []
-            submit = executor.submit
-            executor.submit = lambda **request: submitted.append(submit(**request)) or submitted[-1]
-            slow = await service.serve(executor, 0, **TINY | {"num_inference_steps": 900})
-            port = slow.sockets[0].getsockname()[1]
-            with contextlib.suppress(asyncio.TimeoutError):  # hangs up
-                await asyncio.wait_for(ask(port, "a long story"), 1.0)
-            while not submitted or not submitted[0].done():
-                await asyncio.sleep(0.05)
-            assert submitted[0].cancelled()
-            slow.close()
-
-            broken = await service.serve(executor, 0, **TINY | {"height": 33})
-            head, body = await ask(broken.sockets[0].getsockname()[1], "a fox")
-            assert head.startswith(b"HTTP/1.1 500")
-            assert b"ValueError" in body
-            broken.close()
-
-    asyncio.run(main())
 
 
 @pytest.mark.parametrize(
