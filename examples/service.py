@@ -6,8 +6,8 @@
     curl localhost:8000/metrics
 
 Who hangs up before the video is there has it cancelled, and the device works for the next one. On SIGTERM or Ctrl-C
-what runs is finished and all else refused. Only this machine can reach the service: TLS and passwords are the work of
-a proxy in front of it.
+what runs is finished and all else refused; a second one ends everything at once. Only this machine can reach the
+service: TLS and passwords are the work of a proxy in front of it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import dataclasses
 import functools
 import io
 import logging
+import signal
 import sys
 import time
 
@@ -52,6 +53,7 @@ FAILURES = {
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
+    connections: int = 300  # at a time; well below the number of open files that the system allows (`ulimit -n`)
     body: int = 64 << 10  # bytes of a request
     waiting: int = 16  # requests that no worker has begun
     read: float = 10.0  # seconds for a client to send its request
@@ -193,7 +195,7 @@ class Service:
 
 
 class Protocol(H11Protocol):
-    """uvicorn's, with limits for clients who are slow to ask or to listen; it leaves those to a proxy."""
+    """uvicorn's, with limits for clients who are many, slow to ask or slow to listen; it leaves those to a proxy."""
 
     def __init__(self, limits: Limits, **options) -> None:
         super().__init__(**options)
@@ -201,7 +203,10 @@ class Protocol(H11Protocol):
 
     def connection_made(self, transport) -> None:
         super().connection_made(transport)
-        self.loop.call_later(self.limits.read, self.close_unless_asked)
+        if len(self.connections) > self.limits.connections:
+            transport.abort()
+        else:
+            self.loop.call_later(self.limits.read, self.close_unless_asked)
 
     def close_unless_asked(self) -> None:
         if self.cycle is None and not self.transport.is_closing():  # there is no whole head of a request
@@ -216,9 +221,20 @@ class Protocol(H11Protocol):
 class Server(uvicorn.Server):
     def __init__(self, service: Service, port: int = 8000) -> None:
         self.service, limits = service, service.limits
-        # one request for each connection, as the protocol's limits count; videos take longer than connections
-        options = {"http": functools.partial(Protocol, limits), "ws": "none", "headers": [("Connection", "close")]}
-        super().__init__(uvicorn.Config(service.app, port=port, timeout_graceful_shutdown=limits.write, **options))
+        config = uvicorn.Config(
+            service.app,
+            port=port,
+            http=functools.partial(Protocol, limits),
+            ws="none",
+            headers=[("Connection", "close")],  # one request each, as the limits of the protocol take it
+            backlog=limits.connections,  # asyncio accepts so many in one go
+            timeout_graceful_shutdown=limits.write,
+        )
+        super().__init__(config)
+
+    def handle_exit(self, number, frame) -> None:
+        super().handle_exit(number, frame)
+        signal.signal(number, signal.SIG_DFL)  # a second one ends all at once
 
     async def shutdown(self, sockets=None) -> None:
         await self.service.end()  # who asks for health meanwhile is told

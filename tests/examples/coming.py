@@ -54,7 +54,8 @@ class Executor(ParallelExecutor):
             workers.append(
                 WorkerHealth(rank, "cpu", state, time.monotonic(), pid, running and running.id, restarts, None)
             )
-        return Health(tuple(workers), len(self._crew._waiting), len(self._crew._running))
+        waiting = sum(not request.done() for request in self._crew._waiting)
+        return Health(tuple(workers), waiting, len(self._crew._running))
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False, timeout: float | None = None) -> None:
         timer = None

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import runpy
 import sys
-from pathlib import Path
 
-HERE = Path(__file__).parent
+import films
+from coming import Executor
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(HERE))
-    import films
-    from coming import Executor
-
     service, seconds = runpy.run_path(sys.argv[1], run_name="service"), float(sys.argv[2])
     executor = Executor(films.films, devices=["cpu", "cpu"], threads=1)
     with executor:

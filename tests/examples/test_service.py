@@ -9,6 +9,7 @@ import importlib.util
 import io
 import os
 import re
+import select
 import signal
 import socket
 import subprocess
@@ -348,6 +349,17 @@ def test_slow_clients_are_not_waited_for_and_hinder_nobody(site):
     assert len(made.executor.requests) == 1
 
 
+def test_connections_that_are_too_many_are_closed(site):
+    made = site(at_once=True, connections=30)
+    connections = [made.connect() for _ in range(40)]
+    wait_until(lambda: len(select.select(connections, [], [], 0)[0]) == 10)
+    assert len(made.server.server_state.connections) == 30
+    for connection in connections:
+        connection.close()
+    wait_until(lambda: not made.server.server_state.connections)
+    assert made.order().status_code == 200
+
+
 def test_a_byte_now_and_then_is_slow_too(site):
     made = site(at_once=True, read=1.0)
     connections = [made.connect(), made.connect(ORDER % 4000)]
@@ -457,17 +469,25 @@ def test_an_order_goes_through_a_pipeline_of_diffusers(service):
             assert (len(frames), frames[0].width, frames[0].height) == (9, 48, 32)
             assert made.client.get("/health").json()["serving"] == 1
 
+            def there_are(running: int, waiting: int) -> bool:
+                health = made.client.get("/health").json()
+                return (health["running"], health["waiting"]) == (running, waiting)
+
             made.service.call["num_inference_steps"] = 900
             with made.connect(ORDER % 5 + b"a fox"):
-                wait_until(lambda: made.client.get("/health").json()["running"] == 1)
-            wait_until(lambda: made.client.get("/health").json()["running"] == 0)  # long before its last step
-            assert made.metrics()[("wan_answer_seconds_count", "499")] == 1
+                wait_until(lambda: there_are(running=1, waiting=0))
+                for _ in range(3):  # who has gone keeps nobody from the queue
+                    with made.connect(ORDER % 5 + b"a cat"):
+                        wait_until(lambda: there_are(running=1, waiting=1))
+                    wait_until(lambda: there_are(running=1, waiting=0))
+            wait_until(lambda: there_are(running=0, waiting=0))  # long before its last step
+            assert made.metrics()[("wan_answer_seconds_count", "499")] == 4
         finally:
             made.close()
 
 
 def test_workers_are_killed_under_load_and_the_service_ends_with_all_of_them():
-    command = [sys.executable, "-P", str(HERE / "serve_films.py"), str(EXAMPLE), "0.3"]
+    command = [sys.executable, str(HERE / "serve_films.py"), str(EXAMPLE), "0.3"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
     try:
