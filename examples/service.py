@@ -15,9 +15,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import functools
 import io
 import logging
+import math
 import signal
 import sys
 import time
@@ -197,9 +197,7 @@ class Service:
 class Protocol(H11Protocol):
     """uvicorn's, with limits for clients who are many, slow to ask or slow to listen; it leaves those to a proxy."""
 
-    def __init__(self, limits: Limits, **options) -> None:
-        super().__init__(**options)
-        self.limits = limits
+    limits = Limits()
 
     def connection_made(self, transport) -> None:
         super().connection_made(transport)
@@ -224,11 +222,11 @@ class Server(uvicorn.Server):
         config = uvicorn.Config(
             service.app,
             port=port,
-            http=functools.partial(Protocol, limits),
+            http=type("LimitedProtocol", (Protocol,), {"limits": limits}),
             ws="none",
             headers=[("Connection", "close")],  # one request each, as the limits of the protocol take it
             backlog=limits.connections,  # asyncio accepts so many in one go
-            timeout_graceful_shutdown=limits.write,
+            timeout_graceful_shutdown=math.ceil(limits.write),
         )
         super().__init__(config)
 
