@@ -24,13 +24,13 @@ import av
 import httpx
 import psutil
 import pytest
-from coming import Executor, Health, WorkerHealth
 from films import COLOURS, film
 from processes import wait_until
 from prometheus_client.parser import text_string_to_metric_families
 
+from wan_patches import ParallelExecutor
 from wan_patches.bench.models import FAMILIES
-from wan_patches.executor import ExecutorBroken, WorkerDied
+from wan_patches.executor import ExecutorBroken, Health, WorkerDied, WorkerHealth
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -460,7 +460,7 @@ def test_the_end_does_not_wait_for_long(site):
 @pytest.mark.usefixtures("one_thread")
 def test_an_order_goes_through_a_pipeline_of_diffusers(service):
     tiny = {"height": 32, "width": 48, "num_frames": 5, "num_inference_steps": 1, "max_sequence_length": 64}
-    with Executor(FAMILIES["wan_t2v"].build, devices="cpu") as executor:
+    with ParallelExecutor(FAMILIES["wan_t2v"].build, devices="cpu") as executor:
         made = Site(service, executor, **tiny)
         try:
             answer = made.client.post("/", json={"prompt": "a fox", "seed": 1, "num_frames": 9})
