@@ -328,13 +328,26 @@ def overhead(
     repeats: Annotated[int, typer.Option(min=1, help="Fresh processes per row.")] = 5,
 ) -> None:
     """What enable() costs, and the dispatch of one call."""
+    _costs("overhead", json, repeats)
+
+
+@bench.command()
+def executor(
+    json: Annotated[Optional[Path], typer.Option(help="Write the rows and the machine's facts here.")] = None,  # noqa: UP045
+    repeats: Annotated[int, typer.Option(min=1, help="Workers that are killed, per row.")] = 5,
+) -> None:
+    """A small request's way through an executor, and the time without a worker that has died."""
+    _costs("executor", json, repeats)
+
+
+def _costs(name: str, json: Path | None, repeats: int) -> None:
     _check(check_file, json)
     with _errors("bench"):
-        from wan_patches.bench import overhead as run
+        from wan_patches.bench import overhead as costs
 
-        rows = run.measure(repeats)
-        typer.echo(text(run.table(rows)))
-    _end([], (json, lambda path: run.write_json(path, rows)))
+        rows = importlib.import_module(f"wan_patches.bench.{name}").measure(repeats)
+        typer.echo(text(costs.table(rows)))
+    _end([], (json, lambda path: costs.write_json(path, rows)))
 
 
 @bench.command()

@@ -1,4 +1,4 @@
-"""The overhead bench runs and writes what it prints."""
+"""The overhead and executor benches run and write what they print."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from wan_patches.bench import overhead
+from wan_patches.bench import executor, overhead
 from wan_patches.tables import text
 
 
@@ -19,3 +19,12 @@ def test_rows_are_printed_and_written(tmp_path):
     written = json.loads((tmp_path / "overhead.json").read_text())
     assert [row["what"] for row in written["rows"]] == [row.what for row in rows]
     assert all(row.what in text(overhead.table(rows)) for row in rows)
+
+
+@pytest.mark.slow
+def test_executors_are_measured():
+    small, theirs, cold, spare, build = executor.measure(repeats=1)
+    assert 0 < small.seconds < 1
+    assert 0 < theirs.seconds < 1
+    assert 0 < build.seconds < spare.seconds
+    assert cold.seconds > 0
