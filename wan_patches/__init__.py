@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from wan_patches.executor import ParallelExecutor, RayParallelExecutor
     from wan_patches.offload import OffloadPlan, disable_offload, enable_offload
     from wan_patches.profiling import Profile, profile
+    from wan_patches.streaming import stream_frames
     from wan_patches.vae_parallel import ParallelVAE, parallelize_vae
     from wan_patches.verification import Verification, verify
     from wan_patches.warming import Warmth, warm
@@ -107,6 +108,10 @@ def __getattr__(name: str) -> Any:
         import wan_patches.profiling
 
         return getattr(wan_patches.profiling, name)
+    if name == "stream_frames":
+        import wan_patches.streaming
+
+        return wan_patches.streaming.stream_frames
     if name in ("ParallelVAE", "parallelize_vae"):
         import wan_patches.vae_parallel
 
@@ -151,6 +156,7 @@ __all__ = [
     "parallelize_vae",
     "profile",
     "status",
+    "stream_frames",
     "verify",
     "warm",
 ]

@@ -25,6 +25,7 @@ TEXTS: Mapping[str, Mapping[str, Mapping[str, str]]] = {
         "AutoencoderKLWan._decode": {"b3a00fbfe7ea88dc": "0.35"},
         "AutoencoderKLWan._encode": {"c153b2e76001cae4": "0.35", "fa194e82cac56543": "0.36"},
         "AutoencoderKLWan.clear_cache": {"c2bf2f3e72354f26": "0.35"},
+        "AutoencoderKLWan.decode": {"d0c7812bad8b4636": "0.35"},
         "AutoencoderKLWan.encode": {"bb9c5f01af64c520": "0.35"},
         "AutoencoderKLWan.tiled_decode": {"45af8c75e53a56c1": "0.35", "335a3a4eb5a4735b": "0.36"},
         "AutoencoderKLWan.tiled_encode": {"1afcb98eab45ee76": "0.35", "8225a258bb2c904d": "0.36"},
@@ -52,6 +53,7 @@ TEXTS: Mapping[str, Mapping[str, Mapping[str, str]]] = {
         "VideoProcessor.numpy_to_pt": {"36b6e40b46a8e664": "0.35"},
         "VideoProcessor.pil_to_numpy": {"d6aef57673b3e897": "0.35"},
         "VideoProcessor.postprocess": {"8563efb3eb63cfd0": "0.35"},
+        "VideoProcessor.postprocess_video": {"d3341922baa70b18": "0.35", "d3a5a3d56604a394": "0.37"},
         "VideoProcessor.preprocess": {"966aaa5eac62bbcf": "0.35"},
         "VideoProcessor.preprocess_video": {"3df7fb28b8f274e5": "0.35", "5ce0a8d003660ecb": "0.37"},
         "VideoProcessor.pt_to_numpy": {"ee73951b57c77e96": "0.35"},
@@ -80,6 +82,13 @@ TEXTS: Mapping[str, Mapping[str, Mapping[str, str]]] = {
         "ModuleGroup._onload_from_memory": {"0929c9e1fad35616": "0.35", "6c8c206dcd2a2069": "0.36"},
     },
 }
+
+#: What pipelines do with decoded videos until they are frames, by the fingerprint of those statements: `STRAIGHT`,
+#: nothing; `JOINED` (Helios), they put one after another, and leave out what is no whole group of frames at the end.
+STRAIGHT, JOINED = "straight", "joined"
+DECODED: Mapping[str, str] = {"f25979d87ae80c3d": STRAIGHT, "5a0122c1fb647184": JOINED}
+#: The variables of Helios' pipelines that hold a decoded video, or how long it is.
+JOINED_NAMES = frozenset({"current_video", "history_video", "generated_frames"})
 
 
 def texts(module: str, function: str) -> frozenset[str]:

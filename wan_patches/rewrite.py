@@ -76,7 +76,7 @@ class Block:
 
     def apply(self, function: ast.FunctionDef) -> None:
         first, last, replacement = map(_statement, (self.first, self.last, self.replacement))
-        for body in _bodies(function):
+        for body in bodies(function):
             start = next((i for i, statement in enumerate(body) if _matches(first, statement, {})), None)
             if start is None:
                 continue
@@ -368,7 +368,8 @@ def _star(call: ast.Call) -> str | None:
     return None
 
 
-def _bodies(function: ast.FunctionDef) -> Iterable[list[ast.stmt]]:
+def bodies(function: ast.FunctionDef) -> Iterable[list[ast.stmt]]:
+    """The runs of statements of a function, of whatever is in it too."""
     for node in ast.walk(function):
         for name in ("body", "orelse", "finalbody"):
             body = getattr(node, name, None)

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import inspect
 import time
+import types
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -213,6 +214,11 @@ def _wrapped(owner: Any, name: str, make: Callable[[Function], Function]) -> Ite
                 del attributes[name]
             else:
                 attributes[name] = before
+
+
+def is_watching(function: Any) -> bool:
+    """Whether `watching` has put it around the function in its `__wrapped__`, whose results it passes on."""
+    return type(function) is types.FunctionType and function.__globals__ is globals()
 
 
 def _attribute(owner: Any, name: str) -> Any:

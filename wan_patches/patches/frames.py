@@ -9,24 +9,26 @@ from typing import Any
 from wan_patches import tally
 from wan_patches.codeswap import STOCK
 from wan_patches.delivery import Delivery, delivery
+from wan_patches.fingerprints import PROCESSOR, TEXTS
 from wan_patches.patches.processors import POSTPROCESS, is_stock, known
 from wan_patches.registry import Patch, Target
 from wan_patches.rewrite import Body
 
 _CALL, _STOCK = "_wan_patches_postprocess_video", "_wan_patches_stock_postprocess_video"
+_MORE = {"0.35": "", "0.37": ", **kwargs"}  # arguments, by the version that they came with
 
 PATCHES = (
     Patch(
         name="frames",
-        module="diffusers.video_processor",
+        module=PROCESSOR,
         targets=(
             Target(
                 "VideoProcessor.postprocess_video",
                 (
                     Body(
-                        replacements=(
-                            ("d3341922baa70b18", f"return {_CALL}({_STOCK}, self, video, output_type)"),  # to 0.36
-                            ("d3a5a3d56604a394", f"return {_CALL}({_STOCK}, self, video, output_type, **kwargs)"),
+                        replacements=tuple(
+                            (text, f"return {_CALL}({_STOCK}, self, video, output_type{_MORE[since]})")
+                            for text, since in TEXTS[PROCESSOR]["VideoProcessor.postprocess_video"].items()
                         )
                     ),
                 ),

@@ -8,11 +8,12 @@ it stock's code.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from types import SimpleNamespace
 from typing import Any
 
@@ -129,22 +130,14 @@ def decode(stock: Callable[..., Any], vae: Any, z: Any, return_dict: bool = True
         tally.count("decode", "", reason)
         return stock(vae, z, return_dict)
     tally.count("decode", "chunks written where they belong")
-    from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
     from diffusers.models.autoencoders.vae import DecoderOutput
 
-    vae.clear_cache()
-    try:
-        latents = vae.post_quant_conv(z)
-        frames = latents.shape[2]
-        video: Any = None
-        first: Any = None
-        end = 0
-        for i in range(frames):
-            vae._conv_idx = [0]
-            is_first = {"first_chunk": True} if i == 0 else {}
-            chunk = vae.decoder(latents[:, :, i : i + 1], feat_cache=vae._feat_map, feat_idx=vae._conv_idx, **is_first)
-            if vae.config.patch_size is not None:
-                chunk = unpatchify(chunk, patch_size=vae.config.patch_size)
+    frames = z.shape[2]
+    video: Any = None
+    first: Any = None
+    end = 0
+    with contextlib.closing(chunks(vae, z)) as decoded:
+        for chunk in decoded:
             if first is None:
                 first = chunk.clamp_(min=-1.0, max=1.0)
                 continue
@@ -155,10 +148,28 @@ def decode(stock: Callable[..., Any], vae: Any, z: Any, return_dict: bool = True
                 video[:, :, :end] = first
             start, end = end, end + chunk.shape[2]
             torch.clamp(chunk, min=-1.0, max=1.0, out=video[:, :, start:end])
-    finally:
-        vae.clear_cache()  # also where a chunk was too much for the device
     video = first if video is None else video
     return DecoderOutput(sample=video) if return_dict else (video,)
+
+
+def chunks(vae: Any, z: Any) -> Generator[Any, None, None]:
+    """What stock's untiled decode joins and clamps: the frames of one latent frame of `z` after another. Close it."""
+    from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+
+    vae.clear_cache()
+    try:
+        latents = vae.post_quant_conv(z)
+        caches = vae._feat_map  # of this pass: between two chunks somebody may begin another
+        for i in range(latents.shape[2]):
+            vae._conv_idx = index = [0]
+            is_first = {"first_chunk": True} if i == 0 else {}
+            chunk = vae.decoder(latents[:, :, i : i + 1], feat_cache=caches, feat_idx=index, **is_first)
+            if vae.config.patch_size is not None:
+                chunk = unpatchify(chunk, patch_size=vae.config.patch_size)
+            yield chunk
+            del chunk  # before the next is made
+    finally:
+        vae.clear_cache()  # also where a chunk was too much for the device
 
 
 def decode_chunk(
