@@ -270,12 +270,15 @@ def _tell(reason: str, what: str = "frames come at the end") -> None:
 
 def _way_of_decoded(pipeline: type) -> str | None:
     """What pipelines of a class do with decoded videos, one of the values of `DECODED`; None: not known."""
-    call = pipeline.__call__
-    while hasattr(call, "__wrapped__"):
-        if not is_librarys(call):
-            return None
+    call: Any = pipeline.__call__
+    while hasattr(call, "__wrapped__") and (is_librarys(call) or _is_ours(call)):
         call = call.__wrapped__
-    return _way_in(stock(call)) if type(call) is types.FunctionType and is_librarys(call) else None
+    return _way_in(stock(call)) if is_librarys(call) and not hasattr(call, "__wrapped__") else None
+
+
+def _is_ours(call: Any) -> bool:
+    """Whether this package has put it around a pipeline's call, whose result it passes on."""
+    return type(call) is types.FunctionType and call.__globals__["__name__"].startswith("wan_patches.")
 
 
 @functools.lru_cache(maxsize=64)

@@ -291,3 +291,17 @@ def fails_in_one_rank(path: str) -> Any:
 
     pipe.transformer.blocks[0].forward = failing
     return pipe
+
+
+def dies_in_mid_stream(path: str) -> Any:
+    """Its process is killed after the second latent frame that is decoded, unless the file is there."""
+    pipe, decoded = family("wan_t2v"), []
+
+    def hook(*_: Any) -> None:
+        decoded.append(1)
+        if len(decoded) == 3 and not os.path.exists(path):
+            with open(path, "w"):
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    pipe.vae.decoder.register_forward_pre_hook(hook)
+    return pipe

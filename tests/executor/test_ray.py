@@ -23,6 +23,8 @@ from PIL import Image
 from processes import wait_until
 
 import wan_patches
+from wan_patches.bench.measure import identical
+from wan_patches.bench.models import FAMILIES
 from wan_patches.executor import Bounds, RemoteError, WorkerDied, WorkerHung
 
 ray = pytest.importorskip("ray", reason="Ray is an extra: pip install 'wan-patches[ray]'")
@@ -147,6 +149,16 @@ def test_progress_of_every_step(executor):
     assert future.result() == 1
     assert seen == [(future, n, 4) for n in (1, 2, 3, 4)]
     assert future.timings["call"] >= 0
+
+
+def test_frames_come_chunk_by_chunk():
+    chunks, family = [], FAMILIES["wan_t2v"]
+    with RayParallelExecutor(functools.partial(fakes.family, "wan_t2v"), **ONE, threads=1) as executor:
+        request = executor.submit(on_frames=lambda _, chunk: chunks.append(chunk), **family.inputs(steps=1))
+        assert request.result(60).frames is None
+        whole = executor.submit(**family.inputs(steps=1)).result(60).frames
+    assert [(chunk.start, chunk.reason) for chunk in chunks] == [(0, None), (1, None), (5, None)]
+    assert identical(np.concatenate([chunk.frames for chunk in chunks], axis=1), whole)
 
 
 def test_what_runs_can_be_cancelled_and_the_worker_lives_on(executor):

@@ -30,6 +30,7 @@ from wan_patches.executor.rank import chosen_patches
 from wan_patches.executor.requests import Progress, Request
 from wan_patches.executor.session import Pretrained, Session
 from wan_patches.executor.transport import Packed, pack
+from wan_patches.streaming import Chunk
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -83,6 +84,7 @@ class PipelineExecutor(Executor):
         timeout: float | Default | None = DEFAULT,
         queue_timeout: float | Default | None = DEFAULT,
         on_progress: Callable[[Request, Progress], None] | None = None,
+        on_frames: Callable[[Request, Chunk], object] | None = None,
         **keywords: Any,
     ) -> Request:
         """Has the pipeline called with these arguments, in turn; returns at once.
@@ -95,6 +97,10 @@ class PipelineExecutor(Executor):
             arguments, keywords: what the pipeline takes, as if it were called.
             timeout, queue_timeout, on_progress: for this request, instead of the executor's; a timeout of None is
                 none.
+            on_frames: called with the request and each `Chunk` of frames, in order, while the autoencoder goes on, as
+                `wan_patches.stream_frames` does it; the frames are not in the result then, whose `frames` are None. In
+                the thread that takes the worker's messages: chunks wait in memory while it is at an earlier one. What
+                it raises is logged. After a retry they begin again, with a chunk whose `start` is 0.
 
         Returns:
             A `concurrent.futures.Future` of what the pipeline returns. It ends with the pipeline's exception,
@@ -116,6 +122,7 @@ class PipelineExecutor(Executor):
             timeout=timeout,
             queue_timeout=queue_timeout,
             on_progress=on_progress or self._on_progress,
+            on_frames=on_frames,
         )
         request._retries = self._retries
         self._crew.check()

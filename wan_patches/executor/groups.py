@@ -23,6 +23,7 @@ from wan_patches.executor.rank import failure_of
 from wan_patches.executor.requests import Progress, Request
 from wan_patches.executor.session import Interrupted, Session
 from wan_patches.executor.transport import Packed
+from wan_patches.streaming import Chunk
 
 LOG_LINES = 40  # kept for WorkerDied
 _LONGEST_LINE = 8 << 10  # bytes; longer ones are cut, as a worker may never end one
@@ -134,7 +135,16 @@ class InlineGroup:
         def report(step: int, total: int | None, bar: int) -> None:
             request._advance(Progress(step, total, bar))
 
-        return self._session.run(request.id, request._arguments, request._keywords, report=report)
+        def on_frames(chunk: Chunk) -> None:
+            request._hand_over(lambda: chunk.frames, chunk.start, chunk.reason)
+
+        return self._session.run(
+            request.id,
+            request._arguments,
+            request._keywords,
+            report=report,
+            on_frames=on_frames if request._streams else None,
+        )
 
     def interrupt(self, request: int) -> None:
         if self._session is not None:
@@ -205,7 +215,7 @@ class WorkerGroup:
         self._launcher.prepare(message.info["modules"])
 
     def run(self, request: Request) -> tuple[Any, dict[str, float]]:
-        info = {"seed": request._seed, "patches": request._patches}
+        info = {"seed": request._seed, "patches": request._patches, "streams": request._streams}
         for worker in self._workers:
             try:
                 worker.process.channel.send("run", request.id, info, request._packed)
@@ -244,6 +254,12 @@ class WorkerGroup:
                 progression.step()
                 if request is not None and message.request == request.id and worker is self._workers[0]:
                     request._advance(Progress(*message.info))
+                continue
+            if message.kind == "frames":
+                progression.step()
+                if request is not None and message.request == request.id:
+                    request._hand_over(message.load, *message.info)
+                del message  # and with it what nobody wanted, before the next is waited for
                 continue
             if message.request != (0 if request is None else request.id):
                 continue

@@ -17,6 +17,7 @@ from wan_patches.executor.images import Frame
 from wan_patches.executor.session import Report, Session
 from wan_patches.executor.state import unchanged
 from wan_patches.executor.transport import Message, Packed, pack
+from wan_patches.streaming import Chunk
 
 _BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "npu": "cpu:gloo,npu:hccl", "xpu": "cpu:gloo,xpu:xccl"}
 _SLOWEST_LOAD = datetime.timedelta(hours=1)  # that a rank waits for the others; by itself, a store says 5 minutes
@@ -68,11 +69,12 @@ class Rank:
         patches: dict[str, Any] | None,
         empty_strided: Callable[[Sequence[int], Sequence[int], torch.dtype], torch.Tensor],
         report: Report,
+        on_frames: Callable[[Chunk], object] | None = None,
     ) -> tuple[Packed | None, dict[str, float]]:
         """Calls the pipeline.
 
         Args:
-            request, seed, report: as for `Session.run`; only the first rank reports.
+            request, seed, report, on_frames: as for `Session.run`; only the first rank reports and has frames.
             inputs: gives the positional and keyword arguments of the pipeline.
             patches: as for `load`.
             empty_strided: where finished frames go, as in `wan_patches.delivery`.
@@ -91,7 +93,9 @@ class Rank:
                 _, timings = self._session.run(request, arguments, keywords, seed=seed)
             return None, timings
         with unchanged(), delivering(Delivery(empty_strided=empty_strided, image=Frame)):
-            result, timings = self._session.run(request, arguments, keywords, seed=seed, report=report)
+            result, timings = self._session.run(
+                request, arguments, keywords, seed=seed, report=report, on_frames=on_frames
+            )
             return pack(result), timings
 
     def interrupt(self, request: int) -> None:

@@ -42,7 +42,8 @@ from wan_patches.executor.rank import Rank, chosen_patches, failed, failure_of
 from wan_patches.executor.rendezvous import Notes, Rendezvous
 from wan_patches.executor.requests import Progress, Request, logger
 from wan_patches.executor.session import Interrupted
-from wan_patches.executor.transport import Message, aligned
+from wan_patches.executor.transport import Message, aligned, pack
+from wan_patches.streaming import Chunk
 
 _PATIENT = 20.0  # seconds without a place in the cluster until the log says so
 _THREADS = 5  # of an actor: one runs, one waits for its end, the others take interrupts and give signs of life
@@ -223,7 +224,7 @@ class RayGroup:
         value: Any = request._packed.parts()
         if self._ranks > 1:
             value = ray.put(value)  # once for all
-        info = request.id, request._seed, request._patches
+        info = request.id, request._seed, request._patches, request._streams
         with self._deaths(self._actors[0], request.id):
             streams = [actor.handle.run.options(num_returns="streaming").remote(*info, value) for actor in self._actors]
         del value
@@ -259,6 +260,11 @@ class RayGroup:
                 progression.step()
                 if request is not None:
                     request._advance(Progress(*info))
+                continue
+            if kind == "frames":
+                progression.step()
+                if request is not None:
+                    request._hand_over(Message(kind, number, info, [_owned(parts) for parts in value]).load, *info)
                 continue
             del waiting[stream]
             message = Message(kind, number, info, [_owned(parts) for parts in value])
@@ -508,7 +514,7 @@ class PipelineWorker:
             events.put(last)
 
         self._thread.submit(guarded)
-        while (event := events.get())[0] == "progress":
+        while (event := events.get())[0] in ("progress", "frames"):
             yield event
         yield event
 
@@ -527,9 +533,14 @@ class PipelineWorker:
         request: int,
         seed: int | None,
         patches: dict[str, Any] | None,
+        streams: bool,
         inputs: Parts,
     ) -> Any:
         assert self._rank is not None
+
+        def on_frames(chunk: Chunk) -> None:
+            put(("frames", (chunk.start, chunk.reason), pack(chunk.frames).parts()))
+
         packed, timings = self._rank.run(
             request,
             Message("run", request, None, [_owned(inputs)]).load,
@@ -537,6 +548,7 @@ class PipelineWorker:
             patches=patches,
             empty_strided=_empty_strided,
             report=lambda step, total, bar: put(("progress", (step, total, bar))),
+            on_frames=on_frames if streams else None,
         )
         return ("done", timings) if packed is None else ("done", timings, packed.parts())
 

@@ -11,6 +11,8 @@ from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
 from typing import Any
 
+from wan_patches.streaming import Chunk
+
 logger = logging.getLogger("wan_patches")
 
 
@@ -47,6 +49,7 @@ class Request(Future):  # type: ignore[type-arg]
         timeout: float | None = None,
         queue_timeout: float | None = None,
         on_progress: Callable[[Request, Progress], None] | None = None,
+        on_frames: Callable[[Request, Chunk], object] | None = None,
     ) -> None:
         super().__init__()
         self.id = id
@@ -54,6 +57,7 @@ class Request(Future):  # type: ignore[type-arg]
         self.timings: dict[str, float] = {}
         self._arguments, self._keywords = arguments, keywords
         self._seed, self._timeout, self._queue_timeout, self._on_progress = seed, timeout, queue_timeout, on_progress
+        self._on_frames = on_frames
         self._patches: dict[str, Any] | None = None
         self._packed: Any = None
         self._retries = 0
@@ -149,6 +153,17 @@ class Request(Future):  # type: ignore[type-arg]
                 self._on_progress(self, progress)
             except Exception:
                 logger.exception("the progress callback of request %d raised", self.id)
+
+    @property
+    def _streams(self) -> bool:
+        return self._on_frames is not None
+
+    def _hand_over(self, load: Callable[[], Any], start: int, reason: str | None) -> None:
+        if self._on_frames is not None and not self.done():
+            try:
+                self._on_frames(self, Chunk(load(), start, reason))
+            except Exception:
+                logger.exception("the frames callback of request %d raised", self.id)
 
     def _succeed(self, result: Any, timings: dict[str, float]) -> None:
         self.timings = timings

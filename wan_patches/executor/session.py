@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 
 from wan_patches import stages
 from wan_patches.executor.layouts import loading_sharded, place
+from wan_patches.streaming import Chunk, stream_frames
 
 Report = Callable[[int, "int | None", int], None]
 
@@ -85,6 +87,7 @@ class Session:
         *,
         seed: int | None = None,
         report: Report | None = None,
+        on_frames: Callable[[Chunk], object] | None = None,
     ) -> tuple[Any, dict[str, float]]:
         """Calls the pipeline.
 
@@ -94,12 +97,13 @@ class Session:
             seed: of torch's default generators, for what the pipeline draws without a generator of its own.
             report: called after every step with the steps done, their number (None: unknown) and which of
                 the pipeline's progress bars that is, from 1 (Helios has one for each chunk of frames).
+            on_frames: as for `stream_frames`; None for frames in the result.
 
         Returns:
             What the pipeline returned, and the seconds of its stages.
 
         Raises:
-            Interrupted: after the step in which `interrupt` was called.
+            Interrupted: after the step, or the frames, in which `interrupt` was called.
             Exception: what the pipeline raises.
         """
         self._running, self._report, self._bars = request, report, 0
@@ -108,8 +112,11 @@ class Session:
             if seed is not None:
                 _seed(seed, self._device)
             keywords = {name: _on_device(value, self._device) for name, value in keywords.items()}
+            call = self._pipe
+            if on_frames is not None:
+                call = functools.partial(stream_frames, call, functools.partial(self._hand_over, on_frames))
             with stages.watching(self._pipe, self._device) as watch:
-                result = self._pipe(*arguments, **keywords)
+                result = call(*arguments, **keywords)
             return result, dict(watch.seconds)
         except BaseException as error:
             self._tidy_up(error)
@@ -130,6 +137,11 @@ class Session:
         if self._report is not None:
             self._report(step, total, self._bars)
         self._leave_if_unwanted()
+
+    def _hand_over(self, on_frames: Callable[[Chunk], object], chunk: Chunk) -> None:
+        on_frames(chunk)
+        if self._ranks == 1:  # the others do not stop here
+            self._leave_if_unwanted()
 
     def _leave_if_unwanted(self) -> None:
         unwanted = self._running in self._unwanted

@@ -24,7 +24,8 @@ from wan_patches.executor import main_module
 from wan_patches.executor.layouts import device_named
 from wan_patches.executor.rank import Rank, failed
 from wan_patches.executor.session import Interrupted
-from wan_patches.executor.transport import Channel, Message
+from wan_patches.executor.transport import Channel, Message, pack
+from wan_patches.streaming import Chunk
 
 #: Packages of which a worker that is started later will need what one has loaded. Not the user's: importing those
 #: may do anything.
@@ -96,6 +97,9 @@ class Worker:
         def report(step: int, total: int | None, bar: int) -> None:
             self._channel.send("progress", message.request, (step, total, bar))
 
+        def on_frames(chunk: Chunk) -> None:
+            self._channel.send("frames", message.request, (chunk.start, chunk.reason), pack(chunk.frames))
+
         try:
             result, timings = self._rank.run(
                 message.request,
@@ -104,6 +108,7 @@ class Worker:
                 patches=message.info["patches"],
                 empty_strided=self._channel.empty_strided,
                 report=report,
+                on_frames=on_frames if message.info["streams"] else None,
             )
         except Interrupted:
             self._channel.send("interrupted", message.request)
