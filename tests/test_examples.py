@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import av
+import numpy as np
 import peft
 import PIL.Image
 import pytest
@@ -93,6 +95,30 @@ def test_helios(tmp_path, model, image):
     path = str(tmp_path / "image.png") if image else None
     frames = load("helios").main(folder, "a fox", str(output), path, **tiny)
     made(output, frames, stock_video(folder, prompt="a fox", **more, **tiny))
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["wan_t2v", pytest.param("helios", marks=pytest.mark.skipif(not FAMILIES["helios"].available, reason="no Helios"))],
+)
+def test_stream(tmp_path, model, monkeypatch, family):
+    folder, output = model(family), tmp_path / "video.mp4"
+    more = {"num_latent_frames_per_chunk": 2} if family == "helios" else {}
+    tiny = TINY | {"num_frames": 9} | more
+    example, chunks = load("stream"), []
+    write = example.Writer.__call__
+    monkeypatch.setattr(example.Writer, "__call__", lambda self, chunk: (chunks.append(chunk), write(self, chunk)))
+    example.main(folder, "a fox", str(output), **tiny)
+    wan_patches.disable()
+    assert [(chunk.start, chunk.reason) for chunk in chunks] == [(0, None), (1, None), (5, None)]
+    frames = [image for chunk in chunks for image in chunk.frames[0]]
+    assert identical(frames, stock_video(folder, prompt="a fox", **tiny))
+    with av.open(str(output)) as file:
+        video = [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
+    assert np.shape(video) == (9, 32, 48, 3)
+    # lossy: each is nearest to the one that it was
+    apart = [[np.abs(np.subtract(written, frame, dtype=int)).mean() for frame in frames] for written in video]
+    assert np.argmin(apart, axis=1).tolist() == [*range(9)]
 
 
 def test_lora(tmp_path, model):
