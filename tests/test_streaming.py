@@ -183,6 +183,23 @@ def test_the_callback_may_use_the_autoencoder(pipe, patched):
     assert identical(np.concatenate(chunks, axis=1), stock)
 
 
+@pytest.mark.parametrize("name", ["wan_t2v", HELIOS])
+def test_previews_of_a_steps_callback_are_not_the_video(name, built):
+    pipe, previews, chunks = built(name), [], []
+
+    def on_step(pipe, step, timestep, kept):
+        video = pipe.vae.decode(kept["latents"].to(pipe.vae.dtype)).sample
+        previews.append(pipe.video_processor.postprocess_video(video, output_type="np").shape)
+        return kept
+
+    more = {"steps": 2, "callback_on_step_end": on_step}
+    stock = pipe(**inputs(name, **more)).frames
+    stream_frames(pipe, chunks.append, **inputs(name, **more))
+    assert identical(np.concatenate([chunk.frames for chunk in chunks], axis=1), stock)
+    assert previews[: len(previews) // 2] == previews[len(previews) // 2 :]
+    assert [chunk.start for chunk in chunks] == [0, 1, 5]
+
+
 # Memory
 
 

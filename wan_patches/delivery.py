@@ -29,7 +29,7 @@ class Delivery:
     """How finished frames leave a pipeline.
 
     empty_strided: makes the CPU tensor that a result is written to, from its shape, its strides in elements and
-        its dtype; called once per result. What it raises, the pipeline call raises.
+        its dtype; called once per result, or chunk of one. What it raises, the pipeline call raises.
     image: what `output_type="pil"` gives for one frame, a uint8 array `(height, width, channels)`, which lies
         in memory that `empty_strided` gave.
     """

@@ -22,6 +22,7 @@ import dataclasses
 import functools
 import inspect
 import logging
+import sys
 import threading
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -44,6 +45,8 @@ __all__ = ["Chunk", "stream_frames"]
 logger = logging.getLogger("wan_patches")
 
 _OUTPUT_TYPES = ("pil", "np", "pt")
+#: Modules whose functions are called between a pipeline and `_decode`.
+_ON_THE_WAY = frozenset({AUTOENCODER, "diffusers.utils.accelerate_utils", "wan_patches.stages"})
 _STREAMED = "_wan_patches_streamed"
 
 
@@ -168,12 +171,12 @@ class _Stream:
         self._postprocess = functools.partial(processor_class.postprocess_video, processor)
 
         def decode(vae: Any, z: Any, *args: Any, **kwargs: Any) -> Any:
-            if _stream.get() is not stream:
+            if _stream.get() is not stream or not _is_called_by(pipe):
                 return vae_class._decode(vae, z, *args, **kwargs)
             return stream._decode(functools.partial(vae_class._decode, vae), vae, z, *args, **kwargs)
 
         def postprocess_video(processor: Any, video: Any, *args: Any, **kwargs: Any) -> Any:
-            if _stream.get() is not stream or not stream._begun:
+            if _stream.get() is not stream or not stream._begun or video.shape[-2:] != (0, 0):
                 return processor_class.postprocess_video(processor, video, *args, **kwargs)
             return stream._end(video)
 
@@ -237,6 +240,14 @@ class _Stream:
             self._on_frames(chunk)
         finally:
             _stream.reset(token)
+
+
+def _is_called_by(pipe: Any) -> bool:
+    """Whether the pipeline decodes its video, and not somebody within its call: a step's callback, for a preview."""
+    frame = sys._getframe(2)
+    while frame.f_globals.get("__name__") in _ON_THE_WAY and frame.f_back is not None:
+        frame = frame.f_back
+    return frame.f_code.co_name == "__call__" and frame.f_locals.get("self") is pipe
 
 
 def _argument(name: str, pipe: Any, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> Any:
