@@ -33,7 +33,7 @@ from typing import Any
 import torch
 
 from wan_patches import stages
-from wan_patches.codeswap import stock
+from wan_patches.codeswap import functions_behind, stock
 from wan_patches.fingerprints import AUTOENCODER, DECODED, JOINED, JOINED_NAMES, STRAIGHT, is_known
 from wan_patches.instances import exchange_class, own_methods
 from wan_patches.originals import are_torchs, has_librarys, is_librarys, is_librarys_throughout, is_watched
@@ -332,13 +332,14 @@ def _decodes_as_known(vae: Any) -> bool:
     """Whether what `_decode` gives is what pipelines get from `decode`, and nobody looks at it on the way."""
     cls = type(vae)
     function = inspect.getattr_static(cls, "decode", None)
-    if not is_librarys_throughout(function) or "_decode" in own_methods(vae):
+    if AUTOENCODER not in sys.modules or not is_librarys_throughout(function) or "_decode" in own_methods(vae):
         return False
     found: Any = vars(vae).get("decode")
     if stages.is_watching(found):
         found = found.__wrapped__
     is_own = found is None or found == types.MethodType(function, vae)
-    return is_own and is_known(inspect.unwrap(function), AUTOENCODER, "AutoencoderKLWan.decode")
+    behind = functions_behind(function, sys.modules[AUTOENCODER].__file__)
+    return is_own and is_known(behind[-1], AUTOENCODER, "AutoencoderKLWan.decode")
 
 
 def _decodes_piecewise(vae: Any) -> bool:
