@@ -132,19 +132,20 @@ def test_pictures_are_decoded_when_looked_at():
     assert {type(image) for chunk in chunks for image in chunk.frames[0]} == {Frame}
 
 
-def test_after_a_death_in_mid_stream_frames_begin_again_or_end_with_the_request(tmp_path):
-    for retries in (1, 0):
-        chunks = []
-        factory = functools.partial(fakes.dies_in_mid_stream, str(tmp_path / f"died {retries}"))
-        with ParallelExecutor(factory, **WORKER, retries=retries) as executor:
-            request = executor.submit(on_frames=lambda _, chunk, chunks=chunks: chunks.append(chunk), **inputs())
-            if not retries:
-                assert isinstance(request.exception(60), WorkerDied)
-                assert [chunk.start for chunk in chunks] == [0, 1]
-                continue
-            assert request.result(60).frames is None
+@pytest.mark.parametrize("retries", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_after_a_death_in_mid_stream_frames_begin_again_or_end_with_the_request(tmp_path, retries):
+    chunks = []
+    factory = functools.partial(fakes.dies_in_mid_stream, str(tmp_path / "died"))
+    with ParallelExecutor(factory, **WORKER, retries=retries) as executor:
+        request = executor.submit(on_frames=lambda _, chunk: chunks.append(chunk), **inputs())
+        error = request.exception(120)
+    if retries:
+        assert request.result().frames is None
         assert [chunk.start for chunk in chunks] == [0, 1, 0, 1, 5]
         assert identical(np.concatenate([chunk.frames for chunk in chunks[2:]], axis=1), stock())
+    else:
+        assert isinstance(error, WorkerDied)
+        assert [chunk.start for chunk in chunks] == [0, 1]
 
 
 @pytest.mark.slow
