@@ -1,7 +1,8 @@
-"""Many videos on all devices: `python examples/batch.py MODEL PROMPTS.txt [FOLDER]`, a prompt on each line.
+"""Many videos on all devices: `python examples/batch.py MODEL PROMPTS.txt [FOLDER [ray]]`, a prompt on each line.
 
 Writes `FOLDER/0000.gif` and so on as they are done, with a bar for each video in the works. One that fails is told
-at the end and hinders no other; start again to make those that are missing.
+at the end and hinders no other; start again to make those that are missing. With `ray` the devices are those of the
+Ray cluster that this machine is a part of.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from diffusers.utils import export_to_gif
 
 import wan_patches
-from wan_patches import ParallelExecutor
+from wan_patches import ParallelExecutor, RayParallelExecutor
 
 
 def main(model: str, prompts: str, folder: str = "videos", devices="auto", dtype=torch.bfloat16, **call) -> int:
@@ -28,7 +29,8 @@ def main(model: str, prompts: str, folder: str = "videos", devices="auto", dtype
     }
     failed = 0
     wan_patches.enable()  # in the workers too
-    with ParallelExecutor.from_pretrained(model, devices=devices, retries=1, progress=True, torch_dtype=dtype) as ex:
+    kind, devices = (RayParallelExecutor, "auto") if devices == "ray" else (ParallelExecutor, devices)
+    with kind.from_pretrained(model, devices=devices, retries=1, progress=True, torch_dtype=dtype) as ex:
         futures = {ex.submit(output_type="pil", **job): path for path, job in jobs.items() if not path.exists()}
         for future in concurrent.futures.as_completed(futures):
             path = futures.pop(future)

@@ -150,7 +150,9 @@ def test_compile(tmp_path, model):
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(
-    "devices", [["cpu"], pytest.param(["cpu", "cpu"], marks=pytest.mark.slow)], ids=["inline", "workers"]
+    "devices",
+    [["cpu"], pytest.param(["cpu", "cpu"], marks=pytest.mark.slow), pytest.param("ray", marks=pytest.mark.slow)],
+    ids=["inline", "workers", "ray"],
 )
 def test_batch(tmp_path, capsys, devices):
     FAMILIES["wan_t2v"].build().save_pretrained(tmp_path / "model")

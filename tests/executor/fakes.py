@@ -164,6 +164,15 @@ class Fake:
     def flags(self, _: Any) -> Any:
         return sys.path, sys.flags.optimize, sys.warnoptions, sys.executable
 
+    def node(self, _: Any) -> str:
+        """Of Ray's, by its id."""
+        import ray
+
+        return ray.get_runtime_context().get_node_id()
+
+    def bytes_(self, size: int) -> torch.Tensor:
+        return torch.ones(size, dtype=torch.uint8)
+
     def command(self, _: Any) -> list[str]:
         return Path("/proc/self/cmdline").read_bytes().decode().split("\0")
 
