@@ -7,12 +7,14 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
 import fakes
 import psutil
 import pytest
+import torch
 from processes import wait_until, workers
 
 from wan_patches import ParallelExecutor
@@ -103,8 +105,6 @@ def test_workers_end_with_their_parent_though_its_child_holds_the_socket(tmp_pat
 
 
 def test_workers_live_on_when_the_thread_that_started_the_executor_ends():
-    import threading
-
     made = []
     thread = threading.Thread(target=lambda: made.append(ParallelExecutor(fakes.fake, **WORKER)))
     thread.start()
@@ -149,9 +149,15 @@ def test_an_argument_that_cannot_be_sent_is_named():
         assert str(error).startswith("argument 2 of the request cannot be sent to a worker: ")
 
 
-def test_devices_that_are_not_there_are_refused_at_once():
-    import torch
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+def test_nested_tensors_travel():
+    parts = [torch.ones(2, 3), torch.zeros(4, 3)]
+    with ParallelExecutor(fakes.fake, **WORKER) as executor:
+        found = executor.submit(value=torch.nested.nested_tensor(parts)).result()
+        assert all(torch.equal(part, there) for part, there in zip(parts, found.unbind(), strict=True))
 
+
+def test_devices_that_are_not_there_are_refused_at_once():
     if torch.cuda.is_available():
         pytest.skip("there is one here")
     with pytest.raises(ValueError, match=r"devices names 'cuda:0'; torch .* finds 0 such devices here"):

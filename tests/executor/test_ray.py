@@ -295,6 +295,22 @@ def test_a_worker_that_dies_idle_costs_no_request():
 
 
 @pytest.mark.slow
+def test_the_last_lines_of_a_dead_worker_are_told(tmp_path):
+    done = _script(
+        tmp_path,
+        """
+        import fakes, ray
+        from wan_patches import RayParallelExecutor
+
+        ray.init(num_cpus=1, include_dashboard=False)
+        with RayParallelExecutor(fakes.fake, devices=1) as executor:
+            print("log:", executor.submit("kill", 9).exception(60).log)
+        """,
+    )
+    assert "log: ('about to go',)" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.slow
 def test_a_lost_request_is_tried_again(tmp_path):
     with RayParallelExecutor(fakes.fake, **ONE, retries=1) as executor:
         assert executor.submit("kill_once", str(tmp_path / "was here")).result(60) == "second time"

@@ -178,6 +178,7 @@ def _is_plain(tensor: torch.Tensor) -> bool:
     return (
         tensor.layout is torch.strided
         and not tensor.is_quantized
+        and not tensor.is_nested
         and tensor.device.type != "meta"
         and not any(getattr(tensor, "names", ()))  # not in every torch
         and not tensor.__dict__

@@ -16,6 +16,7 @@ import queue
 import sys
 import threading
 import time
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -46,6 +47,8 @@ from wan_patches.executor.transport import Message, aligned, pack
 from wan_patches.streaming import Chunk
 
 _PATIENT = 20.0  # seconds without a place in the cluster until the log says so
+_LATE_OUTPUT = 1.0  # seconds in which Ray brings the last lines of one that has ended
+_FOLLOWED = 1000  # workers whose last lines are kept
 _THREADS = 5  # of an actor: one runs, one waits for its end, the others take interrupts and give signs of life
 
 #: A pickle and its buffers.
@@ -62,7 +65,7 @@ class RayParallelExecutor(PipelineExecutor):
     Requests, results, progress, cancelling, errors and layouts are those of `ParallelExecutor`, but for the layout
     "inline", which needs no Ray. Results are copied out of Ray's object store: they can be written to, and outlive
     the executor and Ray. Output of workers goes where Ray brings it; a `WorkerDied` names the node, its log is what
-    Ray's dashboard can tell, and its cause (`__cause__`) is what Ray says about the end.
+    of that comes to this program (by default all), and its cause (`__cause__`) is what Ray says about the end.
 
     Uses the Ray that the program is connected to, or else connects to the cluster that `address` names, or starts
     one on this machine, and leaves that again when the last executor is shut down. Ray Client (`ray://`) will not do:
@@ -425,14 +428,9 @@ class _Actor:
             self.handle.answer.remote().future().add_done_callback(self._answer)
 
     def lines(self) -> tuple[str, ...] | None:
-        """The last lines of its output, as far as Ray's dashboard runs."""
-        from ray.util.state import get_log
-
-        try:
-            pieces = get_log(actor_id=self.handle._actor_id.hex(), tail=LOG_LINES, timeout=5)
-            return tuple("".join(pieces).splitlines()[-LOG_LINES:])
-        except Exception:  # there is no dashboard
-            return None
+        """The last lines of its output, as far as Ray brings it here; for one that has ended."""
+        time.sleep(_LATE_OUTPUT)
+        return _output.of(self.node, self.pid)
 
     def _answer(self, answer: Any) -> None:
         if answer.exception() is None:
@@ -635,6 +633,38 @@ def _told(amounts: Mapping[str, float], kinds: Iterable[str]) -> str:
     return ", ".join(f"{amounts.get(kind, 0):g} {kind}" for kind in kinds)
 
 
+class _Output:
+    """The last lines that each of the cluster's workers has written for this program."""
+
+    def __init__(self) -> None:
+        self._lines: OrderedDict[tuple[str, int], deque[str]] = OrderedDict()
+
+    def follow(self) -> None:
+        """Ray gives its lines to who registers; it does not say so in public, and need not."""
+        with contextlib.suppress(Exception):
+            from ray._private.ray_logging import global_worker_stdstream_dispatcher
+
+            global_worker_stdstream_dispatcher.remove_handler(__name__)
+            global_worker_stdstream_dispatcher.add_handler(__name__, self)
+
+    def __call__(self, data: Mapping[str, Any]) -> None:
+        with contextlib.suppress(Exception):  # in Ray's thread, which goes on
+            worker = data["ip"], int(data["pid"])
+            lines = self._lines.setdefault(worker, deque(maxlen=LOG_LINES))
+            lines.extend(str(line) for line in data["lines"])
+            self._lines.move_to_end(worker)
+            if len(self._lines) > _FOLLOWED:
+                self._lines.popitem(last=False)
+
+    def of(self, node: str | None, pid: int | None) -> tuple[str, ...] | None:
+        """None if nothing came: it wrote nothing, or Ray does not bring it here (`log_to_driver=False`)."""
+        found = self._lines.get((node or "", pid or 0))
+        return None if found is None else tuple(found)
+
+
+_output = _Output()
+
+
 class _Connection:
     """To Ray: made by the first executor if the program has none, and then ended by the last."""
 
@@ -655,6 +685,7 @@ class _Connection:
                     if self._ours:
                         ray.shutdown()
                     raise ValueError("Ray Client (ray://) cannot stream results; run the program in the cluster")
+                _output.follow()
             self._users += 1
 
     def leave(self) -> None:
