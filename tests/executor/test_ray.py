@@ -278,7 +278,7 @@ def test_a_short_outage_costs_nothing_but_time(tmp_path):
 def test_shutdown_ends_within_its_bound_whatever_runs():
     executor = RayParallelExecutor(fakes.fake, **ONE)
     running = executor.submit("hang", 100)
-    _until_running(running)
+    wait_until(running.running)
     start = time.monotonic()
     executor.shutdown(timeout=1.0)
     assert time.monotonic() - start < 40
