@@ -13,6 +13,8 @@ import contextlib
 import itertools
 import os
 import queue
+import socket
+import struct
 import sys
 import threading
 import time
@@ -50,6 +52,8 @@ _PATIENT = 20.0  # seconds without a place in the cluster until the log says so
 _LATE_OUTPUT = 1.0  # seconds in which Ray brings the last lines of one that has ended
 _FOLLOWED = 1000  # workers whose last lines are kept
 _THREADS = 5  # of an actor: one runs, one waits for its end, the others take interrupts and give signs of life
+
+_SIOCGIFADDR = 0x8915  # of Linux: the address of an interface
 
 #: A pickle and its buffers.
 Parts = tuple[np.ndarray, list[np.ndarray]]
@@ -327,17 +331,23 @@ class RayGroup:
 
         needed = self._setup["resources"]
         began, told = time.monotonic(), False
-        while ray.wait(calls, num_returns=len(calls), timeout=LOOK)[1]:
+        while True:
+            with self._deaths(self._actors[0], 0):
+                if not ray.wait(calls, num_returns=len(calls), timeout=LOOK)[1]:
+                    break
             if not wanted():
                 raise Unwanted
             if told or time.monotonic() - began < _PATIENT:
                 continue
             told = True
             logger.warning(
-                "workers wait for a place in the Ray cluster: each of %d needs %s; it has %s, of which %s are free",
+                "workers wait for a place in the Ray cluster: each of %d needs %s%s; it has %s on %d nodes, of which "
+                "%s are free",
                 self._ranks,
                 _told(needed, needed),
+                f" (strategy {self._strategy})" if self._placement is not None else "",
                 _told(ray.cluster_resources(), needed),
+                sum(node["Alive"] for node in ray.nodes()),
                 _told(ray.available_resources(), needed),
             )
         for actor, call in zip(self._actors, calls):
@@ -380,8 +390,10 @@ class RayGroup:
         device = next((kind for kind in ("GPU", "NPU") if kind in self._setup["resources"]), "CPU")
         found: list[tuple[int, str, int | None]] = []
         for rank in range(self._first_rank, self._first_rank + self._ranks):
-            if (actor := actors.get(rank)) is None or actor.pid is None:
+            if (actor := actors.get(rank)) is None:
                 found.append((rank, device, None))
+            elif actor.pid is None:
+                found.append((rank, f"{device}, waiting for a place in the cluster", None))
             else:
                 found.append((rank, f"{device} of node {actor.node}", actor.pid))
         return found
@@ -520,7 +532,12 @@ class PipelineWorker:
         import ray
 
         torch.set_num_threads(setup["threads"])  # Ray has set one, if the actor has no CPUs of its own
-        store = Rendezvous(lambda *call: ray.get(first.rendezvous.remote(*call))) if ranks > 1 else None
+        store = None
+        if ranks > 1:
+            store = Rendezvous(lambda *call: ray.get(first.rendezvous.remote(*call)))
+            # by itself gloo takes the address of the host's name, which many systems map to the loopback
+            if interface := _interface(ray.util.get_node_ip_address()):
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         self._rank = Rank(rank, ranks, _device(setup["resources"]))
         self._rank.load(lambda: ray.cloudpickle.loads(build), setup["layout"], setup["patches"], store)
         return "ready", None
@@ -568,6 +585,21 @@ def _device(resources: Mapping[str, float]) -> torch.device:
                 return torch.device(kind, 0)
         raise RuntimeError(f"Ray has given a GPU to this worker, but its torch {torch.__version__} can use none")
     return torch.device("cpu")
+
+
+def _interface(address: str) -> str | None:
+    """The network interface of this machine that has the address as its first; None if there is none."""
+    if sys.platform != "linux":
+        return None
+    import fcntl
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as some:
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):  # it has no address
+                found = fcntl.ioctl(some, _SIOCGIFADDR, struct.pack("256s", name.encode()))
+                if socket.inet_ntoa(found[20:24]) == address:
+                    return name
+    return None
 
 
 # Values in Ray's object store
