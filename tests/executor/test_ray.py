@@ -40,7 +40,8 @@ ONE = {"devices": 1}
 def _cluster():
     """Ray on this machine, with CPUs that are only counted; no process of it outlives the module."""
     before = set(psutil.Process().children(recursive=True))
-    ray.init(num_cpus=4, include_dashboard=False, object_store_memory=200 << 20, log_to_driver=False)
+    options = {"num_cpus": 4, "include_dashboard": False, "object_store_memory": 200 << 20, "log_to_driver": False}
+    ray.init("local", **options)  # whatever else runs on the machine
     yield
     ray.shutdown()
     _, alive = psutil.wait_procs(set(psutil.Process().children(recursive=True)) - before, timeout=20)
