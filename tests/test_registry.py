@@ -11,7 +11,7 @@ import sys
 import pytest
 
 import wan_patches
-from wan_patches import Fidelity, Patch, PatchError, Replace, Target
+from wan_patches import Fidelity, Patch, PatchError, Replace, Target, codeswap
 from wan_patches.registry import Registry
 
 SOURCE = "def f(x):\n    return x + 1\n\n\ndef g(x):\n    return x + 2\n"
@@ -159,6 +159,36 @@ def test_a_patch_goes_in_whole_or_not_at_all(modules, caplog):
     registry.enable()  # nothing new to say
     assert not caplog.records
     registry.disable()
+
+
+def test_patches_that_share_a_function_are_put_in_with_one_rewrite(modules, monkeypatch):
+    rewritten, seen = codeswap.rewritten, []
+    monkeypatch.setattr(codeswap, "rewritten", lambda *args: seen.append(args) or rewritten(*args))
+    registry = Registry([patch("one"), patch("two", pattern="x + N"), edit_of_x("three")])
+    a = importlib.import_module("made_a")
+    original = a.f.__code__
+    assert [r.state for r in registry.enable().reports] == ["active"] * 3
+    assert a.f(1) == 2 * (2 * 1 + 1)
+    assert len(seen) == 1
+    registry.disable()
+    assert a.f.__code__ is original
+
+
+@pytest.mark.parametrize("fails", [{"functions": ("f", "gone")}, {"calls": {"_double": "gone:gone"}}])
+def test_of_patches_that_share_a_function_one_can_fail(modules, fails):
+    for order in (1, -1):
+        registry = Registry([edit_of_x("fails", **fails), patch("holds")][::order])
+        a = importlib.import_module("made_a")
+        states = {report.name: report.state for report in registry.enable().reports}
+        assert states == {"fails": "skipped", "holds": "active"}
+        assert a.f(1) == 4
+        registry.disable()
+        assert a.f(1) == 2
+
+
+def edit_of_x(name, functions=("f",), calls=None):
+    edits = (Replace("x", "_double(x)"),)
+    return Patch(name, "made_a", tuple(Target(f, edits) for f in functions), calls or {"_double": f"{__name__}:double"})
 
 
 def test_an_edit_that_raises_is_rolled_back(modules):

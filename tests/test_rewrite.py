@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import gc
 import importlib.util
 import sys
 import types
+import weakref
 
 import pytest
 
@@ -42,6 +44,14 @@ at the margin"""
 
 def helper(a, b=0):
     return a + b
+
+def as_it_is(function):
+    return function
+
+@as_it_is
+@as_it_is
+def decorated(a, b):
+    return [a + b for b in [b]]
 
 def outer():
     state = [1]
@@ -141,6 +151,20 @@ def test_tracebacks_show_the_installed_file(module):
     with pytest.raises(ZeroDivisionError) as raised:
         codeswap.with_code(module.helper, code)(1, 0)
     assert raised.traceback[-1].lineno + 1 == SOURCE[: SOURCE.index("return a + b")].count("\n") + 1
+
+
+def test_lines_are_those_of_the_source(module):
+    for function in (module.Model.scale, module.helper, module.decorated, module.outer()):
+        assert list(run_with(function).__code__.co_lines()) == list(function.__code__.co_lines())
+
+
+def test_the_proof_of_a_source_keeps_no_code_alive(tmp_path):
+    function = load(tmp_path, "def f(x):\n    return x\n", "short_lived").f
+    parse(function)
+    code = weakref.ref(function.__code__)
+    del function, sys.modules["short_lived"]
+    gc.collect()
+    assert code() is None
 
 
 def test_edits_of_several_patches_share_a_function(module):

@@ -36,7 +36,7 @@ class Site:
         function = self._function()
         if function is None:
             return
-        wanted = self._edits + tuple(edit for edit in edits if edit not in self._edits)
+        wanted = tuple(dict.fromkeys(self._edits + edits))
         called = names_in(self._variant(wanted))
         for name, value in names.items():
             if name not in called:  # another target of the same patch does

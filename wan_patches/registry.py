@@ -15,7 +15,7 @@ import logging
 import sys
 import threading
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -380,43 +380,58 @@ class Registry:
         gate.enabled = choice is None or choice.gate
         entries = [e for e in self._load() if just_imported is None or e.patch.module == just_imported.__name__]
         taken: set[tuple[str, str]] = set()
-        for entry in sorted(entries, key=lambda entry: entry.patch.fidelity is Fidelity.EXACT):
-            place = entry.patch.name, entry.patch.module
-            if choice is None or not choice.wants(entry.patch):
-                self._remove(entry)
-                entry.state, entry.reason = OFF, ""
-            elif place in taken:
-                entry.state, entry.reason = OFF, "a close form is in its place"
-            else:
+        for fidelity in (Fidelity.CLOSE, Fidelity.EXACT):
+            wanted: list[tuple[_Entry, types.ModuleType]] = []
+            for entry in (entry for entry in entries if entry.patch.fidelity is fidelity):
                 module = just_imported or _loaded(entry.patch.module)
-                if entry.patch.fidelity is Fidelity.CLOSE:
-                    self._make_room(entry, entries)
-                entry.state, entry.reason = self._install(entry, module) if module else (WAITING, "")
-                if entry.patch.fidelity is Fidelity.CLOSE and entry.state != SKIPPED:
-                    taken.add(place)
+                if choice is None or not choice.wants(entry.patch):
+                    self._remove(entry)
+                    entry.state, entry.reason = OFF, ""
+                elif _place(entry) in taken:
+                    entry.state, entry.reason = OFF, "a close form is in its place"
+                elif module is None:
+                    entry.state, entry.reason = WAITING, ""
+                else:
+                    wanted.append((entry, module))
+            if fidelity is Fidelity.CLOSE:
+                self._make_room(entries, {_place(entry) for entry, _ in wanted})
+            self._install(wanted)
+            if fidelity is Fidelity.CLOSE and choice is not None:
+                close = (entry for entry in entries if entry.patch.fidelity is fidelity and choice.wants(entry.patch))
+                taken = {_place(entry) for entry in close if entry.state != SKIPPED}
 
-    def _make_room(self, entry: _Entry, entries: Iterable[_Entry]) -> None:
-        """Takes out the exact patches that a close one stands for."""
-        for other in entries:
-            same = (other.patch.name, other.patch.module) == (entry.patch.name, entry.patch.module)
-            if same and other.patch.fidelity is Fidelity.EXACT:
-                self._remove(other)
+    def _make_room(self, entries: Iterable[_Entry], places: Collection[tuple[str, str]]) -> None:
+        """Takes out the exact patches that close ones stand for."""
+        for entry in entries:
+            if entry.patch.fidelity is Fidelity.EXACT and _place(entry) in places:
+                self._remove(entry)
 
-    def _install(self, entry: _Entry, module: types.ModuleType) -> tuple[str, str]:
-        if entry.functions and all(_holds(module, *item) for item in entry.functions):
-            return ACTIVE, ""
-        self._remove(entry)
+    def _install(self, wanted: Iterable[tuple[_Entry, types.ModuleType]]) -> None:
+        fresh = []
+        for entry, module in wanted:
+            if entry.functions and all(_holds(module, *item) for item in entry.functions):
+                entry.state, entry.reason = ACTIVE, ""
+            else:
+                self._remove(entry)
+                fresh.append((entry, module))
+        shared = _put_shared(fresh)
+        for entry, module in fresh:
+            entry.state, entry.reason = self._install_one(entry, module)
+        for function, entry, target in shared:
+            if entry.state != ACTIVE:
+                site(function).remove(target.edits)
+
+    def _install_one(self, entry: _Entry, module: types.ModuleType) -> tuple[str, str]:
+        """All or nothing; returns the state and the reason."""
         if entry.patch.optional and not any(_exists(module, target) for target in entry.patch.targets):
             return OFF, "not in this version"
         try:
-            for known in entry.patch.requires:
-                _check(known)
-            calls = {name: _resolve(path) for name, path in entry.patch.calls.items()}
+            calls = _calls(entry.patch)
             for target in entry.patch.targets:
                 entry.functions.append((_put(module, target, calls), target))
             if entry.patch.addition is not None:
                 _addition(entry.patch).put(module)
-        except Exception as error:  # all or nothing
+        except Exception as error:
             self._remove(entry)
             return SKIPPED, str(error) if isinstance(error, Unknown) else f"raised {_describe(error)}"
         return ACTIVE, ""
@@ -514,12 +529,45 @@ def _log(skipped: list[Report]) -> None:
         logger.warning("left stock code alone: %s%s; see wan_patches.status()", _why(skipped[0]), more)
 
 
+def _place(entry: _Entry) -> tuple[str, str]:
+    return entry.patch.name, entry.patch.module
+
+
+def _calls(patch: Patch) -> dict[str, object]:
+    """What the edits of a patch call, if all is known that it relies on."""
+    for known in patch.requires:
+        _check(known)
+    return {name: _resolve(path) for name, path in patch.calls.items()}
+
+
+def _put_shared(
+    wanted: Iterable[tuple[_Entry, types.ModuleType]],
+) -> list[tuple[types.FunctionType, _Entry, Target]]:
+    """Puts the edits of several patches into the functions that they share, all at once, and returns what was put.
+
+    One patch after the other, a function would be parsed and compiled for each. Where anything is not known, nothing is
+    put: then one after the other it has to be.
+    """
+    found: dict[types.FunctionType, list[tuple[_Entry, Target]]] = {}
+    for entry, module in wanted:
+        for target in entry.patch.targets:
+            with contextlib.suppress(Unknown):
+                for function in _functions(module, target)[:1]:
+                    found.setdefault(function, []).append((entry, target))
+    put = []
+    for function, parts in found.items():
+        if len({id(entry) for entry, _ in parts}) > 1:
+            with contextlib.suppress(Exception):  # whose it is shows when they are put in one by one
+                calls = {name: value for entry, _ in parts for name, value in _calls(entry.patch).items()}
+                site(function).add(tuple(edit for _, target in parts for edit in target.edits), calls)
+                put += [(function, entry, target) for entry, target in parts]
+    return put
+
+
 def _put(module: types.ModuleType, target: Target, calls: dict[str, object]) -> types.FunctionType:
     """Puts the edits into the first function behind the target that they know, the module's own first."""
-    home = getattr(module, "__file__", None)
-    functions = sorted(_functions(module, target), key=lambda function: function.__code__.co_filename != home)
     reasons = []
-    for function in functions:
+    for function in _functions(module, target):
         try:
             site(function).add(target.edits, calls)
         except Unknown as error:
@@ -534,9 +582,12 @@ def _holds(module: types.ModuleType, function: types.FunctionType, target: Targe
 
 
 def _functions(module: types.ModuleType, target: Target) -> list[types.FunctionType]:
+    """The functions behind a target, the module's own first."""
     renamed = target.formerly is not None and not _exists(module, target, older=False)
     name = target.formerly if renamed else target.qualname
-    return functions_behind(_attribute(module, str(name)), getattr(module, "__file__", None))
+    home = getattr(module, "__file__", None)
+    functions = functions_behind(_attribute(module, str(name)), home)
+    return sorted(functions, key=lambda function: function.__code__.co_filename != home)
 
 
 def _exists(module: types.ModuleType, target: Target, older: bool = True) -> bool:

@@ -10,12 +10,12 @@ import __future__ as futures
 
 import ast
 import contextlib
-import copy
 import functools
 import hashlib
 import inspect
 import linecache
 import types
+import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -25,6 +25,7 @@ _FUTURE_FLAGS = functools.reduce(
 )
 _TYPE_PARAMS: dict[str, Any] = {"type_params": []} if hasattr(ast, "TypeAlias") else {}
 _NOT_SEMANTIC = {"ctx", "kind", "type_comment", "type_params", "annotation", "returns", "decorator_list", "simple"}
+_NOT_NODES = {"arg", "attr", "ctx", "id", "kind", "name", "op", "ops", "type_comment"}
 
 
 class Unknown(Exception):
@@ -143,24 +144,21 @@ def parse(function: types.FunctionType) -> ast.FunctionDef:
     node = _parse_block(lines, code)
     if node is None or node.name != code.co_name:
         raise Unknown("its source could not be read")
-    proved, source = _proved.get(id(code), (None, None))
-    if proved is not code or source is not lines:
+    if _proved.get(code) is not lines:
         if not _same(compile_function(node, function), code):
             raise Unknown("its source is not what runs (changed on disk, or replaced in memory)")
-        _proved[id(code)] = code, lines
+        _proved[code] = lines
     return node
 
 
 #: Code that is what its source says, and that source, a list of linecache's: several patches ask about one function.
-_proved: dict[int, tuple[types.CodeType, list[str]]] = {}
+_proved: weakref.WeakKeyDictionary[types.CodeType, list[str]] = weakref.WeakKeyDictionary()
 
 
 def compile_function(node: ast.FunctionDef, function: types.FunctionType) -> types.CodeType:
     """Compiles a syntax tree into a code object that can take the place of `function.__code__`."""
     code = function.__code__
-    node = copy.copy(node)
-    node.decorator_list = []  # they ran when the function was made
-    tree: ast.stmt = node
+    tree: ast.stmt = node  # with its decorators, which do not run here: code begins at the line of the first
     path = [name for name in function.__qualname__.split(".")[:-1] if name != "<locals>"]
     for name in reversed(path):  # name mangling and `super()` depend on the class
         tree = ast.ClassDef(name=name, bases=[], keywords=[], body=[tree], decorator_list=[], **_TYPE_PARAMS)
@@ -180,7 +178,12 @@ def compile_function(node: ast.FunctionDef, function: types.FunctionType) -> typ
     if compiled.co_freevars != code.co_freevars:
         raise Unknown("its closure changed")
     qualified = {"co_qualname": code.co_qualname} if hasattr(code, "co_qualname") else {}
-    return compiled.replace(co_firstlineno=code.co_firstlineno, **qualified)
+    return _moved(compiled, code.co_firstlineno - compiled.co_firstlineno).replace(**qualified)
+
+
+def _moved(code: types.CodeType, lines: int) -> types.CodeType:
+    consts = tuple(_moved(c, lines) if isinstance(c, types.CodeType) else c for c in code.co_consts)
+    return code.replace(co_firstlineno=code.co_firstlineno + lines, co_consts=consts)
 
 
 def rewritten(function: types.FunctionType, edits: Iterable[Edit]) -> types.CodeType:
@@ -207,8 +210,7 @@ def _parse_block(lines: list[str], code: types.CodeType) -> ast.FunctionDef | No
     # the quick cut by indentation fails on text at the margin (of a string, say); the tokenizer does not
     for block in (lambda: lines[start:end], lambda: inspect.getblock(lines[start:])):
         try:
-            header = "\n" * (start - 1) + "if True:\n" if indent else "\n" * start
-            tree = ast.parse(header + "".join(block()))
+            tree = ast.parse("if True:\n" * bool(indent) + "".join(block()))
         except (SyntaxError, IndentationError):
             continue
         statement = tree.body[0]
@@ -278,8 +280,8 @@ def _normal_form(node: Any) -> str:
     if isinstance(node, ast.AnnAssign) and node.value is not None:  # `x: T = v` says `x = v`
         return _normal_form(ast.Assign(targets=[node.target], value=node.value))
     fields = []
-    for name in node._fields:
-        value = None if name in _NOT_SEMANTIC else getattr(node, name, None)
+    for name in _meant(node._fields):
+        value = getattr(node, name, None)
         if value is None or value == []:
             continue
         if name == "body" and isinstance(node, ast.FunctionDef) and ast.get_docstring(node, clean=False) is not None:
@@ -288,8 +290,14 @@ def _normal_form(node: Any) -> str:
     return f"{type(node).__name__}({','.join(fields)})"
 
 
+@functools.cache
+def _meant(fields: tuple[str, ...]) -> tuple[str, ...]:
+    """Those fields of a node that change what it says."""
+    return tuple(name for name in fields if name not in _NOT_SEMANTIC)
+
+
 def _matches(pattern: Any, node: Any, bindings: dict[str, Any]) -> bool:
-    if isinstance(pattern, ast.Name) and pattern.id.isupper():
+    if type(pattern) is ast.Name and pattern.id.isupper():
         if pattern.id in bindings:
             return _normal_form(bindings[pattern.id]) == _normal_form(node)
         bindings[pattern.id] = node
@@ -304,11 +312,10 @@ def _matches(pattern: Any, node: Any, bindings: dict[str, Any]) -> bool:
     if isinstance(pattern, list):
         return len(pattern) == len(node) and all(_matches(p, n, bindings) for p, n in zip(pattern, node))
     if isinstance(pattern, ast.AST):
-        return all(
-            _matches(getattr(pattern, f, None), getattr(node, f, None), bindings)
-            for f in pattern._fields
-            if f not in _NOT_SEMANTIC
-        )
+        for name in _meant(pattern._fields):  # a loop, since most nodes differ in the first field
+            if not _matches(getattr(pattern, name, None), getattr(node, name, None), bindings):
+                return False
+        return True
     return bool(pattern == node)
 
 
@@ -345,7 +352,7 @@ def _places(root: ast.AST, kind: type) -> list[tuple[Any, Any, ast.AST]]:
     while stack:
         node = stack.pop()
         fields = vars(node)
-        for name in node._fields:
+        for name in _inner(node._fields):
             value = fields.get(name)
             if type(value) is list:
                 for key, child in enumerate(value):
@@ -353,11 +360,17 @@ def _places(root: ast.AST, kind: type) -> list[tuple[Any, Any, ast.AST]]:
                         stack.append(child)
                         if type(child) is kind:
                             found.append((value, key, child))
-            elif isinstance(value, ast.AST) and name != "ctx":
+            elif isinstance(value, ast.AST):
                 stack.append(value)
                 if type(value) is kind:
                     found.append((fields, name, value))
     return found
+
+
+@functools.cache
+def _inner(fields: tuple[str, ...]) -> tuple[str, ...]:
+    """Those fields of a node that can hold expressions and statements."""
+    return tuple(name for name in fields if name not in _NOT_NODES)
 
 
 def _star(call: ast.Call) -> str | None:
