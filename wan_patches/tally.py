@@ -37,10 +37,21 @@ class Way(NamedTuple):
 Listener = Callable[[Way], None]
 
 _packages = {"wan_patches"}  # whose frames are passed over
-_ours: tuple[str, ...] = ("wan_patches.",)  # how the names of their modules begin
+
+
+class _PassedOver(dict[str, bool]):
+    """Whether frames of a module are passed over, by its name: found out once, since every call asks."""
+
+    def __missing__(self, module: str) -> bool:
+        found = self[module] = module.partition(".")[0] in _packages
+        return found
+
+
+_is_passed_over = _PassedOver()
+_frame = sys._getframe
 #: The module whose calls are those of ops.
 DISPATCH = "wan_patches.ops.dispatch"
-_counts: dict[tuple[str, str, str, str, str, str], int] = {}
+_counts: dict[tuple[str, str, str, str, str, str], list[int]] = {}  # one number each, which is counted up in place
 _lock = threading.Lock()
 _listeners: list[tuple[int, Listener]] = []
 
@@ -50,26 +61,28 @@ paths: dict[str, str] = {}
 
 def count(op: str, form: str, reason: str = "") -> None:
     """Counts one call, which takes `form`, or for `reason` stock's way. It came from outside of this package."""
-    frame = sys._getframe(1)
-    owner, function, module = "", "", frame.f_globals["__name__"]
-    while module.startswith(_ours) or module in _packages:
-        owner, function, back = module, frame.f_code.co_name, frame.f_back
-        if back is None:
-            break
-        frame, module = back, back.f_globals.get("__name__", "")
+    depth, owner, module = 1, "", _frame(1).f_globals.get("__name__", "")
+    try:
+        while _is_passed_over[module]:
+            outer = _frame(depth + 1).f_globals.get("__name__", "")
+            depth, owner, module = depth + 1, module, outer
+    except ValueError:  # there is nobody further out
+        pass
+    function = _frame(depth - 1).f_code.co_name if owner else ""
     key = (module, owner, function, op, form, reason)
     with _lock:
-        _counts[key] = _counts.get(key, 0) + 1
+        try:
+            _counts[key][0] += 1
+        except KeyError:
+            _counts[key] = [1]
     if _listeners:
         _tell(key)
 
 
 def pass_over(package: str) -> None:
     """From now on calls from this package are counted for whoever called it, as those from this one are."""
-    global _ours
-    if package not in _packages:
-        _packages.add(package)
-        _ours = (*_ours, f"{package}.")
+    _packages.add(package)
+    _is_passed_over.clear()
 
 
 def note(op: str, form: str, reason: str = "") -> None:
@@ -83,7 +96,7 @@ def note(op: str, form: str, reason: str = "") -> None:
 def counted() -> dict[Way, int]:
     """All calls so far, by the way that they took."""
     with _lock:
-        return {_way(key): calls for key, calls in _counts.items()}
+        return {_way(key): calls for key, (calls,) in _counts.items()}
 
 
 def total(counts: Iterable[tuple[int, int]]) -> tuple[int, int]:

@@ -169,7 +169,7 @@ def test_in_fp32_the_limit_is_another():
     add.form("ours", "cpu", smallest=10, smallest_in_fp32=20)(plus_one)
     for dtype, size in ((torch.bfloat16, 9), (torch.bfloat16, 10), (torch.float32, 19), (torch.float32, 20)):
         x = torch.zeros(size, dtype=dtype)
-        assert add.is_small(x) == (size in (9, 19))
+        assert add.why_small(x) == (SMALL if size in (9, 19) else None)
         assert add.least_for(x) == (20 if dtype == torch.float32 else 10)
         add(x)
     assert ways() == {("", SMALL): 2, ("ours", ""): 2}

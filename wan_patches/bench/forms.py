@@ -102,7 +102,7 @@ def _row(sample: Sample, device: torch.device, dtype: torch.dtype, seconds: floa
     op, args = sample.op, sample.make(device, dtype)
     name = next(name for name, known in DTYPES.items() if known == dtype)
     about = (op.name, sample.input, sample.shape, name)
-    if isinstance(args[0], torch.Tensor) and op.is_small(args[0]):
+    if isinstance(args[0], torch.Tensor) and op.why_small(args[0]):
         return Row(*about, "", SMALL)
     op.forget()
     op(*args)

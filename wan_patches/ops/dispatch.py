@@ -23,9 +23,9 @@ import functools
 import inspect
 import math
 import threading
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, ParamSpec, TypeVar
+from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
 
 import torch
 
@@ -50,13 +50,28 @@ BLIND = "nothing can be told from values that are all alike"
 NO_FORM = "there is no other form for this device"
 
 
+class Limits(NamedTuple):
+    """Elements below which forms are slower than stock's operations."""
+
+    usual: int = 0
+    in_fp32: int = 0
+
+    def least(self, x: torch.Tensor) -> int:
+        """The limit for what is like `x`."""
+        return 0 if _any_size else self.in_fp32 if x.dtype is torch.float32 else self.usual
+
+    @classmethod
+    def lowest(cls, forms: Sequence[Form[Any, Any]]) -> Limits:
+        return cls(*map(min, zip(*(form.limits for form in forms)))) if forms else cls()
+
+
 class Form(Generic[P, R]):
     """One way to compute an op."""
 
     def __init__(
         self, name: str, function: Callable[P, R], device: str | None, smallest: int, smallest_in_fp32: int
     ) -> None:
-        self.name, self.device, self.smallest, self.smallest_in_fp32 = name, device, smallest, smallest_in_fp32
+        self.name, self.device, self.limits = name, device, Limits(smallest, smallest_in_fp32)
         self.refusal: Callable[..., str | None] = lambda *args: None
         self.function = function
         functools.update_wrapper(self, function, updated=())
@@ -71,10 +86,8 @@ class Form(Generic[P, R]):
 
     def why_not(self, *args: Any) -> str | None:
         """Why the form is not used for such arguments, as far as is known without a try."""
-        if not _any_size and (self.smallest or self.smallest_in_fp32):
-            least = self.smallest_in_fp32 if args[0].dtype is torch.float32 else self.smallest
-            if args[0].numel() < least:
-                return SMALL
+        if any(self.limits) and args[0].numel() < self.limits.least(args[0]):
+            return SMALL
         try:
             return self.refusal(*args)
         except Exception as error:
@@ -117,7 +130,7 @@ class Op(Generic[P, R]):
         self.traced: Callable[P, R] = reference
         self.forms: list[Form[P, R]] = []
         self._agree, self._key, self._tells_nothing, self._autocasts = agree, key, tells_nothing, autocasts
-        self._least: dict[tuple[bool, bool], int] = {}  # elements below which no form is asked: on a CPU? in fp32?
+        self._limits = Limits(), Limits()  # below which no form is asked: elsewhere, and on CPUs
         self._has_limits = False
         self._decisions: dict[Key, Decision] = {}
         self._lock = threading.Lock()
@@ -131,7 +144,7 @@ class Op(Generic[P, R]):
             return self.traced(*args, **kwargs)
         if kwargs:
             return self(*inspect.signature(self.reference).bind(*args, **kwargs).args)  # type: ignore[call-arg]
-        if self._has_limits and self.is_small(args[0]):
+        if self._has_limits and self.why_small(args[0]) is not None:
             tally.count(self.name, "", SMALL)
             return self.reference(*args)  # type: ignore[call-arg]
         is_seen = is_transformed() or (self._autocasts and torch._C._is_any_autocast_enabled())
@@ -178,23 +191,22 @@ class Op(Generic[P, R]):
 
     def _add(self, *forms: Form[P, R]) -> None:
         self.forms += forms
-        for on_cpu, there in ((True, self._forms_on("cpu")), (False, [f for f in self.forms if f.device != "cpu"])):
-            self._least[on_cpu, False] = min((form.smallest for form in there), default=0)
-            self._least[on_cpu, True] = min((form.smallest_in_fp32 for form in there), default=0)
-        self._has_limits = any(self._least.values())
+        elsewhere = [form for form in self.forms if form.device != "cpu"]
+        self._limits = Limits.lowest(elsewhere), Limits.lowest(self._forms_on("cpu"))
+        self._has_limits = any(map(any, self._limits))
 
     def trace(self, function: Callable[P, R]) -> Callable[P, R]:
         """Decorates what compilers, autograd, transforms and tracers see instead of the reference."""
         self.traced = function
         return function
 
-    def is_small(self, x: Any) -> bool:
-        """Whether the first argument has so few elements that no form is asked: callers need not ask either."""
-        return not _any_size and x.numel() < self._least[x.is_cpu, x.dtype is torch.float32]
+    def why_small(self, x: Any) -> str | None:
+        """`SMALL` where the first argument has so few elements that no form is asked: callers need not ask either."""
+        return SMALL if x.numel() < self._limits[x.is_cpu].least(x) else None
 
     def least_for(self, x: torch.Tensor) -> int:
         """Elements below which no form is asked of what is like `x`."""
-        return 0 if _any_size else self._least[x.is_cpu, x.dtype is torch.float32]
+        return self._limits[x.is_cpu].least(x)
 
     def stock(self, reason: str, *args: P.args, **kwargs: P.kwargs) -> R:
         """The reference, where the caller knows a reason for it."""

@@ -197,10 +197,11 @@ def _around(norm: Any, op: Any, *args: Any) -> Any:
     """What `op` gives, whose first argument are the hidden states; stock's operations where `norm` asks for them."""
     import torch
 
-    # of few elements the norm is called as stock calls it, whatever it is
-    if torch.compiler.is_compiling() or op.is_small(args[0]) or (reason := _reason_against_norm(norm)) is None:
+    if torch.compiler.is_compiling():
         return op(*args)
-    return op.stock(reason, *args)
+    # of few elements the norm is called as stock calls it, whatever it is
+    reason = op.why_small(args[0]) or _reason_against_norm(norm)
+    return op(*args) if reason is None else op.stock(reason, *args)
 
 
 def modulations(table: Any, temb: Any) -> Any:

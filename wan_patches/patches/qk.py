@@ -141,16 +141,15 @@ def qk_norm(norm: Any, x: Any) -> Any:
     """`norm(x)` for `x` of `(batch, seq, dim)`: without the call where it is `torch.nn.RMSNorm` and nothing else."""
     import torch
 
-    from wan_patches.ops.dispatch import SMALL
-    from wan_patches.ops.rms_norm import rms_norm
+    from wan_patches.ops import rms_norm as ops  # a name of the package costs half of one that is in the module
 
     if torch.compiler.is_compiling():
         return norm(x)
-    reason = SMALL if rms_norm.is_small(x) else _reason_against_norm(norm, x)
+    reason = ops.rms_norm.why_small(x) or _reason_against_norm(norm, x)
     if reason is not None:
-        tally.count(rms_norm.name, "", reason)
+        tally.count(ops.rms_norm.name, "", reason)
         return norm(x)
-    return rms_norm(x, norm.weight, norm.eps)
+    return ops.rms_norm(x, norm.weight, norm.eps)
 
 
 def rotate_both(rotate: Callable[..., Any], query: Any, key: Any, *tables: Any) -> tuple[Any, Any]:
