@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import types
 import weakref
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
-from wan_patches.rewrite import Edit, Unknown, names_in, rewritten
+from wan_patches.rewrite import Edit, Unknown, fingerprint, names_in, rewritten
 
 #: As the value of a name that edits call: the function as it was, running the code that was installed.
 STOCK = object()
@@ -98,6 +98,14 @@ def stock(function: types.FunctionType) -> types.FunctionType:
     """The function as it was before any edit of ours."""
     found = _sites.get(function)
     return found.stock if found is not None and found.in_place() else function
+
+
+def says(function: types.FunctionType, fingerprints: Container[str]) -> bool:
+    """Whether a function, as it was before any edit of ours, has one of these fingerprints."""
+    try:
+        return fingerprint(stock(function)) in fingerprints
+    except Unknown:  # without source
+        return False
 
 
 def with_code(function: types.FunctionType, code: types.CodeType) -> types.FunctionType:

@@ -9,9 +9,8 @@ from __future__ import annotations
 import types
 from collections.abc import Mapping
 
-from wan_patches.codeswap import stock
+from wan_patches.codeswap import says
 from wan_patches.registry import Known
-from wan_patches.rewrite import Unknown, fingerprint
 
 AUTOENCODER = "diffusers.models.autoencoders.autoencoder_kl_wan"
 PROCESSOR = "diffusers.video_processor"
@@ -90,6 +89,9 @@ DECODED: Mapping[str, str] = {"f25979d87ae80c3d": STRAIGHT, "5a0122c1fb647184": 
 #: The variables of Helios' pipelines that hold a decoded video, or how long it is.
 JOINED_NAMES = frozenset({"current_video", "history_video", "generated_frames"})
 
+#: `GroupOffloadingHook.pre_forward` of 0.33 and 0.34, in which nothing waits for the weights of the last group.
+PRE_FORWARD_WITHOUT_WAIT = "0a2501b816045088"
+
 
 def texts(module: str, function: str) -> frozenset[str]:
     """The fingerprints that a function is known by: all of them, whatever is installed."""
@@ -103,9 +105,4 @@ def relied_on(module: str, *functions: str) -> tuple[Known, ...]:
 
 def is_known(found: object, module: str, function: str) -> bool:
     """Whether `found`, or what it was before patches, says what a function of this name is known to say."""
-    if type(found) is not types.FunctionType:
-        return False
-    try:
-        return fingerprint(stock(found)) in texts(module, function)
-    except Unknown:  # without source
-        return False
+    return type(found) is types.FunctionType and says(found, texts(module, function))

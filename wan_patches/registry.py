@@ -23,9 +23,9 @@ import wrapt
 from packaging.version import Version
 
 from wan_patches import tally
-from wan_patches.codeswap import functions_behind, site, stock
+from wan_patches.codeswap import functions_behind, says, site, stock
 from wan_patches.fidelity import Fidelity, Verdict, gate
-from wan_patches.rewrite import Edit, Unknown, fingerprint
+from wan_patches.rewrite import Edit, Unknown
 from wan_patches.tally import Way
 
 logger = logging.getLogger("wan_patches")
@@ -612,11 +612,9 @@ def _advice(patch: Patch) -> list[str]:
 
 def _check(known: Known) -> None:
     module = importlib.import_module(known.module)
-    for function in functions_behind(_attribute(module, known.qualname), getattr(module, "__file__", None)):
-        with contextlib.suppress(Unknown):  # a wrapper without source
-            if fingerprint(stock(function)) in known.fingerprints:
-                return
-    raise Unknown(f"it relies on {known.qualname}, whose text is not known")
+    behind = functions_behind(_attribute(module, known.qualname), getattr(module, "__file__", None))
+    if not any(says(function, known.fingerprints) for function in behind):
+        raise Unknown(f"it relies on {known.qualname}, whose text is not known")
 
 
 def _attribute(module: types.ModuleType, qualname: str) -> object:

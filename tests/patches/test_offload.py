@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from wan_patches.codeswap import functions_behind
+from wan_patches.codeswap import functions_behind, stock
 from wan_patches.patches import offload
 from wan_patches.patches.offload import Streams, making, streams_on
+from wan_patches.rewrite import fingerprint
 
 group_offloading = pytest.importorskip("diffusers.hooks.group_offloading")
 
@@ -117,7 +118,8 @@ def test_a_device_without_streams_gets_none(device, monkeypatch):
 
 def test_an_order_of_waits_that_loses_weights_gets_none(device, monkeypatch):
     """Diffusers 0.33 and 0.34, on every device."""
-    monkeypatch.setattr(offload, "_UNSAFE", offload._fingerprint(group_offloading, "GroupOffloadingHook.pre_forward"))
+    installed = fingerprint(stock(group_offloading.GroupOffloadingHook.pre_forward))
+    monkeypatch.setattr(offload, "PRE_FORWARD_WITHOUT_WAIT", installed)
     for each in (device, torch.device("cuda")):
         found = streams_on(each)
         assert not found.usable

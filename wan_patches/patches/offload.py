@@ -9,7 +9,7 @@ such a device, and not by `enable()`: nobody else asks them in vain.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import FunctionType, ModuleType
@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from wan_patches.codeswap import functions_behind, site, stock
-from wan_patches.fingerprints import GROUP_OFFLOADING, texts
-from wan_patches.rewrite import Replace, Unknown, fingerprint, rewritten
+from wan_patches.codeswap import functions_behind, says, site, stock
+from wan_patches.fingerprints import GROUP_OFFLOADING, PRE_FORWARD_WITHOUT_WAIT, texts
+from wan_patches.rewrite import Replace, Unknown, rewritten
 
 __all__ = ["Streams", "making", "streams_on"]
 
@@ -37,9 +37,6 @@ _REQUIRES = (
     "ModuleGroup._offload_to_memory",
     "GroupOffloadingHook.pre_forward",
 )
-
-#: `pre_forward` of 0.33 and 0.34, in which nothing waits for the weights of the last group.
-_UNSAFE = "0a2501b816045088"
 
 _lock = threading.RLock()
 
@@ -72,7 +69,7 @@ def streams_on(device: torch.device) -> Streams:
         if accelerator is None or accelerator.type != device.type:
             raise Unknown(f"torch.accelerator gives {accelerator}, not {device.type}")
         for qualname in _REQUIRES:
-            if _fingerprint(module, qualname) not in texts(GROUP_OFFLOADING, qualname):
+            if not _says(module, qualname, texts(GROUP_OFFLOADING, qualname)):
                 raise Unknown(f"the text of {qualname} is not known")
         rewritten(stock(_function(module)), EDITS)
     except Unknown as error:
@@ -112,7 +109,7 @@ def _obstacle(device: torch.device, module: ModuleType) -> str:
     backend = _backend(device)
     if not all(hasattr(backend, name) for name in ("Stream", "stream", "current_stream")):
         return f"torch.{device.type} has no streams"
-    if _fingerprint(module, "GroupOffloadingHook.pre_forward") == _UNSAFE:
+    if _says(module, "GroupOffloadingHook.pre_forward", {PRE_FORWARD_WITHOUT_WAIT}):
         return "the installed diffusers (before 0.35) lets the last group run before its weights have arrived"
     if device.index and device.index != (current := backend.current_device()):
         return (
@@ -142,13 +139,8 @@ def _function(module: ModuleType) -> FunctionType:
     return found[0]
 
 
-def _fingerprint(module: ModuleType, qualname: str) -> str:
-    for function in _functions(module, qualname):
-        try:
-            return fingerprint(stock(function))
-        except Unknown:
-            continue
-    return ""
+def _says(module: ModuleType, qualname: str, fingerprints: Container[str]) -> bool:
+    return any(says(function, fingerprints) for function in _functions(module, qualname))
 
 
 def _functions(module: ModuleType, qualname: str) -> list[FunctionType]:
