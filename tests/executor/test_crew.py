@@ -173,6 +173,60 @@ def test_all_groups_end_when_one_cannot_start():
     assert [group.stops for group in groups] == [1, 1, 1]
 
 
+def test_nothing_is_told_of_an_outage_after_the_end(caplog):
+    class Lost(Told):
+        def start(self, wanted):
+            if self.starts:
+                raise KeyError("no weights")
+            super().start(wanted)
+
+    group = Lost()
+    crew = Crew([group], Bounds(outage=1.0), patience=1)
+    crew.start()
+    assert crew.health().serving == 1
+    group.is_alive = False
+    group.on_death()
+    while not crew.health().workers[0].restarts:
+        time.sleep(0.01)
+    crew.close()
+    crew.join()
+    assert crew.health().workers[0].state == "down"
+    time.sleep(1.2)
+    assert "no worker has served" not in caplog.text
+
+
+def test_workers_of_an_executor_that_was_shut_down_do_not_serve():
+    group = Told()
+    crew = Crew([group], Bounds(), patience=1)
+    crew.start()
+    crew.close()
+    crew.join()
+    assert crew.health().serving == 0
+
+
+def test_a_request_that_a_worker_takes_does_not_expire_in_the_queue():
+    class Slow(Request):
+        """Between the look and what follows there is time."""
+
+        @property
+        def _begun(self):
+            found = self.__dict__.get("begun", False)
+            time.sleep(0.1)
+            return found
+
+        @_begun.setter
+        def _begun(self, value):
+            self.__dict__["begun"] = value
+
+    first = Slow(1, (), {}, queue_timeout=1.0)
+    expires = threading.Thread(target=first._expire_waiting)
+    expires.start()
+    time.sleep(0.05)
+    begun = first._begin(lambda: None)
+    expires.join()
+    assert begun != first.done()
+
+
 def test_a_death_is_the_cause_of_what_another_rank_raised_because_of_it():
     class Dead:
         def __init__(self, rank):

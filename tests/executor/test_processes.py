@@ -199,6 +199,21 @@ def test_a_spare_that_has_ended_or_is_not_ready_is_not_waited_for():
         processes._discard(process)
 
 
+def test_a_spare_that_cannot_be_started_costs_nothing_else(monkeypatch, caplog):
+    start, started = subprocess.Popen, []
+
+    def only_one(command, *arguments, **keywords):
+        if started:
+            raise BlockingIOError("no more processes")
+        started.append(start(command, *arguments, **keywords))
+        return started[0]
+
+    monkeypatch.setattr(processes.subprocess, "Popen", only_one)
+    with ParallelExecutor(fakes.fake, devices=["cpu"], layout="replicas", spares=1) as executor:
+        assert executor.submit(value=1).result(60) == 1
+    assert "no spare process could be started: no more processes" in caplog.text
+
+
 # Health
 
 

@@ -127,8 +127,7 @@ class Crew:
         """Takes no more requests; groups end when the last is done."""
         with self._changed:
             self._closed = True
-            cancelled = list(self._waiting) if cancel_waiting else []
-            self._waiting = deque(request for request in self._waiting if request not in cancelled)
+            cancelled = self._take_waiting() if cancel_waiting else []
             self._changed.notify_all()
         for request in cancelled:
             request.cancel()
@@ -137,7 +136,7 @@ class Crew:
     def cancel(self) -> None:
         """Cancels all requests, those that run too."""
         with self._changed:
-            requests = [*self._waiting, *(duty.request for duty in self._duties if duty.request is not None)]
+            requests = self._requests()
         for request in requests:
             request.cancel()
 
@@ -164,11 +163,22 @@ class Crew:
         """The groups and the threads are the parent's: here nothing is left to close, to join or to wait for."""
         self._inherited = self._closed = True
         self._changed = threading.Condition()  # a thread of the parent's may hold the other
-        for request in [*self._waiting, *(duty.request for duty in self._duties if duty.request is not None)]:
+        for request in self._requests():
             request._abandon()
         self._outage = None
         for theirs in (self.groups, self._threads, self._waiting, self._duties):
             theirs.clear()
+
+    # With the lock
+
+    def _requests(self) -> list[Request]:
+        """Those that wait and those that run."""
+        return [*self._waiting, *(duty.request for duty in self._duties if duty.request is not None)]
+
+    def _take_waiting(self) -> list[Request]:
+        """Those that waited, which nobody will take any more."""
+        taken, self._waiting = list(self._waiting), deque()
+        return taken
 
     # In the thread of a group
 
@@ -181,6 +191,7 @@ class Crew:
                     del request  # this thread may wait long for another, and must not hold the result
         finally:
             if duty in self._duties:  # not in a child that was forked in this thread, by a callback
+                self._set(duty, "down")
                 with contextlib.suppress(Exception):
                     duty.group.stop()
 
@@ -205,7 +216,7 @@ class Crew:
         else:
             self._set(duty, "idle")
             if duty.restarts:
-                logger.warning("%s serves again; %s", duty.group.name, self._capacity())
+                logger.warning("started again: %s; %s", duty.group.name, self._capacity())
 
     def _failed(self, duty: _Duty, error: BaseException, what: str = "") -> None:
         with self._changed:
@@ -308,7 +319,7 @@ class Crew:
         """Called with the lock, when a group has come into service or has left it."""
         if not self._begun:
             return
-        if any(duty.serving for duty in self._duties):
+        if self._is_over() or any(duty.serving for duty in self._duties):
             if self._outage is not None:
                 self._outage.cancel()
             self._outage, self._is_broken = None, False
@@ -323,7 +334,7 @@ class Crew:
             if self._outage is None or any(duty.serving for duty in self._duties):
                 return
             self._is_broken = True
-            abandoned, self._waiting = list(self._waiting), deque()
+            abandoned = self._take_waiting()
             self._changed.notify_all()
         logger.error("%s; %d requests are given up", self._broken(), len(abandoned))
         for request in abandoned:

@@ -116,7 +116,11 @@ class Launcher:
                 self._spares.remove(spare)
                 _discard(spare)
             while not self._closed and len(self._spares) < self._count:
-                spare = self._start()
+                try:
+                    spare = self._start()
+                except OSError as error:  # the worker that is ready serves without one
+                    logger.warning("no spare process could be started: %s", error)
+                    return
                 self._spares.append(spare)
                 with contextlib.suppress(OSError):  # it has died already
                     spare.channel.send("import", info=list(modules))

@@ -130,12 +130,11 @@ class Request(Future):  # type: ignore[type-arg]
         self._stop_timer()
 
     def _expire_waiting(self) -> None:
-        if not self._begun and self._claim():
-            self._fail(
-                TimeoutError(
-                    f"request {self.id} waited longer for a worker than its queue_timeout of {self._queue_timeout} s"
-                )
-            )
+        with self._condition:  # no worker takes it between the look and the claim
+            if self._begun or not self._claim():
+                return
+        bound = f"its queue_timeout of {self._queue_timeout} s"
+        self._fail(TimeoutError(f"request {self.id} waited longer for a worker than {bound}"))
 
     def _expire(self) -> None:
         if self._fail(TimeoutError(f"request {self.id} took longer than its timeout of {self._timeout} s")):
