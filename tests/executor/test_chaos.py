@@ -122,18 +122,13 @@ def _end(n: int, do: str, future, held: list[tuple[int, object]]) -> str:
 
 @pytest.mark.timeout(300)
 @pytest.mark.usefixtures("nothing_left")
-def test_a_little_chaos(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("count", "seed", "pause", "results"),
+    [(50, 1, 1.5, 15), pytest.param(1000, 2, 2.0, 500, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])],
+    ids=["a little", "a thousand requests"],
+)
+def test_chaos(tmp_path, monkeypatch, count, seed, pause, results):
     monkeypatch.setattr(crew, "_LONGEST_PAUSE", 2.0)
-    ends = _chaos(tmp_path, count=50, seed=1, pause=1.5)
-    assert sum(ends.values()) == 50
-    assert ends["result"] >= 15
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
-@pytest.mark.usefixtures("nothing_left")
-def test_a_thousand_requests_in_chaos(tmp_path, monkeypatch):
-    monkeypatch.setattr(crew, "_LONGEST_PAUSE", 2.0)
-    ends = _chaos(tmp_path, count=1000, seed=2, pause=2.0)
-    assert sum(ends.values()) == 1000
-    assert ends["result"] >= 500, ends
+    ends = _chaos(tmp_path, count, seed, pause)
+    assert sum(ends.values()) == count
+    assert ends["result"] >= results, ends

@@ -12,7 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 
@@ -93,26 +93,34 @@ class Progression:
 class Member(Protocol):
     """A process of a group, seen from here."""
 
+    rank: int
     silent: Stillness
 
     @property
     def up(self) -> bool:
         """Whether it gives signs of life."""
 
-
-_Member = TypeVar("_Member", bound=Member)
+    def known(self, request: int | None, doing: str = "") -> tuple[Any, ...]:
+        """All that is known of it: the arguments of `WorkerDied`."""
 
 
 def find_hung(
-    members: Sequence[_Member], bounds: Bounds, exceeded: tuple[str, float] | None
-) -> tuple[_Member, tuple[str, float] | None]:
-    """Which process of a group stands still, and the bound that it exceeds; `exceeded`: what all together do."""
+    members: Sequence[Member],
+    bounds: Bounds,
+    exceeded: tuple[str, float] | None,
+    request: int | None,
+    doing: str,
+) -> WorkerHung | None:
+    """That a process of a group gives no sign of life, or that all together have exceeded a bound.
+
+    To be asked every `LOOK` seconds.
+    """
     late = members[0]
     for member in members:
         silent = member.silent.seconds()
         if member.up and bounds.answer is not None and silent > bounds.answer:
             late, exceeded = member, ("answer", bounds.answer)
-    return late, exceeded
+    return None if exceeded is None else WorkerHung(*exceeded, *late.known(request, doing))
 
 
 class InlineGroup:
@@ -273,9 +281,8 @@ class WorkerGroup:
 
     def _look(self, request: int | None, exceeded: tuple[str, float] | None, doing: str = "") -> None:
         """Raises if a worker gives no sign of life, or if all together have exceeded a bound."""
-        late, exceeded = find_hung(self._workers, self._bounds, exceeded)
-        if exceeded is not None:
-            hung = WorkerHung(*exceeded, None, late.rank, request, late.lines(), late.process.pid, None, doing)
+        hung = find_hung(self._workers, self._bounds, exceeded, request, doing)
+        if hung is not None:
             self._clear()
             raise hung
 
@@ -372,12 +379,11 @@ class _Worker:
     def died(self, request: int | None, doing: str = "") -> WorkerDied:
         """Call after the event that told of it."""
         self._threads[1].join(1.0)  # the last lines of output; something it started may still hold the pipe
-        process = self.process
-        return WorkerDied(process.popen.returncode, self.rank, request, self.lines(), process.pid, None, doing)
+        return WorkerDied(*self.known(request, doing))
 
-    def lines(self) -> tuple[str, ...]:
-        """The last lines of its output."""
-        return tuple(self._lines)
+    def known(self, request: int | None, doing: str = "") -> tuple[Any, ...]:
+        popen = self.process.popen
+        return popen.returncode, self.rank, request, tuple(self._lines), popen.pid, None, doing
 
     def kill(self) -> None:
         self.process.popen.kill()

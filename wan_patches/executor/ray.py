@@ -13,8 +13,6 @@ import contextlib
 import itertools
 import os
 import queue
-import socket
-import struct
 import sys
 import threading
 import time
@@ -28,7 +26,7 @@ import torch
 
 from wan_patches.executor import crew
 from wan_patches.executor.bounds import LOOK, Bounds, Stillness
-from wan_patches.executor.errors import WorkerDied, WorkerHung
+from wan_patches.executor.errors import WorkerDied
 from wan_patches.executor.executor import PipelineExecutor, check_options
 from wan_patches.executor.groups import (
     BEAT,
@@ -52,8 +50,6 @@ _PATIENT = 20.0  # seconds without a place in the cluster until the log says so
 _LATE_OUTPUT = 1.0  # seconds in which Ray brings the last lines of one that has ended
 _FOLLOWED = 1000  # workers whose last lines are kept
 _THREADS = 5  # of an actor: one runs, one waits for its end, the others take interrupts and give signs of life
-
-_SIOCGIFADDR = 0x8915  # of Linux: the address of an interface
 
 #: A pickle and its buffers.
 Parts = tuple[np.ndarray, list[np.ndarray]]
@@ -312,7 +308,7 @@ class RayGroup:
             if _initialized() and (not deadly or isinstance(error, ray.exceptions.RayTaskError)):
                 raise
             # the cause, too, of an exception that another rank met in torch.distributed
-            died = WorkerDied(None, actor.rank, request or None, actor.lines(), actor.pid, actor.node)
+            died = WorkerDied(*actor.known(request or None))
             self._clear()
             raise died from error
 
@@ -320,9 +316,8 @@ class RayGroup:
         """Raises if a worker gives no sign of life, or if all together have exceeded a bound."""
         for actor in self._actors:
             actor.ask()
-        late, exceeded = find_hung(self._actors, self._bounds, exceeded)
-        if exceeded is not None:
-            hung = WorkerHung(*exceeded, None, late.rank, request, late.lines(), late.pid, late.node, doing)
+        hung = find_hung(self._actors, self._bounds, exceeded, request, doing)
+        if hung is not None:
             self._clear()
             raise hung
 
@@ -381,8 +376,7 @@ class RayGroup:
             raise WorkerDied(None, self._first_rank, None, None, None, None, doing)
         for actor in self._actors:
             if actor.ended.is_set():
-                doing = "while it was idle"
-                raise WorkerDied(None, actor.rank, None, actor.lines(), actor.pid, actor.node, doing)
+                raise WorkerDied(*actor.known(None, "while it was idle"))
         self._look(None, None, "while it was idle")
 
     def members(self) -> list[tuple[int, str, int | None]]:
@@ -439,10 +433,9 @@ class _Actor:
             self._asked, self._answered = time.monotonic(), False
             self.handle.answer.remote().future().add_done_callback(self._answer)
 
-    def lines(self) -> tuple[str, ...] | None:
-        """The last lines of its output, as far as Ray brings it here; for one that has ended."""
+    def known(self, request: int | None, doing: str = "") -> tuple[Any, ...]:
         time.sleep(_LATE_OUTPUT)
-        return _output.of(self.node, self.pid)
+        return None, self.rank, request, _output.of(self.node, self.pid), self.pid, self.node, doing
 
     def _answer(self, answer: Any) -> None:
         if answer.exception() is None:
@@ -588,18 +581,11 @@ def _device(resources: Mapping[str, float]) -> torch.device:
 
 
 def _interface(address: str) -> str | None:
-    """The network interface of this machine that has the address as its first; None if there is none."""
-    if sys.platform != "linux":
-        return None
-    import fcntl
+    """The network interface of this machine that has the address; None if there is none."""
+    import psutil
 
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as some:
-        for _, name in socket.if_nameindex():
-            with contextlib.suppress(OSError):  # it has no address
-                found = fcntl.ioctl(some, _SIOCGIFADDR, struct.pack("256s", name.encode()))
-                if socket.inet_ntoa(found[20:24]) == address:
-                    return name
-    return None
+    found = psutil.net_if_addrs().items()
+    return next((name for name, addresses in found if any(each.address == address for each in addresses)), None)
 
 
 # Values in Ray's object store
