@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from wan_patches import __main__ as cli
 from wan_patches.bench import compatibility
-from wan_patches.bench.compatibility import Row, markdown, measure, read_json
+from wan_patches.bench.compatibility import JUDGED, Row, markdown, measure, read_json
 from wan_patches.bench.measure import MeasurementError
 from wan_patches.bench.models import FAMILIES, available
 from wan_patches.ops import frames
@@ -21,6 +21,7 @@ from wan_patches.ops.dispatch import SMALL
 
 ROOT = Path(__file__).parents[2]
 RECORDS = ROOT / "examples" / "results" / "compatibility"
+PRODUCTION = RECORDS.with_name("compatibility-production")
 
 T2V = Row("wan_t2v", "WanPipeline", ("frames", "rope"), {}, True, {"frames": (1, 1), "rope": (7, 8)})
 
@@ -51,16 +52,32 @@ def test_all_calls_are_computed_by_forms(name):
         assert taken == total - sum(others.values()) > 0, (patch, row.reasons)
 
 
+#: Families whose images have too few tokens for the norms of their keys, as the README says.
+TOO_FEW = {family for family in FAMILIES if family.startswith(("wan21_", "wan_animate", "chronoedit"))}
+TOO_FEW |= {"skyreels_v2_i2v"}
+
+
+def test_at_production_sizes_nearly_all_calls_are_fast():
+    (*_, record) = read_json(PRODUCTION).values()
+    assert {row.family for row in record} == set(FAMILIES)
+    for row in record:
+        assert row.identical
+        assert {"frames", "vae"} <= set(row.calls)
+        for patch in set(JUDGED) & set(row.calls):
+            fast, total = row.calls[patch]
+            if patch != "qk" or row.family not in TOO_FEW:
+                assert fast >= 0.95 * total > 0, (row.family, patch)
+            assert all(reason.endswith(SMALL) for reason in row.reasons.get(patch, {})), (row.family, patch)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["wan_t2v", "wan22_i2v", "wan_vace"])
 def test_in_production_forms_are_asked_from_the_sizes_on_at_which_they_are_fast(name):
     (row,) = measure([name], production=True)
     assert row.identical
-    for patch in ("modulation", "rope", "frames", "vae"):
+    for patch in ("modulation", "qk", "rope", "frames", "vae"):
         taken, total = row.calls[patch]
         assert taken == total > 0
-    assert set(row.reasons["qk"]) == {f"RMS norm: {SMALL}"}  # keys of the text
-    assert row.calls["qk"][0] >= 0.75 * row.calls["qk"][1]
 
 
 @pytest.mark.usefixtures("one_thread")

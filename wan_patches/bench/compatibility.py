@@ -8,6 +8,7 @@ The matrix of diffusers versions (`tox`) writes a record of each. They make the 
 from __future__ import annotations
 
 import contextlib
+import gc
 import inspect
 import json
 from collections import Counter
@@ -76,8 +77,12 @@ def measure(families: Iterable[str] = (), production: bool = False) -> list[Row]
             f"{missing[0].name} came with diffusers {since}, this is {diffusers.__version__}; "
             f"it has: {', '.join(available())}."
         )
+    rows = []
     with contextlib.nullcontext() if production else at_any_size():
-        return [_row(FAMILIES[name], production) for name in families or available()]
+        for name in families or available():
+            rows.append(_row(FAMILIES[name], production))
+            gc.collect()  # a pipeline is part of cycles, and wide ones would fill the memory
+    return rows
 
 
 def table(rows: Iterable[Row]) -> Table:
@@ -158,18 +163,57 @@ def markdown(records: Mapping[str, Collection[Row]]) -> str:
     return "\n".join([f"| {' | '.join(line)} |" for line in lines] + [""] * bool(notes) + notes)
 
 
+def shares(rows: Iterable[Row]) -> str:
+    """The table of families and patches, of the calls that are fast: of a record with production sizes in force.
+
+    Below it why others took stock's operations, and how many in which family.
+    """
+    lines = [["family", *JUDGED, "same bits"], ["---"] * (2 + len(JUDGED))]
+    slow: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        counts = (row.calls.get(patch) for patch in JUDGED)
+        cells = ("-" if count is None else f"{count[0]} of {count[1]}" for count in counts)
+        lines.append([row.family, *cells, "yes" if row.identical else "**no**"])
+        for patch in JUDGED:
+            for reason, calls in row.reasons.get(patch, {}).items():
+                slow.setdefault((patch, reason), []).append(f"{row.family} {calls}")
+    notes = [f"- {patch}, {reason}: {', '.join(where)}" for (patch, reason), where in slow.items()]
+    return "\n".join([f"| {' | '.join(line)} |" for line in lines] + [""] * bool(notes) + notes)
+
+
+#: Patches of whose calls nearly all are to be fast at production sizes, in every family that has them.
+JUDGED = ("rope", "qk", "modulation", "frames", "vae", "conditioning")
+
 _SMALL: dict[str, Any] = {"dtype": torch.bfloat16, "head_dim": 128, "transformer": {"num_attention_heads": 4}}
 _SHORT: dict[str, Any] = {"size": (192, 192), "frames": 9, "steps": 2}
-_WIDE: dict[str, Any] = {
-    **{"dtype": torch.bfloat16, "head_dim": 128, "transformer": {"num_attention_heads": 13}},
-    "vae": {"base_dim": 16, "decoder_base_dim": 16},  # fewer channels are convolved by a loop
+# a layer as wide as those of 14B; fewer channels of the VAE are convolved by a loop
+_WIDE: dict[str, Any] = {"dtype": torch.bfloat16, "head_dim": 128, "vae": {"base_dim": 16, "decoder_base_dim": 16}}
+_LAYER: dict[str, Any] = {"num_attention_heads": 40, "num_layers": 1}
+_LAYER_OF: dict[str, dict[str, Any]] = {
+    "wan_vace": {"vace_layers": [0]},
+    **{name: {"inject_face_latents_blocks": 1} for name in ("wan_animate", "wan_animate_replace")},
 }
-_LONG: dict[str, Any] = {"size": (320, 320), "frames": 17, "steps": 2}
+_LONG: dict[str, Any] = {"size": (256, 256), "steps": 1}  # 768 tokens or more
+_CHUNKS: dict[str, Any] = {"size": (288, 256), "frames": 17, "num_latent_frames_per_chunk": 3}  # two of 864 tokens
+_PYRAMID: dict[str, Any] = {"size": (768, 768), "steps": 1, "num_latent_frames_per_chunk": 3}  # 432, 1,728 and 6,912
+#: Where those would be fewer tokens a call, or no step at all. Published videos have more than any of these.
+_LONGER: dict[str, dict[str, Any]] = {
+    "wan22_i2v": {"steps": 2},  # one of each transformer
+    "wan22_ti2v": {"size": (512, 448)},  # a token is 32 x 32 pixels
+    "wan_v2v": {"steps": 2},  # the first is left out
+    "chronoedit": {"size": (320, 320)},  # two latent frames
+    "chronoedit_reasoning": {"size": (320, 320), "steps": 2},  # one with all frames, one with two
+    **{name: _CHUNKS for name in ("helios", "helios_i2v", "helios_v2v")},
+    **{name: _PYRAMID for name in ("helios_pyramid", "helios_pyramid_i2v", "helios_distilled")},
+}
 _TEXT = "max_sequence_length"  # the published pipelines fill up prompts to 512 tokens
 
 
 def _row(family: Family, production: bool) -> Row:
-    config, inputs = (_WIDE, _LONG) if production else (_SMALL, _SHORT)
+    config, inputs = _SMALL, _SHORT
+    if production:
+        config = _WIDE | {"transformer": _LAYER | _LAYER_OF.get(family.name, {})}
+        inputs = _LONG | _LONGER.get(family.name, {})
     pipe = family.build(**config)
     try:
         stock = _video(pipe, family, inputs)

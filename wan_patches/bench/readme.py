@@ -234,6 +234,11 @@ def _busy(result: ways.Result) -> str:
     return "~" if (result.other_cores or 0.0) > CALM else ""
 
 
+def _production(results: Path) -> str:
+    *_, newest = compatibility.read_json(results / "compatibility-production").values()
+    return compatibility.shares(newest)
+
+
 _OTHERS = {"named segments": "named segments", "torch.mp": "torch.multiprocessing", "pickle": "pickle"}
 
 TABLES: dict[str, Callable[[Path], str]] = {
@@ -244,6 +249,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "sharding": _sharding,
     "transport": _transport,
     "compatibility": lambda results: compatibility.markdown(compatibility.read_json(results / "compatibility")),
+    "production": _production,
 }
 
 

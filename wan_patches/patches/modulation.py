@@ -201,7 +201,10 @@ def _around(norm: Any, op: Any, *args: Any) -> Any:
         return op(*args)
     # of few elements the norm is called as stock calls it, whatever it is
     reason = op.why_small(args[0]) or _reason_against_norm(norm)
-    return op(*args) if reason is None else op.stock(reason, *args)
+    if reason is None:
+        return op(*args)
+    tally.count(op.name, "", reason)
+    return op.reference(*args)
 
 
 def modulations(table: Any, temb: Any) -> Any:
