@@ -21,7 +21,7 @@ class Writer:
         self._file, self._fps, self._stream = av.open(path, "w"), fps, None
 
     def __call__(self, chunk) -> None:
-        """The frames of a `wan_patches.streaming.Chunk`: here of one video, as PIL images."""
+        """The frames of a `wan_patches.pipelines.streaming.Chunk`: here of one video, as PIL images."""
         for image in chunk.frames[0]:
             if self._stream is None:
                 self._stream = self._file.add_stream("libx264", rate=self._fps)

@@ -19,8 +19,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # threads that spin while they wait tak
 import pytest
 
 import wan_patches
-from wan_patches import tally
-from wan_patches.fidelity import gate
+from wan_patches.patching import tally
+from wan_patches.patching.fidelity import gate
 
 ROOT = Path(__file__).parents[1]
 
@@ -39,19 +39,19 @@ LONG = (
     "beside/test_held_caches.py",
     "executor/test_sharding.py",
     "test_beside_others.py",
-    "test_running.py",
-    "test_profiling.py",
+    "diagnostics/test_script_runner.py",
+    "diagnostics/test_profiling.py",
     "executor/test_fork.py",
     "executor/test_streaming.py",
     "executor/test_transport.py",
-    "bench/test_ways.py",
+    "bench/test_variants.py",
     "beside/test_watchers.py",
     "beside/test_wrappers.py",
     "examples/test_service.py",
     "test_examples.py",
-    "test_streaming.py",
+    "pipelines/test_streaming.py",
     "upstream/test_streaming.py",
-    "test_doctor.py",
+    "diagnostics/test_doctor.py",
     "bench/test_model.py",
     "ops/triton/test_close.py",
     "bench/test_block.py",
@@ -61,7 +61,7 @@ LONG = (
     "ops/triton/test_rope.py",
     "properties/test_registry.py",
     "ops/triton/test_modulation.py",
-    "test_registry.py",
+    "patching/test_registry.py",
     "test_plugin.py",
     "bench/test_sharding.py",
     "bench/test_vae_parallel.py",
@@ -70,7 +70,7 @@ LONG = (
     "beside/test_traced.py",
     "beside/test_replaced_functions.py",
     "upstream/test_toggling.py",
-    "test_main.py",
+    "cli/test_cli.py",
     "patches/test_vae_tiling.py",
     "test_soak.py",
     "beside/test_warnings.py",

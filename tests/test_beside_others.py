@@ -31,11 +31,11 @@ import wrapt
 
 import wan_patches
 from wan_patches import Patch, PatchError, Replace, Target
-from wan_patches.bench.models import FAMILIES, available, images
-from wan_patches.codeswap import functions_behind
 from wan_patches.ops import rope
 from wan_patches.patches import rope as rope_patches
-from wan_patches.registry import Registry
+from wan_patches.patching.codeswap import functions_behind
+from wan_patches.patching.registry import Registry
+from wan_patches.testing.families import FAMILIES, available, images
 
 diffusers = pytest.importorskip("diffusers", minversion="0.38")
 
@@ -442,7 +442,7 @@ import torch.distributed as dist
 from diffusers import ContextParallelConfig
 
 import wan_patches
-from wan_patches.bench.models import FAMILIES
+from wan_patches.testing.families import FAMILIES
 from wan_patches.ops import rope
 
 rank, store = int(sys.argv[1]), sys.argv[2]

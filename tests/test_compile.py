@@ -12,9 +12,9 @@ import torch._dynamo
 from torch._dynamo.utils import counters
 
 import wan_patches
-from wan_patches import tally
-from wan_patches.bench.models import FAMILIES, available
 from wan_patches.ops import rope
+from wan_patches.patching import tally
+from wan_patches.testing.families import FAMILIES, available
 
 # What a graph must hold for the rotary embedding of one layer: queries and keys
 STACKS_PER_LAYER = 2

@@ -20,7 +20,7 @@ from diffusers import DiffusionPipeline
 
 import wan_patches
 from wan_patches.bench.measure import identical
-from wan_patches.bench.models import FAMILIES, images
+from wan_patches.testing.families import FAMILIES, images
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

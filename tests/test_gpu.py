@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 
 import wan_patches
-from wan_patches.bench.models import FAMILIES, available
-from wan_patches.codeswap import stock as stock_of
-from wan_patches.fidelity import gate
 from wan_patches.ops import rope
+from wan_patches.patching.codeswap import stock as stock_of
+from wan_patches.patching.fidelity import gate
+from wan_patches.testing.families import FAMILIES, available
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 

@@ -104,7 +104,7 @@ for shape, dtype in [((1, 4095, 256), torch.bfloat16), ((3, 17, 34), torch.float
 
 GATED = """
 wan_patches.ops.dispatch._device = lambda args: torch.device("cuda")
-wan_patches.fidelity.gate.reset()
+wan_patches.patching.fidelity.gate.reset()
 with wan_patches.enabled(["ltx"]), torch.no_grad():
     ltx.apply_rotary_emb(torch.randn(1, 3, 4), (torch.randn(1, 3, 4), torch.randn(1, 3, 4)))
 assert [(verdict.op, verdict.exact) for verdict in wan_patches.status().verdicts] == [("LTX rotary embedding", True)]

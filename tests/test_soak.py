@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 import wan_patches
-from wan_patches.bench.models import FAMILIES
+from wan_patches.testing.families import FAMILIES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

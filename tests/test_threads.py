@@ -15,8 +15,8 @@ import pytest
 import torch
 
 import wan_patches
-from wan_patches.bench.models import FAMILIES
-from wan_patches.codeswap import functions_behind
+from wan_patches.patching.codeswap import functions_behind
+from wan_patches.testing.families import FAMILIES
 
 SECONDS = 6.0
 LONGEST = 120.0  # for three generations of each beside all the others

@@ -15,18 +15,18 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
-from wan_patches.fidelity import Fidelity, Verdict
-from wan_patches.registry import Known, Patch, PatchError, Registry, Report, Status, Target
-from wan_patches.rewrite import Block, Body, Replace, Unknown, fingerprint
+from wan_patches.patching.fidelity import Fidelity, Verdict
+from wan_patches.patching.registry import Known, Patch, PatchError, Registry, Report, Status, Target
+from wan_patches.patching.rewrite import Block, Body, Replace, Unknown, fingerprint
 
 if TYPE_CHECKING:
+    from wan_patches.diagnostics.profiling import Profile, profile
+    from wan_patches.diagnostics.verification import Verification, verify
+    from wan_patches.diagnostics.warming import Warmth, warm
     from wan_patches.executor import ParallelExecutor, RayParallelExecutor
     from wan_patches.offload import OffloadPlan, disable_offload, enable_offload
-    from wan_patches.profiling import Profile, profile
-    from wan_patches.streaming import stream_frames
+    from wan_patches.pipelines.streaming import stream_frames
     from wan_patches.vae_parallel import ParallelVAE, parallelize_vae
-    from wan_patches.verification import Verification, verify
-    from wan_patches.warming import Warmth, warm
 
 __version__ = "0.1.0"
 
@@ -105,25 +105,25 @@ def __getattr__(name: str) -> Any:
 
         return getattr(wan_patches.offload, name)
     if name in ("Profile", "profile"):
-        import wan_patches.profiling
+        import wan_patches.diagnostics.profiling
 
-        return getattr(wan_patches.profiling, name)
+        return getattr(wan_patches.diagnostics.profiling, name)
     if name == "stream_frames":
-        import wan_patches.streaming
+        import wan_patches.pipelines.streaming
 
-        return wan_patches.streaming.stream_frames
+        return wan_patches.pipelines.streaming.stream_frames
     if name in ("ParallelVAE", "parallelize_vae"):
         import wan_patches.vae_parallel
 
         return getattr(wan_patches.vae_parallel, name)
     if name in ("Verification", "verify"):
-        import wan_patches.verification
+        import wan_patches.diagnostics.verification
 
-        return getattr(wan_patches.verification, name)
+        return getattr(wan_patches.diagnostics.verification, name)
     if name in ("Warmth", "warm"):
-        import wan_patches.warming
+        import wan_patches.diagnostics.warming
 
-        return getattr(wan_patches.warming, name)
+        return getattr(wan_patches.diagnostics.warming, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

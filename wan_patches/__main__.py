@@ -13,7 +13,7 @@ from typing import Annotated, Any, NoReturn, Optional
 import typer
 
 import wan_patches
-from wan_patches.outputs import check_file, check_folder
+from wan_patches.diagnostics.preflight import check_file, check_folder
 from wan_patches.tables import text
 
 # Commands import torch and diffusers when they run: `--help` must be fast.
@@ -101,7 +101,7 @@ def run(
     As `python SCRIPT ARGUMENTS` does: same exit status, same tracebacks. A line on stderr says at the end what was
     active. Also as `torchrun ... -m wan_patches run SCRIPT` and `accelerate launch ... -m wan_patches run SCRIPT`.
     """
-    from wan_patches.running import run as run_script
+    from wan_patches.diagnostics.script_runner import run as run_script
 
     _enable(_names(patches), fidelity, gate)
     raise _Outside(lambda: run_script(script, arguments or (), module=module))
@@ -132,8 +132,8 @@ def profile(
 
     By stage and by patched operation, and which calls took stock's way and why. Exits with the script's status.
     """
-    from wan_patches.profiling import obstacle
-    from wan_patches.profiling import run as run_script
+    from wan_patches.diagnostics.profiling import obstacle
+    from wan_patches.diagnostics.profiling import run as run_script
 
     if wrong := obstacle(chart, json, trace):
         _fail(wrong)
@@ -151,7 +151,7 @@ def doctor(
 
     Works where `import torch` fails. Exits with status 1 if there is a problem; warnings are none.
     """
-    from wan_patches.doctor import examine
+    from wan_patches.diagnostics.doctor import examine
 
     found = examine()
     typer.echo(found.json() if json else str(found))
@@ -272,7 +272,7 @@ def upstream(
 
     Exits with status 1 if the patches know the old text of a function and not the new one.
     """
-    from wan_patches import upstream as run
+    from wan_patches.diagnostics import upstream as run
 
     try:
         sources = run.Source(old), run.Source(new)
@@ -458,12 +458,12 @@ def _ways(
     name: str, shape: dict[str, Any], device: str, dtype: str, compiled: bool | None, json: Path | None,
     chart: Path | None, **options: Any,
 ) -> None:  # fmt: skip
-    from wan_patches.profiling import obstacle
+    from wan_patches.diagnostics.profiling import obstacle
 
     if wrong := obstacle(chart, json):
         _fail(wrong)
     with _errors("bench"):
-        from wan_patches.bench import ways
+        from wan_patches.bench import variants
         from wan_patches.bench.measure import device_of, dtype_of
         from wan_patches.bench.shapes import shape_of
 
@@ -472,11 +472,11 @@ def _ways(
         run = importlib.import_module(f"wan_patches.bench.{name}")
         compiled = on.type != "cpu" if compiled is None else compiled
         found = run.measure(wanted, on, precision, compiled=compiled, **options)
-        typer.echo(text(ways.table(found)))
+        typer.echo(text(variants.table(found)))
     _end(
         found.different(),
-        (json, lambda path: ways.write_json(path, found, on, options["threads"])),
-        (chart, lambda path: ways.chart(found, on).savefig(path)),
+        (json, lambda path: variants.write_json(path, found, on, options["threads"])),
+        (chart, lambda path: variants.chart(found, on).savefig(path)),
     )
 
 
@@ -564,7 +564,7 @@ def _import(*modules: str) -> None:
         try:
             importlib.import_module(module)
         except Exception as error:  # not only ImportError: a backend that torch loads may raise anything
-            from wan_patches.doctor.probes import chain
+            from wan_patches.diagnostics.doctor.probes import chain
 
             reason = ", caused by ".join(line.rstrip(".") for line in chain(error))
             _fail(f"{module.partition('.')[0]} cannot be imported: {reason}; run `wan-patches doctor`")

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from wan_patches.registry import Status
+    from wan_patches.patching.registry import Status
 
 # "pre" wraps in some notebooks, which would tear tables apart
 _FRAGMENT = """

@@ -25,8 +25,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from wan_patches.fingerprints import AUTOENCODER, is_known
-from wan_patches.instances import exchange_class
+from wan_patches.patching.fingerprints import AUTOENCODER, is_known
+from wan_patches.patching.objects import exchange_class
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 import wan_patches
 from wan_patches import __main__ as cli
-from wan_patches.bench import block, shapes, ways
+from wan_patches.bench import block, shapes, variants
 from wan_patches.ops import rope
 from wan_patches.ops.modulation import TwoRows
 
@@ -107,7 +107,7 @@ def test_the_command_prints_writes_and_draws(tmp_path):
     done = CliRunner().invoke(cli.app, [*arguments, *files])
     assert done.exit_code == 0, done.output
     assert "block tiny: 72 tokens, bf16" in done.output
-    found = ways.from_json(json.loads((tmp_path / "block.json").read_text()))
+    found = variants.from_json(json.loads((tmp_path / "block.json").read_text()))
     assert (found.bench, found.shape, found.dtype, found.tokens) == ("block", "tiny", "bf16", 72)
     assert found.rope is not None
     assert (tmp_path / "block.png").stat().st_size > 1000
@@ -115,8 +115,8 @@ def test_the_command_prints_writes_and_draws(tmp_path):
 
 def test_the_command_fails_where_a_bit_differs(monkeypatch):
     result = block.measure(shapes.shape_of("tiny", CPU), CPU, torch.float32, compiled=False, seconds=0.0)
-    rows = tuple(ways.Row(row.way, 1.0, 1.0, row.way == "stock", 1e-3) for row in result.rows)
-    monkeypatch.setattr(block, "measure", lambda *a, **k: ways.replace(result, rows=rows))
+    rows = tuple(variants.Row(row.way, 1.0, 1.0, row.way == "stock", 1e-3) for row in result.rows)
+    monkeypatch.setattr(block, "measure", lambda *a, **k: variants.replace(result, rows=rows))
     done = CliRunner().invoke(cli.app, ["bench", "block", "--shape", "tiny", "--device", "cpu"])
     assert done.exit_code == 1
     assert "NOT bit-identical: patched." in done.output
@@ -154,7 +154,7 @@ def test_on_a_gpu_every_way_runs(name, bench, tmp_path):
     done = CliRunner().invoke(cli.app, [*arguments, "--json", str(tmp_path / "x.json")])
     assert done.exit_code == 0, done.output
     content = json.loads((tmp_path / "x.json").read_text())
-    found = ways.from_json(content)
+    found = variants.from_json(content)
     assert all(row.ms for row in found.rows if row.way != "patched, close")
     assert not any(row.reason for row in found.rows if row.way != "patched, close")
     assert all(row.peak_mib is not None for row in found.rows if row.ms)

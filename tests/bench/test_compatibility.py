@@ -15,9 +15,9 @@ from wan_patches import __main__ as cli
 from wan_patches.bench import compatibility
 from wan_patches.bench.compatibility import JUDGED, Row, markdown, measure, read_json
 from wan_patches.bench.measure import MeasurementError
-from wan_patches.bench.models import FAMILIES, available
 from wan_patches.ops import frames
 from wan_patches.ops.dispatch import SMALL
+from wan_patches.testing.families import FAMILIES, available
 
 ROOT = Path(__file__).parents[2]
 RECORDS = ROOT / "examples" / "results" / "compatibility"

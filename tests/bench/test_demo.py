@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from wan_patches import __main__ as cli
 from wan_patches.bench import demo, stages
 from wan_patches.bench.measure import MeasurementError, identical
-from wan_patches.bench.models import FAMILIES, available, images
+from wan_patches.testing.families import FAMILIES, available, images
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("one_thread")

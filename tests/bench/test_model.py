@@ -10,7 +10,7 @@ import torch._dynamo
 from typer.testing import CliRunner
 
 from wan_patches import __main__ as cli
-from wan_patches.bench import model, shapes, ways
+from wan_patches.bench import model, shapes, variants
 from wan_patches.tables import text
 
 CPU = torch.device("cpu")
@@ -38,7 +38,7 @@ def test_the_command_takes_fewer_layers_and_another_video(tmp_path):
     done = CliRunner().invoke(cli.app, [*arguments, *more])
     assert done.exit_code == 0, done.output
     assert "model tiny: 16 tokens, 1 of 2 layers, fp32" in done.output
-    found = ways.from_json(json.loads((tmp_path / "model.json").read_text()))
+    found = variants.from_json(json.loads((tmp_path / "model.json").read_text()))
     assert (found.video, found.layers, found.attentions) == ((2, 4, 8), 1, 2)
 
 
@@ -51,7 +51,7 @@ def test_blocks_are_compiled_where_that_is_asked_for(monkeypatch):
         sizes.append(len(list(graph.graph.nodes)))
         return graph.forward
 
-    monkeypatch.setattr(ways, "BACKEND", backend)
+    monkeypatch.setattr(variants, "BACKEND", backend)
     shape = shapes.shape_of("tiny", CPU)
     results = [
         model.measure(shape, CPU, torch.float32, compiled=True, regional=regional, seconds=0.0)
@@ -61,8 +61,8 @@ def test_blocks_are_compiled_where_that_is_asked_for(monkeypatch):
     assert len(sizes) == 4  # two blocks share a graph
     assert max(sizes[2:]) < min(sizes[:2]) * 0.7
     assert [result.regional for result in results] == [False, True]
-    assert all(result.row(ways.COMPILED).exact for result in results)
-    assert "Compiled: the blocks" in text(ways.table(results[1]))
+    assert all(result.row(variants.COMPILED).exact for result in results)
+    assert "Compiled: the blocks" in text(variants.table(results[1]))
 
 
 def test_the_attention_backend_is_that_of_all_ways_and_of_the_floor():
@@ -80,7 +80,7 @@ def test_compiled_ways_are_asked_for_on_a_cpu(monkeypatch):
 
     def measure(shape, device, dtype, *, compiled, **_):
         asked.append(compiled)
-        raise ways.MeasurementError("enough")
+        raise variants.MeasurementError("enough")
 
     monkeypatch.setattr(model, "measure", measure)
     for more in ([], ["--compile"], ["--no-compile"]):

@@ -9,8 +9,8 @@ import time
 import pytest
 import torch
 
-from wan_patches import peaks
 from wan_patches.bench import measure, ops
+from wan_patches.diagnostics import memory
 
 CPU = torch.device("cpu")
 
@@ -81,7 +81,7 @@ def test_threads_hold_for_the_measurement_only():
 @pytest.mark.parametrize("sampled", [False, True])
 def test_peak_memory_sees_what_a_call_holds(sampled, monkeypatch):
     if sampled:  # as where there is no such file
-        monkeypatch.setattr(peaks, "_proc_status", lambda field: {}[field])
+        monkeypatch.setattr(memory, "_proc_status", lambda field: {}[field])
 
     def call():
         block = torch.ones(1 << 24)  # 64 MiB

@@ -10,7 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 from wan_patches import __main__ as cli
-from wan_patches.bench import pipeline, shapes, ways
+from wan_patches.bench import pipeline, shapes, variants
 
 CPU = torch.device("cpu")
 TINY = [name for name, shape in shapes.SHAPES.items() if name.startswith("tiny") and shape.available]
@@ -48,4 +48,4 @@ def test_the_command_takes_steps(tmp_path):
     done = CliRunner().invoke(cli.app, [*arguments, "--json", str(tmp_path / "pipeline.json")])
     assert done.exit_code == 0, done.output
     assert "pipeline tiny: 72 tokens, 1 step, bf16" in done.output
-    assert ways.from_json(json.loads((tmp_path / "pipeline.json").read_text())).steps == 1
+    assert variants.from_json(json.loads((tmp_path / "pipeline.json").read_text())).steps == 1

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from wan_patches.bench import readme, ways
+from wan_patches.bench import readme, variants
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "examples" / "results"
@@ -39,21 +39,21 @@ def test_tables_go_between_their_marks(tmp_path, monkeypatch):
 
 CPU = {"device": "cpu", "cpu": "AMD EPYC", "threads": 2}
 GPU = {"device": "NVIDIA H200", "cpu": "AMD EPYC", "threads": 16}
-RESULT = ways.Result(
+RESULT = variants.Result(
     **{"bench": "model", "shape": "14b-480p", "dtype": "bf16", "video": (21, 60, 104), "tokens": 32760, "layers": 40},
     **{"of_layers": 40, "floor_ms": 2000.0, "matmuls": 406, "attentions": 80, "copy_gb_s": 4000.0},
     **{"deterministic": True, "patches": ("rope",)},
     rows=(
-        ways.Row("stock", ms=2800.0, peak_mib=5000.0, exact=True),
-        ways.Row("patched", ms=2100.0, peak_mib=4000.0, exact=True),
-        ways.Row("compiled stock", ms=2090.0, peak_mib=4500.0, exact=False),
-        ways.Row("compiled patched", ms=2200.0, peak_mib=4500.0, exact=False),
+        variants.Row("stock", ms=2800.0, peak_mib=5000.0, exact=True),
+        variants.Row("patched", ms=2100.0, peak_mib=4000.0, exact=True),
+        variants.Row("compiled stock", ms=2090.0, peak_mib=4500.0, exact=False),
+        variants.Row("compiled patched", ms=2200.0, peak_mib=4500.0, exact=False),
     ),
 )
 
 
 def _kept(folder, name, facts, result):
-    (folder / name).write_text(json.dumps({"machine": facts, **ways.to_json(result)}))
+    (folder / name).write_text(json.dumps({"machine": facts, **variants.to_json(result)}))
 
 
 def test_what_was_not_measured_is_said_to_be_so(tmp_path):
@@ -65,7 +65,7 @@ def test_what_was_not_measured_is_said_to_be_so(tmp_path):
 def test_goals_that_were_reached_and_missed_are_told_apart(tmp_path):
     _kept(tmp_path, "h200-model-14b-480p-bf16.json", GPU, RESULT)
     _kept(tmp_path, "h200-model-helios-bf16.json", GPU, replace(RESULT, shape="helios", floor_ms=1900.0))
-    rope = ways.Rope(gb=1.3, stock_ms=4.0, patched_ms=1.3 / (0.87 * 4000) * 1e3, exact=True, copy_gb_s=4000.0)
+    rope = variants.Rope(gb=1.3, stock_ms=4.0, patched_ms=1.3 / (0.87 * 4000) * 1e3, exact=True, copy_gb_s=4000.0)
     _kept(tmp_path, "h200-block-14b-480p-bf16.json", GPU, replace(RESULT, bench="block", rope=rope))
     table = readme.TABLES["performance"](tmp_path)
     assert "| forward, Wan 14B 480p | at most 1.080 of the floor | **1.050** | NVIDIA H200 |" in table

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import wan_patches
-from wan_patches.bench.models import FAMILIES
+from wan_patches.testing.families import FAMILIES
 
 Pipelines = Callable[[str], Any]
 

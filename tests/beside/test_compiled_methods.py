@@ -10,7 +10,7 @@ import torch._dynamo
 from torch._dynamo.utils import counters
 
 import wan_patches
-from wan_patches.bench import models
+from wan_patches.testing import families
 
 pytestmark = [pytest.mark.upstream]
 
@@ -158,10 +158,10 @@ TRANSFORMERS = ["wan_vace", "wan_animate", "sana_video_i2v"]  # the classes that
 def transformer_and_call(name):
     """A family's transformer of few layers, and what its pipeline calls it with in the last step."""
     layers = {"wan_vace": 3, "wan_animate": 2, "wan_animate_replace": 2}.get(name, 1)
-    pipe = models.FAMILIES[name].build(transformer={"num_layers": layers})
+    pipe = families.FAMILIES[name].build(transformer={"num_layers": layers})
     calls = []
     hook = pipe.transformer.register_forward_pre_hook(lambda module, *call: calls.append(call), with_kwargs=True)
-    pipe(**models.FAMILIES[name].inputs(steps=2, output_type="latent"))
+    pipe(**families.FAMILIES[name].inputs(steps=2, output_type="latent"))
     hook.remove()
     args, given = calls[-1]
     return pipe.transformer, lambda: pipe.transformer(*args, **{**given, "return_dict": False})[0]
@@ -170,7 +170,7 @@ def transformer_and_call(name):
 @pytest.mark.parametrize("way", ["model", "blocks"])
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=[] if name in TRANSFORMERS else [pytest.mark.slow]) for name in models.available()],
+    [pytest.param(name, marks=[] if name in TRANSFORMERS else [pytest.mark.slow]) for name in families.available()],
 )
 @torch.no_grad()
 def test_transformers_compile_as_stocks_do(name, way):

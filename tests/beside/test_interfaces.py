@@ -11,8 +11,8 @@ import torch
 from diffusers.video_processor import VideoProcessor
 
 import wan_patches
-from wan_patches.bench.models import FAMILIES, available
 from wan_patches.patches import step_loop
+from wan_patches.testing.families import FAMILIES, available
 
 pytestmark = pytest.mark.usefixtures("one_thread", "any_size")
 

@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from wan_patches import Patch, Replace, Target
-from wan_patches.codeswap import STOCK
-from wan_patches.registry import Registry
+from wan_patches.patching.codeswap import STOCK
+from wan_patches.patching.registry import Registry
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 pytest.importorskip("transformers")
 
 import wan_patches
-from wan_patches.bench.models import FAMILIES, available
+from wan_patches.testing.families import FAMILIES, available
 
 pytestmark = [pytest.mark.upstream, pytest.mark.usefixtures("one_thread", "any_size")]
 

@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 pytest.importorskip("transformers")
 
 import wan_patches
-from wan_patches.bench.models import FAMILIES, available
 from wan_patches.ops import rms_norm, rope
+from wan_patches.testing.families import FAMILIES, available
 
 pytestmark = [pytest.mark.upstream, pytest.mark.usefixtures("one_thread", "any_size")]
 

@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("transformers")
 
 import wan_patches
-from wan_patches.bench.models import FAMILIES, available
+from wan_patches.testing.families import FAMILIES, available
 
 from .watching import WAYS, modules_of, seen, watching
 

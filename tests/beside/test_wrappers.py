@@ -10,9 +10,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import wan_patches
-from wan_patches.bench.models import FAMILIES, available, images
 from wan_patches.ops.conditioning import ConditionVideo
 from wan_patches.patches import step_loop
+from wan_patches.testing.families import FAMILIES, available, images
 
 diffusers = pytest.importorskip("diffusers", minversion="0.38")
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from wan_patches.bench.models import FAMILIES, available
+from wan_patches.testing.families import FAMILIES, available
 
 pytestmark = pytest.mark.usefixtures("one_thread", "any_size")
 

@@ -65,7 +65,7 @@ def _device(request: pytest.FixtureRequest) -> Device:
 @pytest.fixture
 def device(_device: Device, one_thread: None, any_size: None) -> Iterator[Device]:
     """The emulated accelerator `"npu"`, nothing counted yet and no verdict of the gate in force."""
-    from wan_patches.fidelity import gate
+    from wan_patches.patching.fidelity import gate
 
     gate.reset()
     _device.reset()

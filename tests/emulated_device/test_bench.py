@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from wan_patches.bench import block, model, pipeline, shapes, ways
+from wan_patches.bench import block, model, pipeline, shapes, variants
 from wan_patches.tables import text
 
 pytestmark = pytest.mark.npu_emulated
@@ -29,5 +29,5 @@ def test_it_measures_there(bench, name, device, tmp_path):
     assert result.row("patched").exact is True
     assert result.row("patched").reason == ""
     assert {parameter.device.type for parameter in shapes.build(shape, npu, torch.float32).parameters()} == {"npu"}
-    assert result.bench in text(ways.table(result))
-    ways.write_json(tmp_path / "x.json", result, npu)
+    assert result.bench in text(variants.table(result))
+    variants.write_json(tmp_path / "x.json", result, npu)

@@ -11,7 +11,7 @@ import torch
 from diffusers.video_processor import VideoProcessor
 
 import wan_patches
-from wan_patches.delivery import Delivery, delivering
+from wan_patches.bindings.output_buffers import Delivery, delivering
 from wan_patches.ops import frames
 
 pytestmark = pytest.mark.npu_emulated

@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 
 import wan_patches
-from wan_patches.bench.models import FAMILIES, available
-from wan_patches.fidelity import Fidelity
 from wan_patches.ops import fused_norm, npu, rope
 from wan_patches.ops.npu import attention, norms
+from wan_patches.patching.fidelity import Fidelity
+from wan_patches.testing.families import FAMILIES, available
 
 pytestmark = pytest.mark.npu_emulated
 

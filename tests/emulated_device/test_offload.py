@@ -22,8 +22,8 @@ import pytest
 import torch
 
 from wan_patches import offload
-from wan_patches.bench.models import FAMILIES, available
 from wan_patches.offload import BLOCKS, DEVICE, LEAVES, disable_offload, enable_offload
+from wan_patches.testing.families import FAMILIES, available
 
 pytestmark = pytest.mark.npu_emulated
 

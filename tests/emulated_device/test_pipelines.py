@@ -15,8 +15,8 @@ import pytest
 import torch
 
 import wan_patches
-from wan_patches.bench.models import FAMILIES, available, images
 from wan_patches.ops import rope
+from wan_patches.testing.families import FAMILIES, available, images
 
 pytestmark = pytest.mark.npu_emulated
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import wan_patches
-from wan_patches.bench.models import FAMILIES
 from wan_patches.ops import rope
+from wan_patches.testing.families import FAMILIES
 
 pytestmark = pytest.mark.npu_emulated
 
@@ -86,7 +86,7 @@ def test_first_sight_is_told_apart_and_the_gates_reason_is_given(pipe, device, m
     assert (row.first_sight, row.stock) == (1, 0)
     assert later.fast == later.calls == row.calls == row.fast + 1
 
-    from wan_patches.fidelity import gate
+    from wan_patches.patching.fidelity import gate
 
     gate.reset()
     monkeypatch.setattr(rope.by_stacking, "function", lambda x, cos, sin: x * 2)

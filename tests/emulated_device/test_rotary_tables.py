@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import wan_patches
-from wan_patches.bench.models import FAMILIES, available
+from wan_patches.testing.families import FAMILIES, available
 
 pytestmark = pytest.mark.npu_emulated
 

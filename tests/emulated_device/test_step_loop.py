@@ -16,8 +16,8 @@ import pytest
 import torch
 
 import wan_patches
-from wan_patches.bench.models import FAMILIES, available
 from wan_patches.ops import step_loop as ops
+from wan_patches.testing.families import FAMILIES, available
 
 pytestmark = [pytest.mark.npu_emulated, pytest.mark.usefixtures("deep_copies")]
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from wan_patches import verify
-from wan_patches.bench.models import FAMILIES
 from wan_patches.ops import rope
+from wan_patches.testing.families import FAMILIES
 
 pytestmark = pytest.mark.npu_emulated
 

@@ -29,8 +29,8 @@ from processes import wait_until
 from prometheus_client.parser import text_string_to_metric_families
 
 from wan_patches import ParallelExecutor
-from wan_patches.bench.models import FAMILIES
 from wan_patches.executor import ExecutorBroken, Health, WorkerDied, WorkerHealth
+from wan_patches.testing.families import FAMILIES
 
 pytestmark = pytest.mark.timeout(120)
 

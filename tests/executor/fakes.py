@@ -244,7 +244,7 @@ def slow_to_load(seconds: float) -> Fake:
 
 def family(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     """A pipeline of the real architecture with small seeded weights."""
-    from wan_patches.bench.models import FAMILIES
+    from wan_patches.testing.families import FAMILIES
 
     return FAMILIES[name].build(dtype=dtype, **options)
 

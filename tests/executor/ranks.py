@@ -23,8 +23,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from wan_patches.bench.models import FAMILIES
 from wan_patches.executor.layouts import place
+from wan_patches.testing.families import FAMILIES
 
 CPU = torch.device("cpu")
 

@@ -18,7 +18,7 @@ import pytest
 from processes import wait_until, workers
 
 from wan_patches import ParallelExecutor
-from wan_patches.executor import Bounds, WorkerDied, crew
+from wan_patches.executor import Bounds, WorkerDied, scheduler
 
 BOUNDS = Bounds(answer=3.0, load=12.0, first_step=20.0, step=20.0, outage=300.0)
 
@@ -128,7 +128,7 @@ def _end(n: int, do: str, future, held: list[tuple[int, object]]) -> str:
     ids=["a little", "a thousand requests"],
 )
 def test_chaos(tmp_path, monkeypatch, count, seed, pause, results):
-    monkeypatch.setattr(crew, "_LONGEST_PAUSE", 2.0)
+    monkeypatch.setattr(scheduler, "_LONGEST_PAUSE", 2.0)
     ends = _chaos(tmp_path, count, seed, pause)
     assert sum(ends.values()) == count
     assert ends["result"] >= results, ends

@@ -522,7 +522,7 @@ def test_from_pretrained_needs_no_guard(tmp_path, one_thread):
         f"""
         import torch
         from wan_patches import ParallelExecutor
-        from wan_patches.bench.models import FAMILIES
+        from wan_patches.testing.families import FAMILIES
 
         model = {str(tmp_path / "model")!r}
         executor = ParallelExecutor.from_pretrained(model, devices=["cpu", "cpu"], torch_dtype=torch.float32, threads=1)

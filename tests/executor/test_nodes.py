@@ -20,8 +20,8 @@ from processes import wait_until
 
 import wan_patches
 from wan_patches.bench.measure import identical
-from wan_patches.bench.models import FAMILIES
 from wan_patches.executor import Bounds, WorkerDied, WorkerHung
+from wan_patches.testing.families import FAMILIES
 
 ray = pytest.importorskip("ray", reason="Ray is an extra: pip install 'wan-patches[ray]'")
 

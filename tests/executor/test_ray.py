@@ -24,8 +24,8 @@ from processes import wait_until
 
 import wan_patches
 from wan_patches.bench.measure import identical
-from wan_patches.bench.models import FAMILIES
 from wan_patches.executor import Bounds, RemoteError, WorkerDied, WorkerHung
+from wan_patches.testing.families import FAMILIES
 
 ray = pytest.importorskip("ray", reason="Ray is an extra: pip install 'wan-patches[ray]'")
 
@@ -343,7 +343,7 @@ def test_workers_have_the_patches_that_are_enabled_here(executor):
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_two_ranks_give_what_one_process_gives_and_leave_nothing():
-    from wan_patches.bench.models import FAMILIES
+    from wan_patches.testing.families import FAMILIES
 
     inputs = FAMILIES["wan_t2v"].inputs(seed=1)
     inputs.pop("generator", None)

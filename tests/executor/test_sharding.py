@@ -30,10 +30,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from wan_patches.bench.measure import peak_extra_bytes
-from wan_patches.bench.models import FAMILIES
 from wan_patches.executor import ParallelExecutor, sharding
 from wan_patches.executor.layouts import loading_sharded, place
 from wan_patches.executor.session import Pretrained, Session
+from wan_patches.testing.families import FAMILIES
 
 CPU = torch.device("cpu")
 SECONDS = 300

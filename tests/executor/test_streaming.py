@@ -15,9 +15,9 @@ import pytest
 import wan_patches
 from wan_patches import ParallelExecutor
 from wan_patches.bench.measure import identical
-from wan_patches.bench.models import FAMILIES
 from wan_patches.executor import WorkerDied
 from wan_patches.executor.images import Frame
+from wan_patches.testing.families import FAMILIES
 
 pytestmark = [pytest.mark.timeout(180), pytest.mark.usefixtures("nothing_left", "one_thread")]
 

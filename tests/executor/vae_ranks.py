@@ -25,10 +25,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 import torch.distributed as dist
 
-from wan_patches.bench.models import FAMILIES, available
 from wan_patches.executor.layouts import place
 from wan_patches.patches import vae_tiling
-from wan_patches.registry import Registry
+from wan_patches.patching.registry import Registry
+from wan_patches.testing.families import FAMILIES, available
 from wan_patches.vae_parallel import parallelize_vae
 
 CPU = torch.device("cpu")

@@ -13,10 +13,10 @@ import torch
 import torch._dynamo.testing
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from wan_patches import tally
-from wan_patches.fidelity import Fidelity, gate
 from wan_patches.ops import dispatch, proof
 from wan_patches.ops.dispatch import ACCELERATOR, BLIND, OBSERVED, SMALL, at_any_size, key_of, op, rechecking
+from wan_patches.patching import tally
+from wan_patches.patching.fidelity import Fidelity, gate
 
 NAN = float("nan")
 

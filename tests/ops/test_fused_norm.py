@@ -9,11 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from wan_patches.fidelity import Fidelity, gate
 from wan_patches.ops import fused_norm as op
 from wan_patches.ops import modulation as exact
 from wan_patches.ops import rope
 from wan_patches.ops.modulation import TwoRows
+from wan_patches.patching.fidelity import Fidelity, gate
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

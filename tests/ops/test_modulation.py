@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wan_patches import tally
-from wan_patches.fidelity import gate
 from wan_patches.ops import modulation as ops
 from wan_patches.ops.dispatch import at_any_size, rechecking
 from wan_patches.ops.modulation import RowPerToken, TwoRows
+from wan_patches.patching import tally
+from wan_patches.patching.fidelity import gate
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGE = 40  # a chunk, in elements

@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wan_patches import tally
-from wan_patches.fidelity import gate
 from wan_patches.ops import tiling
 from wan_patches.ops.tiling import DTYPES, blend, chunked, cross_fade, vectorised
+from wan_patches.patching import tally
+from wan_patches.patching.fidelity import gate
 
 autoencoders = pytest.importorskip("diffusers.models.autoencoders.autoencoder_kl_wan")
 if not hasattr(autoencoders.AutoencoderKLWan, "blend_v"):

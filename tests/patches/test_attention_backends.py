@@ -17,7 +17,7 @@ from wan_patches.ops import npu
 from wan_patches.ops.npu import attention
 from wan_patches.patches import attention_backends
 from wan_patches.patches.attention_backends import NAME
-from wan_patches.registry import ACTIVE, SKIPPED, Registry
+from wan_patches.patching.registry import ACTIVE, SKIPPED, Registry
 
 pytestmark = pytest.mark.upstream
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import wan_patches
-from wan_patches.bench.models import FAMILIES, available
 from wan_patches.ops.conditioning import ConditionVideo
+from wan_patches.testing.families import FAMILIES, available
 
 pytestmark = [pytest.mark.upstream, pytest.mark.usefixtures("one_thread")]
 

@@ -9,7 +9,7 @@ import torch
 from diffusers.video_processor import VideoProcessor
 
 import wan_patches
-from wan_patches.delivery import Delivery, delivering
+from wan_patches.bindings.output_buffers import Delivery, delivering
 
 pytestmark = pytest.mark.upstream
 

@@ -13,12 +13,12 @@ import pytest
 import torch
 
 import wan_patches
-from wan_patches import tally
-from wan_patches.fidelity import Fidelity
 from wan_patches.ops import dispatch, fused_norm
 from wan_patches.ops import modulation as ops
 from wan_patches.ops.modulation import TwoRows
 from wan_patches.patches import modulation as patch
+from wan_patches.patching import tally
+from wan_patches.patching.fidelity import Fidelity
 
 pytestmark = pytest.mark.upstream
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import wan_patches
-from wan_patches.fidelity import Fidelity, gate
 from wan_patches.ops import rms_norm as op
 from wan_patches.ops import rope
+from wan_patches.patching.fidelity import Fidelity, gate
 
 pytestmark = pytest.mark.upstream
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import wan_patches
-from wan_patches.bench.models import FAMILIES, available
 from wan_patches.ops import rope
+from wan_patches.testing.families import FAMILIES, available
 
 pytestmark = [pytest.mark.upstream, pytest.mark.usefixtures("one_thread")]
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import wan_patches
-from wan_patches.bench.models import FAMILIES, available
 from wan_patches.ops import step_loop as ops
 from wan_patches.patches import rotary_tables
+from wan_patches.testing.families import FAMILIES, available
 
 pytestmark = [pytest.mark.upstream, pytest.mark.usefixtures("one_thread")]
 

@@ -17,10 +17,10 @@ import pytest
 import torch
 
 import wan_patches
-from wan_patches.bench.models import FAMILIES, available
 from wan_patches.ops import step_loop as ops
 from wan_patches.patches import step_loop
-from wan_patches.registry import ACTIVE
+from wan_patches.patching.registry import ACTIVE
+from wan_patches.testing.families import FAMILIES, available
 
 pytestmark = [pytest.mark.upstream, pytest.mark.usefixtures("one_thread")]
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import wan_patches
-from wan_patches.bench.models import FAMILIES, available
-from wan_patches.fidelity import Fidelity
 from wan_patches.ops.modulation import TwoRows, TwoTimesteps
 from wan_patches.patches import timesteps as patch
+from wan_patches.patching.fidelity import Fidelity
+from wan_patches.testing.families import FAMILIES, available
 
 pytestmark = [pytest.mark.upstream, pytest.mark.usefixtures("one_thread")]
 

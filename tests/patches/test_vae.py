@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import wan_patches
-from wan_patches import tally
 from wan_patches.ops.vae import FrameCaches
 from wan_patches.patches import vae as patch
+from wan_patches.patching import tally
 
 pytestmark = [pytest.mark.upstream]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from wan_patches.bench.models import FAMILIES, available
 from wan_patches.patches import vae_tiling
-from wan_patches.registry import ACTIVE, Registry
+from wan_patches.patching.registry import ACTIVE, Registry
+from wan_patches.testing.families import FAMILIES, available
 
 autoencoders = pytest.importorskip("diffusers.models.autoencoders.autoencoder_kl_wan")
 if not hasattr(autoencoders.AutoencoderKLWan, "blend_v"):

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import wan_patches
-from wan_patches.bench.models import FAMILIES
+from wan_patches.testing.families import FAMILIES
 
 pytestmark = [pytest.mark.peers, pytest.mark.usefixtures("one_thread")]
 

@@ -24,7 +24,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 import wan_patches
-from wan_patches.registry import Place
+from wan_patches.patching.registry import Place
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 HALVES_AND_FLOAT = FLOATS[:3]

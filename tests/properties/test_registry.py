@@ -27,8 +27,8 @@ from strategies import amounts
 
 import wan_patches
 from wan_patches import Fidelity, PatchError, Report
-from wan_patches.fidelity import gate
-from wan_patches.registry import ACTIVE, OFF
+from wan_patches.patching.fidelity import gate
+from wan_patches.patching.registry import ACTIVE, OFF
 
 NAMES = sorted({report.name for report in wan_patches.status().reports})
 

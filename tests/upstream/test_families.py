@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import wan_patches
-from wan_patches.bench.models import FAMILIES, available
-from wan_patches.fidelity import Fidelity
+from wan_patches.patching.fidelity import Fidelity
+from wan_patches.testing.families import FAMILIES, available
 
 # tiny models take the way of large ones
 pytestmark = [pytest.mark.upstream, pytest.mark.usefixtures("one_thread", "any_size")]

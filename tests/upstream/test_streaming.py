@@ -10,7 +10,7 @@ import torch
 
 import wan_patches
 from wan_patches.bench.measure import identical
-from wan_patches.bench.models import FAMILIES, available
+from wan_patches.testing.families import FAMILIES, available
 
 pytestmark = [pytest.mark.upstream, pytest.mark.usefixtures("one_thread")]
 

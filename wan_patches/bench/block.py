@@ -17,7 +17,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 
 import wan_patches
-from wan_patches.bench import ways
+from wan_patches.bench import variants
 from wan_patches.bench.floor import Copy
 from wan_patches.bench.measure import generator, identical, in_turns, using_threads
 from wan_patches.bench.parts import AttentionWithoutLayers
@@ -34,19 +34,19 @@ def measure(
     compiled: bool,
     seconds: float = 5.0,
     threads: int | None = None,
-) -> ways.Result:
-    """Measures the first block of the model of a shape; see `ways.measure`."""
+) -> variants.Result:
+    """Measures the first block of the model of a shape; see `variants.measure`."""
     shape = replace(shape, config={**shape.config, "num_layers": 1})
-    with using_threads(threads), torch.no_grad(), ways.said_once():
+    with using_threads(threads), torch.no_grad(), variants.said_once():
         model = build(shape, device, dtype)
         arguments = inputs(shape, model, device, dtype)
 
-        def make() -> ways.Call:
+        def make() -> variants.Call:
             args, kwargs = _handed(model, arguments)
             return lambda: model.blocks[0](*args, **kwargs)
 
-        subject = ways.Subject(make, [model.blocks[0]])
-        found = ways.measure("block", shape, subject, device, dtype, compiled=compiled, seconds=seconds)
+        subject = variants.Subject(make, [model.blocks[0]])
+        found = variants.measure("block", shape, subject, device, dtype, compiled=compiled, seconds=seconds)
         return replace(found, rope=_rope(shape, model, arguments, device, dtype, seconds))
 
 
@@ -69,7 +69,7 @@ def _handed(model: Any, arguments: dict[str, Any]) -> tuple[tuple[Any, ...], dic
 
 def _rope(
     shape: Shape, model: Any, arguments: dict[str, Any], device: torch.device, dtype: torch.dtype, seconds: float
-) -> ways.Rope:
+) -> variants.Rope:
     """The processor of the block's self-attention, around projections, norms and an attention that do nothing.
 
     What is left of it is the rotary embedding of queries and keys, whatever way it takes.
@@ -104,7 +104,7 @@ def _rope(
     copy()
     turns = in_turns({**calls, "copy": copy}, device, around=contexts, seconds=seconds)
     tables = shape.tokens * dim * 4  # half a cosine and half a sine for each element, in float32
-    return ways.Rope(
+    return variants.Rope(
         gb=(4 * query.nbytes + tables) / 1e9,
         stock_ms=turns.seconds["stock"] * 1e3,
         patched_ms=turns.seconds["patched"] * 1e3,

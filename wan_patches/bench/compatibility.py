@@ -26,11 +26,11 @@ from rich import box
 from rich.table import Table
 
 import wan_patches
-from wan_patches import tally
 from wan_patches.bench.measure import MeasurementError, identical
-from wan_patches.bench.models import FAMILIES, Family, available
-from wan_patches.observation import observing
+from wan_patches.diagnostics.call_tracing import observing
 from wan_patches.ops.dispatch import at_any_size
+from wan_patches.patching import tally
+from wan_patches.testing.families import FAMILIES, Family, available
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def measure(families: Iterable[str] = (), production: bool = False) -> list[Row]
     """Runs families once stock and once patched, on the CPU.
 
     Args:
-        families: names in `wan_patches.bench.models.FAMILIES`; none means all that the installed diffusers has.
+        families: names in `wan_patches.testing.families.FAMILIES`; none means all that the installed diffusers has.
         production: forms are asked as in production, from the sizes on at which they are fast: some ten times as long.
 
     Raises:

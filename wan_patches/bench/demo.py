@@ -26,8 +26,8 @@ from rich.table import Table
 
 import wan_patches
 from wan_patches.bench.measure import MeasurementError
-from wan_patches.bench.models import FAMILIES
 from wan_patches.bench.stages import LATENTS, POSTPROCESS, STAGES, Run, record
+from wan_patches.testing.families import FAMILIES
 
 DEFAULT_PHOTO = "mpl-data/sample_data/grace_hopper.jpg"  # in matplotlib, which need not be imported for it
 PROMPT = "A portrait, the camera moves slowly to the left"
@@ -115,7 +115,7 @@ def small_subjects(
     """What makes the small pipelines, for those of `families` that the installed diffusers has.
 
     `dtype` is of the transformer and the encoders; the autoencoder is in fp32, as diffusers' documentation loads Wan's.
-    `build` goes to the builders of `wan_patches.bench.models`, over the defaults of the demo.
+    `build` goes to the builders of `wan_patches.testing.families`, over the defaults of the demo.
     """
     options = {"head_dim": 128, "transformer": _TRANSFORMER, "vae": _VAE, "seed": seed, **build}
 

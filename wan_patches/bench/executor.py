@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from wan_patches.bench.models import FAMILIES
 from wan_patches.bench.overhead import Row
 from wan_patches.executor import ParallelExecutor
+from wan_patches.testing.families import FAMILIES
 
 _SMALL = 1024  # elements of fp32: 4 KB
 

@@ -20,12 +20,12 @@ from rich.console import Group
 from rich.table import Table
 
 from wan_patches.bench.measure import DTYPES, identical, in_turns, using_threads, write_rows
-from wan_patches.bench.models import images
-from wan_patches.fidelity import Fidelity
 from wan_patches.ops import conditioning, frames, fused_norm, modulation, norm_silu, rms_norm, rope
 from wan_patches.ops import images as pictures
 from wan_patches.ops.dispatch import SMALL, Op
 from wan_patches.ops.modulation import RowPerToken, TwoRows
+from wan_patches.patching.fidelity import Fidelity
+from wan_patches.testing.families import images
 
 FAST = 0.9
 _HEAD = 128

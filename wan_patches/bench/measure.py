@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from wan_patches.peaks import watching_memory
-from wan_patches.stages import synchronize
+from wan_patches.diagnostics.memory import watching_memory
+from wan_patches.pipelines.stages import synchronize
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from wan_patches.bench import ways
+from wan_patches.bench import variants
 from wan_patches.bench.measure import using_threads
 from wan_patches.bench.shapes import Shape, build, inputs
 
@@ -20,8 +20,8 @@ def measure(
     regional: bool = False,
     seconds: float = 10.0,
     threads: int | None = None,
-) -> ways.Result:
-    """Measures the model of a shape, called as its pipeline calls it; see `ways.measure`.
+) -> variants.Result:
+    """Measures the model of a shape, called as its pipeline calls it; see `variants.measure`.
 
     With `regional` the compiled ways compile its blocks, which share one graph, and not the whole.
 
@@ -31,9 +31,9 @@ def measure(
         model = build(shape, device, dtype)
         arguments = inputs(shape, model, device, dtype)
 
-        def make() -> ways.Call:
+        def make() -> variants.Call:
             return lambda: model(**arguments)[0]
 
-        subject = ways.Subject(make, ways.compilable(model, regional))
+        subject = variants.Subject(make, variants.compilable(model, regional))
         more: dict[str, Any] = {"compiled": compiled, "regional": regional, "seconds": seconds}
-        return ways.measure("model", shape, subject, device, dtype, **more)
+        return variants.measure("model", shape, subject, device, dtype, **more)

@@ -24,9 +24,9 @@ from rich.table import Table
 
 import wan_patches
 from wan_patches.bench.measure import DTYPES, identical, interleaved, peak_extra_bytes, using_threads, write_rows
-from wan_patches.bench.models import images
 from wan_patches.bench.parts import AttentionWithoutLayers, block_without_layers
-from wan_patches.codeswap import with_code
+from wan_patches.patching.codeswap import with_code
+from wan_patches.testing.families import images
 
 CALM = 0.25  # cores
 SLOWER = 0.97  # ratios below are a bug; above, the noise of a median

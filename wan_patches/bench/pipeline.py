@@ -12,10 +12,10 @@ import diffusers
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from wan_patches.bench import ways
+from wan_patches.bench import variants
 from wan_patches.bench.measure import generator, using_threads
-from wan_patches.bench.models import images, unipc
 from wan_patches.bench.shapes import TEXT_TOKENS, Shape, build
+from wan_patches.testing.families import images, unipc
 
 
 def measure(
@@ -28,20 +28,20 @@ def measure(
     seconds: float = 10.0,
     steps: int = 4,
     threads: int | None = None,
-) -> ways.Result:
-    """Measures the pipeline of a shape with so many denoising steps; see `ways.measure`.
+) -> variants.Result:
+    """Measures the pipeline of a shape with so many denoising steps; see `variants.measure`.
 
     The compiled ways compile the denoiser, or with `regional` its blocks, which share one graph.
     """
     with using_threads(threads):
         pipe, arguments = build_pipeline(shape, device, dtype, steps=steps)
 
-        def make() -> ways.Call:
+        def make() -> variants.Call:
             return lambda: pipe(**arguments()).frames
 
-        subject = ways.Subject(make, ways.compilable(pipe.transformer, regional))
+        subject = variants.Subject(make, variants.compilable(pipe.transformer, regional))
         more: dict[str, Any] = {"compiled": compiled, "regional": regional, "seconds": seconds, "steps": steps}
-        return ways.measure("pipeline", shape, subject, device, dtype, **more)
+        return variants.measure("pipeline", shape, subject, device, dtype, **more)
 
 
 def build_pipeline(

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wan_patches.bench import compatibility, ways
+from wan_patches.bench import compatibility, variants
 from wan_patches.bench.ops import CALM, SLOWER
 
 
@@ -129,7 +129,7 @@ class _Goal:
     on_cpu: bool
     of: str  # what the number is a share of
     limit: float
-    read: Callable[[ways.Result], float | None]
+    read: Callable[[variants.Result], float | None]
     at_least: bool = False
 
     def is_met(self, number: float) -> bool:
@@ -140,17 +140,17 @@ class _Goal:
 
 
 def _goals_of_forward(what: str, shape: str, of_floor: float, of_stock: float | None) -> Iterator[_Goal]:
-    def goal(of: str, limit: float, read: Callable[[ways.Result], float | None]) -> _Goal:
+    def goal(of: str, limit: float, read: Callable[[variants.Result], float | None]) -> _Goal:
         return _Goal(what, "model", shape, False, of, limit, read)
 
-    yield goal("the floor", of_floor, lambda found: found.of_floor(ways.PATCHED))
+    yield goal("the floor", of_floor, lambda found: found.of_floor(variants.PATCHED))
     if of_stock is not None:
-        yield goal("stock", of_stock, lambda found: found.of(ways.PATCHED))
-    yield goal("stock, compiled", 1.0, lambda found: found.of(ways.PATCHED, ways.COMPILED_STOCK))
-    yield goal("stock's peak of memory", 1.0, lambda found: found.memory_of(ways.PATCHED))
+        yield goal("stock", of_stock, lambda found: found.of(variants.PATCHED))
+    yield goal("stock, compiled", 1.0, lambda found: found.of(variants.PATCHED, variants.COMPILED_STOCK))
+    yield goal("stock's peak of memory", 1.0, lambda found: found.memory_of(variants.PATCHED))
 
 
-def _rope_share(found: ways.Result) -> float | None:
+def _rope_share(found: variants.Result) -> float | None:
     return None if found.rope is None else found.rope.patched_share
 
 
@@ -159,8 +159,10 @@ _GOALS = (
           at_least=True),
     *_goals_of_forward("forward, Wan 14B 480p", "14b-480p", 1.08, 0.82),
     *_goals_of_forward("forward, Helios", "helios", 1.10, None),
-    _Goal("block, Helios, on a CPU", "block", "helios", True, "stock", 0.70, lambda found: found.of(ways.PATCHED)),
-    _Goal("block, Wan 1.3B, on a CPU", "block", "1.3b-480p", True, "stock", 0.86, lambda found: found.of(ways.PATCHED)),
+    _Goal("block, Helios, on a CPU", "block", "helios", True, "stock", 0.70, lambda found: found.of(variants.PATCHED)),
+    _Goal(
+        "block, Wan 1.3B, on a CPU", "block", "1.3b-480p", True, "stock", 0.86, lambda found: found.of(variants.PATCHED)
+    ),
 )  # fmt: skip
 _NOT_YET = "not measured yet"
 
@@ -179,37 +181,37 @@ def _performance(results: Path) -> str:
             if here == (goal.bench, goal.shape, goal.on_cpu, "bf16") and number is not None:
                 reached += 1
                 met = f"**{goal.shown(number)}**" if goal.is_met(number) else f"{goal.shown(number)}, missed"
-                lines.append([*start, _busy(result) + met, ways.device_name(facts)])
+                lines.append([*start, _busy(result) + met, variants.device_name(facts)])
         if not reached:
             lines.append([*start, _NOT_YET, "-"])
     lines.append(_slowest(found, results))
     goals = _table(("what", "goal", "reached", "on"), lines)
     if not found:
         return goals
-    header = ("ms of a call", "on", *ways.WAYS, "floor", "memory: stock, patched", "exact")
+    header = ("ms of a call", "on", *variants.WAYS, "floor", "memory: stock, patched", "exact")
     return f"{goals}\n\n{_table(header, [_everything(*one) for one in found])}"
 
 
-def _results(folder: Path) -> Iterator[tuple[dict[str, Any], ways.Result]]:
+def _results(folder: Path) -> Iterator[tuple[dict[str, Any], variants.Result]]:
     """The facts about the machine and the result of every file of `bench block`, `model` and `pipeline`."""
     for bench in ("block", "model", "pipeline"):
         for path in sorted(folder.glob(f"*-{bench}-*.json")):
             content = json.loads(path.read_text())
-            yield content["machine"], ways.from_json(content)
+            yield content["machine"], variants.from_json(content)
 
 
-def _slowest(found: Sequence[tuple[dict[str, Any], ways.Result]], folder: Path) -> list[str]:
+def _slowest(found: Sequence[tuple[dict[str, Any], variants.Result]], folder: Path) -> list[str]:
     """Of all that was measured beside what it must not be slower than, single operations too, what has least speed."""
     start = ["anything patched", f"at least {SLOWER} times as fast as stock"]
     speeds = [
-        (speed, f"{ways.describe(result)}, {way}, {ways.device_name(facts)}")
+        (speed, f"{variants.describe(result)}, {way}, {variants.device_name(facts)}")
         for facts, result in found
-        for way, rival in ways.RIVALS.items()
+        for way, rival in variants.RIVALS.items()
         if (speed := result.of(rival, way)) is not None
     ]
     for path in sorted([*folder.glob("*-ops-*.json"), *folder.glob("*-vae-*.json")]):
         content = json.loads(path.read_text())
-        device = ways.device_name(content["machine"])
+        device = variants.device_name(content["machine"])
         speeds += [(row["ratio"], f"{row['op']} {row['shape']}, {row['dtype']}, {device}") for row in content["rows"]]
     if not speeds:
         return [*start, _NOT_YET, "-"]
@@ -217,20 +219,20 @@ def _slowest(found: Sequence[tuple[dict[str, Any], ways.Result]], folder: Path) 
     return [*start, f"**{least:.2f}**" if least >= SLOWER else f"{least:.2f}, missed", where]
 
 
-def _everything(facts: dict[str, Any], result: ways.Result) -> list[str]:
+def _everything(facts: dict[str, Any], result: variants.Result) -> list[str]:
     times = [
         "-" if row.ms is None else f"{_number(row.ms)} ({_busy(result)}{result.of(way):.2f})"
-        for way in ways.WAYS
+        for way in variants.WAYS
         for row in [result.row(way)]
     ]
-    peaks = [result.row(way).peak_mib for way in (ways.STOCK, ways.PATCHED)]
+    peaks = [result.row(way).peak_mib for way in (variants.STOCK, variants.PATCHED)]
     memory = "-" if None in peaks else f"{', '.join(_number(peak) for peak in peaks if peak is not None)} MiB"
-    exact = result.row(ways.PATCHED).exact
+    exact = result.row(variants.PATCHED).exact
     bits = "-" if exact is None else _yes(exact)
-    return [ways.describe(result), ways.device_name(facts), *times, _number(result.floor_ms), memory, bits]
+    return [variants.describe(result), variants.device_name(facts), *times, _number(result.floor_ms), memory, bits]
 
 
-def _busy(result: ways.Result) -> str:
+def _busy(result: variants.Result) -> str:
     return "~" if (result.other_cores or 0.0) > CALM else ""
 
 

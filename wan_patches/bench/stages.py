@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from wan_patches.bench.measure import identical
-from wan_patches.stages import (
+from wan_patches.pipelines.stages import (
     DECODE,
     DENOISE,
     IMAGE_ENCODER,

@@ -10,7 +10,7 @@ from PIL import Image
 
 from wan_patches.bench.demo import Subject, model_subject
 from wan_patches.bench.measure import MeasurementError
-from wan_patches.bench.models import FAMILIES, available
+from wan_patches.testing.families import FAMILIES, available
 
 __all__ = ["subject"]
 
@@ -29,7 +29,7 @@ def subject(
     steps: int | None = None,
     seed: int = 0,
 ) -> Subject:
-    """A pipeline and its arguments. `tiny:FAMILY` is one of `wan_patches.bench.models` with random weights.
+    """A pipeline and its arguments. `tiny:FAMILY` is one of `wan_patches.testing.families` with random weights.
 
     Raises:
         MeasurementError: the model is not known or cannot be loaded, or needs something that is not given.

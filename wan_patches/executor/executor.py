@@ -20,7 +20,6 @@ import torch
 
 from wan_patches.executor import main_module
 from wan_patches.executor.bounds import DEFAULT, Bounds, Default, check_count, check_seconds
-from wan_patches.executor.crew import Crew
 from wan_patches.executor.groups import Group, InlineGroup, Log, WorkerGroup
 from wan_patches.executor.health import Health
 from wan_patches.executor.layouts import device_named, resolve
@@ -28,9 +27,10 @@ from wan_patches.executor.processes import Launcher
 from wan_patches.executor.progress import Bars
 from wan_patches.executor.rank import chosen_patches
 from wan_patches.executor.requests import Progress, Request
+from wan_patches.executor.scheduler import Crew
 from wan_patches.executor.session import Pretrained, Session
 from wan_patches.executor.transport import Packed, pack
-from wan_patches.streaming import Chunk
+from wan_patches.pipelines.streaming import Chunk
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -23,7 +23,7 @@ from wan_patches.executor.rank import failure_of
 from wan_patches.executor.requests import Progress, Request
 from wan_patches.executor.session import Interrupted, Session
 from wan_patches.executor.transport import Packed
-from wan_patches.streaming import Chunk
+from wan_patches.pipelines.streaming import Chunk
 
 LOG_LINES = 40  # kept for WorkerDied
 _LONGEST_LINE = 8 << 10  # bytes; longer ones are cut, as a worker may never end one

@@ -24,7 +24,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from wan_patches.executor.sharding import is_sharded, make_mesh, shard, sharding_on_load
-from wan_patches.instances import exchange_class
+from wan_patches.patching.objects import exchange_class
 
 __all__ = ["LAYOUTS", "device_named", "loading_sharded", "place", "resolve"]
 

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 import wan_patches
-from wan_patches.delivery import Delivery, delivering
+from wan_patches.bindings.output_buffers import Delivery, delivering
 from wan_patches.executor import errors
 from wan_patches.executor.images import Frame
 from wan_patches.executor.session import Report, Session
 from wan_patches.executor.state import unchanged
 from wan_patches.executor.transport import Message, Packed, pack
-from wan_patches.streaming import Chunk
+from wan_patches.pipelines.streaming import Chunk
 
 _BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "npu": "cpu:gloo,npu:hccl", "xpu": "cpu:gloo,xpu:xccl"}
 _SLOWEST_LOAD = datetime.timedelta(hours=1)  # that a rank waits for the others; by itself, a store says 5 minutes
@@ -77,7 +77,7 @@ class Rank:
             request, seed, report, on_frames: as for `Session.run`; only the first rank reports and has frames.
             inputs: gives the positional and keyword arguments of the pipeline.
             patches: as for `load`.
-            empty_strided: where finished frames go, as in `wan_patches.delivery`.
+            empty_strided: where finished frames go, as in `wan_patches.bindings.output_buffers`.
 
         Returns:
             The result (None in all but the first rank), and the seconds of the pipeline's stages.

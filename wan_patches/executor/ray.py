@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from wan_patches.executor import crew
+from wan_patches.executor import scheduler
 from wan_patches.executor.bounds import LOOK, Bounds, Stillness
 from wan_patches.executor.errors import WorkerDied
 from wan_patches.executor.executor import PipelineExecutor, check_options
@@ -44,7 +44,7 @@ from wan_patches.executor.rendezvous import Notes, Rendezvous
 from wan_patches.executor.requests import Progress, Request, logger
 from wan_patches.executor.session import Interrupted
 from wan_patches.executor.transport import Message, aligned, pack
-from wan_patches.streaming import Chunk
+from wan_patches.pipelines.streaming import Chunk
 
 _PATIENT = 20.0  # seconds without a place in the cluster until the log says so
 _LATE_OUTPUT = 1.0  # seconds in which Ray brings the last lines of one that has ended
@@ -615,8 +615,8 @@ def _import_ray() -> Any:
     except ImportError as error:
         raise ImportError('RayParallelExecutor needs Ray: pip install "wan-patches[ray]"') from error
     # Ray ends at the end of Python, but not before the requests are done: last registered is first called
-    atexit.unregister(crew.finish_all)
-    atexit.register(crew.finish_all)
+    atexit.unregister(scheduler.finish_all)
+    atexit.register(scheduler.finish_all)
     return ray
 
 

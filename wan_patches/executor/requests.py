@@ -11,7 +11,7 @@ from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
 from typing import Any
 
-from wan_patches.streaming import Chunk
+from wan_patches.pipelines.streaming import Chunk
 
 logger = logging.getLogger("wan_patches")
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from wan_patches import stages
 from wan_patches.executor.layouts import loading_sharded, place
-from wan_patches.streaming import Chunk, stream_frames
+from wan_patches.pipelines import stages
+from wan_patches.pipelines.streaming import Chunk, stream_frames
 
 Report = Callable[[int, "int | None", int], None]
 

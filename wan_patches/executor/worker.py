@@ -25,7 +25,7 @@ from wan_patches.executor.layouts import device_named
 from wan_patches.executor.rank import Rank, failed
 from wan_patches.executor.session import Interrupted
 from wan_patches.executor.transport import Channel, Message, pack
-from wan_patches.streaming import Chunk
+from wan_patches.pipelines.streaming import Chunk
 
 #: Packages of which a worker that is started later will need what one has loaded. Not the user's: importing those
 #: may do anything.

@@ -29,10 +29,10 @@ from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
 
 import torch
 
-from wan_patches import tally
-from wan_patches.fidelity import Fidelity, Verdict, gate
 from wan_patches.ops import proof
 from wan_patches.ops.tracing import is_transformed
+from wan_patches.patching import tally
+from wan_patches.patching.fidelity import Fidelity, Verdict, gate
 
 P = ParamSpec("P")
 R = TypeVar("R")

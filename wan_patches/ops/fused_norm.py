@@ -11,7 +11,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from wan_patches.fidelity import Fidelity
 from wan_patches.ops import modulation as exact
 from wan_patches.ops import rope
 from wan_patches.ops import triton as kernels
@@ -19,6 +18,7 @@ from wan_patches.ops.accuracy import SAMPLE, double, is_as_accurate
 from wan_patches.ops.dispatch import op
 from wan_patches.ops.modulation import LayerNorm, Modulation
 from wan_patches.ops.npu import norms as npu
+from wan_patches.patching.fidelity import Fidelity
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from wan_patches.fidelity import Fidelity
+from wan_patches.patching.fidelity import Fidelity
 
 NO_MEMORY = "found no memory to be compared with the stock formulation"
 _DIFFERS = {

@@ -15,8 +15,8 @@ import math
 
 import torch
 
-from wan_patches import tally
 from wan_patches.ops.dispatch import ACCELERATOR, op
+from wan_patches.patching import tally
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

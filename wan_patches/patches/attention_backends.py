@@ -14,8 +14,8 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-from wan_patches.registry import Patch, Target
-from wan_patches.rewrite import Replace, Unknown
+from wan_patches.patching.registry import Patch, Target
+from wan_patches.patching.rewrite import Replace, Unknown
 
 NAME = "mindiesd_laser"
 

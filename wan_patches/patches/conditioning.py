@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from wan_patches import tally
-from wan_patches.fingerprints import AUTOENCODER, relied_on
-from wan_patches.originals import are_torchs, has_librarys, is_watched
-from wan_patches.patches.forwards import hands_on
+from wan_patches.bindings.forwards import hands_on
+from wan_patches.bindings.originals import are_torchs, has_librarys, is_watched
 from wan_patches.patches.versions import since
-from wan_patches.registry import Patch, Target
-from wan_patches.rewrite import Block, Replace
+from wan_patches.patching import tally
+from wan_patches.patching.fingerprints import AUTOENCODER, relied_on
+from wan_patches.patching.registry import Patch, Target
+from wan_patches.patching.rewrite import Block, Replace
 
 _CALL = "_wan_patches_condition_mask"
 _VIDEO = "_wan_patches_condition_video"

@@ -6,13 +6,13 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from wan_patches import tally
-from wan_patches.codeswap import STOCK
-from wan_patches.delivery import Delivery, delivery
-from wan_patches.fingerprints import PROCESSOR, TEXTS
+from wan_patches.bindings.output_buffers import Delivery, delivery
 from wan_patches.patches.processors import POSTPROCESS, is_stock, known
-from wan_patches.registry import Patch, Target
-from wan_patches.rewrite import Body
+from wan_patches.patching import tally
+from wan_patches.patching.codeswap import STOCK
+from wan_patches.patching.fingerprints import PROCESSOR, TEXTS
+from wan_patches.patching.registry import Patch, Target
+from wan_patches.patching.rewrite import Body
 
 _CALL, _STOCK = "_wan_patches_postprocess_video", "_wan_patches_stock_postprocess_video"
 _MORE = {"0.35": "", "0.37": ", **kwargs"}  # arguments, by the version that they came with
@@ -45,8 +45,8 @@ def postprocess_video(stock: Callable[..., Any], processor: Any, video: Any, out
     """What stock's method returns for `video` of shape `(batch, channels, frames, height, width)`.
 
     `"pil"` and `"np"` of RGB videos in a floating dtype take the fast way; everything else is stock's. What takes
-    it goes where `wan_patches.delivery` says: computed into the memory given there, or copied to it once from an
-    accelerator.
+    it goes where `wan_patches.bindings.output_buffers` says: computed into the memory given there, or copied to it
+    once from an accelerator.
     """
     if (reason := _reason_against(processor, video, output_type, kwargs)) is not None:
         tally.note("frames", "", reason)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from wan_patches import tally
-from wan_patches.fidelity import Fidelity
-from wan_patches.originals import are_torchs
-from wan_patches.patches.forwards import has_global_hooks, is_untouched, runs
-from wan_patches.registry import Patch, Target
-from wan_patches.rewrite import Block, Edit, Replace
+from wan_patches.bindings.forwards import has_global_hooks, is_untouched, runs
+from wan_patches.bindings.originals import are_torchs
+from wan_patches.patching import tally
+from wan_patches.patching.fidelity import Fidelity
+from wan_patches.patching.registry import Patch, Target
+from wan_patches.patching.rewrite import Block, Edit, Replace
 
 if TYPE_CHECKING:
     from wan_patches.ops.modulation import Modulation

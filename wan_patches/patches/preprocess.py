@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from wan_patches import tally
-from wan_patches.originals import are_torchs, has_librarys
+from wan_patches.bindings.originals import are_torchs, has_librarys
 from wan_patches.patches.processors import PREPROCESS, PREPROCESS_VIDEO, is_stock, known
 from wan_patches.patches.versions import since
-from wan_patches.registry import Patch, Target
-from wan_patches.rewrite import Replace
+from wan_patches.patching import tally
+from wan_patches.patching.registry import Patch, Target
+from wan_patches.patching.rewrite import Replace
 
 _CALL = "_wan_patches_preprocess"
 _CALL_VIDEO = "_wan_patches_preprocess_video"

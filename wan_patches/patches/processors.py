@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from wan_patches.fingerprints import PROCESSOR, is_known, relied_on
-from wan_patches.originals import has_librarys
-from wan_patches.registry import Known
+from wan_patches.bindings.originals import has_librarys
+from wan_patches.patching.fingerprints import PROCESSOR, is_known, relied_on
+from wan_patches.patching.registry import Known
 
 PREPROCESS = ("preprocess", "resize", "pil_to_numpy", "numpy_to_pt", "normalize")
 _NONE = object()

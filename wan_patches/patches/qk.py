@@ -9,13 +9,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from wan_patches import tally
-from wan_patches.fidelity import Fidelity
-from wan_patches.originals import are_torchs
+from wan_patches.bindings.forwards import is_untouched
+from wan_patches.bindings.originals import are_torchs
 from wan_patches.patches import rope
-from wan_patches.patches.forwards import is_untouched
-from wan_patches.registry import Patch, Target
-from wan_patches.rewrite import Block, Edit, Replace
+from wan_patches.patching import tally
+from wan_patches.patching.fidelity import Fidelity
+from wan_patches.patching.registry import Patch, Target
+from wan_patches.patching.rewrite import Block, Edit, Replace
 
 _NORM, _BOTH = "_wan_patches_qk_norm", "_wan_patches_rotate_both"
 _CLOSE_NORM, _CLOSE_BOTH = "_wan_patches_close_qk_norm", "_wan_patches_close_rotate_both"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from wan_patches.patches.versions import since
-from wan_patches.registry import Patch, Target
-from wan_patches.rewrite import Body
+from wan_patches.patching.registry import Patch, Target
+from wan_patches.patching.rewrite import Body
 
 CALL = "_wan_patches_rope"
 _DIFFUSERS = "diffusers.models.transformers."

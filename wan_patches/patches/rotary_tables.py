@@ -10,8 +10,8 @@ from typing import Any
 
 from wan_patches.patches.step_loop import can_move, is_accelerator, noted
 from wan_patches.patches.versions import since
-from wan_patches.registry import Patch, Target
-from wan_patches.rewrite import Edit, Replace
+from wan_patches.patching.registry import Patch, Target
+from wan_patches.patching.rewrite import Edit, Replace
 
 _ENDS, _INDICES = "_wan_patches_ends", "_wan_patches_frame_indices"
 

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from wan_patches import tally
-from wan_patches.fingerprints import HELIOS, UNIPC, relied_on
-from wan_patches.originals import are_torchs, has_librarys
+from wan_patches.bindings.originals import are_torchs, has_librarys
 from wan_patches.patches.versions import since
-from wan_patches.registry import Known, Patch, Target
-from wan_patches.rewrite import Edit, Replace, Unknown
+from wan_patches.patching import tally
+from wan_patches.patching.fingerprints import HELIOS, UNIPC, relied_on
+from wan_patches.patching.registry import Known, Patch, Target
+from wan_patches.patching.rewrite import Edit, Replace, Unknown
 
 _WAITS = "the device is a CPU, or values are not known on the host"
 _REACHES = "_wan_patches_reaches"

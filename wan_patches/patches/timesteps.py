@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from wan_patches import tally
-from wan_patches.fidelity import Fidelity
-from wan_patches.fingerprints import IMAGE_TO_VIDEO, relied_on
-from wan_patches.originals import has_librarys
-from wan_patches.patches.forwards import hands_on, runs
+from wan_patches.bindings.forwards import hands_on, runs
+from wan_patches.bindings.originals import has_librarys
 from wan_patches.patches.modulation import reason_against_two_kinds
-from wan_patches.registry import Known, Patch, Target
-from wan_patches.rewrite import Replace
+from wan_patches.patching import tally
+from wan_patches.patching.fidelity import Fidelity
+from wan_patches.patching.fingerprints import IMAGE_TO_VIDEO, relied_on
+from wan_patches.patching.registry import Known, Patch, Target
+from wan_patches.patching.rewrite import Replace
 
 _FLATTEN, _EMBED = "_wan_patches_flattened_timesteps", "_wan_patches_embed_timesteps"
 _OF_OUTPUT = "_wan_patches_output_modulations"

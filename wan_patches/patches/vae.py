@@ -17,14 +17,14 @@ from collections.abc import Callable, Generator
 from types import SimpleNamespace
 from typing import Any
 
-from wan_patches import tally
-from wan_patches.codeswap import STOCK
-from wan_patches.fingerprints import AUTOENCODER, TEXTS, relied_on
-from wan_patches.instances import own_methods
-from wan_patches.originals import are_torchs, has_librarys, is_librarys, is_watched
-from wan_patches.patches.forwards import has_global_hooks, is_hooked
-from wan_patches.registry import Patch, Target
-from wan_patches.rewrite import Body, Replace, fingerprint
+from wan_patches.bindings.forwards import has_global_hooks, is_hooked
+from wan_patches.bindings.originals import are_torchs, has_librarys, is_librarys, is_watched
+from wan_patches.patching import tally
+from wan_patches.patching.codeswap import STOCK
+from wan_patches.patching.fingerprints import AUTOENCODER, TEXTS, relied_on
+from wan_patches.patching.objects import own_methods
+from wan_patches.patching.registry import Patch, Target
+from wan_patches.patching.rewrite import Body, Replace, fingerprint
 
 logger = logging.getLogger("wan_patches")
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from wan_patches import tally
-from wan_patches.codeswap import STOCK
-from wan_patches.registry import Patch, Target
-from wan_patches.rewrite import Body
+from wan_patches.patching import tally
+from wan_patches.patching.codeswap import STOCK
+from wan_patches.patching.registry import Patch, Target
+from wan_patches.patching.rewrite import Body
 
 
 def _patch(method: str, dim: int, fingerprint: str) -> Patch:

@@ -1,7 +1,7 @@
 """Where diffusers keeps the rotary embedding of LTX-Video. Imported at every start: no torch here."""
 
 from wan_patches import Body, Patch, Target
-from wan_patches.codeswap import STOCK
+from wan_patches.patching.codeswap import STOCK
 
 PATCHES = (
     Patch(

@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from wan_patches.fidelity import Fidelity
 from wan_patches.ops.accuracy import SAMPLE, double, is_as_accurate
 from wan_patches.ops.dispatch import op
 from wan_patches.ops.npu import function
+from wan_patches.patching.fidelity import Fidelity
 
 _RMS, _LAYER = "torch_npu:npu_rms_norm", "torch_npu:npu_layer_norm_eval"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)

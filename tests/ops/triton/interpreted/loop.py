@@ -7,7 +7,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 
 import wan_patches
-from wan_patches.fidelity import gate
+from wan_patches.patching.fidelity import gate
 
 
 def _model(dtype):

@@ -96,9 +96,9 @@ def test_dispatch_and_gate(dtype, as_on_cuda, monkeypatch):
     from diffusers.models.transformers import transformer_wan
 
     import wan_patches
-    from wan_patches.fidelity import gate
     from wan_patches.ops import rope
     from wan_patches.patches.qk import rotate_both
+    from wan_patches.patching.fidelity import gate
 
     q, k = torch.randn(2, 1, 8, 4, 64).to(dtype)
     cos, sin = tables(8, 64)
@@ -131,8 +131,8 @@ def test_dispatch_and_gate(dtype, as_on_cuda, monkeypatch):
 
 
 def test_a_kernel_that_rounds_otherwise_is_found_out(as_on_cuda, monkeypatch, caplog):
-    from wan_patches.fidelity import gate
     from wan_patches.ops import rope
+    from wan_patches.patching.fidelity import gate
 
     both = rope.both_by_kernel.function
     monkeypatch.setattr(rope.both_by_kernel, "function", lambda *args: tuple(x * (1 + 2**-20) for x in both(*args)))

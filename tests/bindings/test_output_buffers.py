@@ -1,0 +1,105 @@
+"""Where finished frames go: the setting itself, and all the way through a pipeline."""
+
+from __future__ import annotations
+
+import mmap
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+import wan_patches
+from wan_patches.bindings.output_buffers import Delivery, delivering, delivery
+from wan_patches.testing.families import FAMILIES
+
+TO = Delivery(torch.empty_strided, PIL.Image.fromarray)
+OTHER = Delivery(torch.empty_strided, PIL.Image.fromarray)
+
+
+class Shared:
+    """Memory as a worker process has it: one mapping for each result."""
+
+    def __init__(self) -> None:
+        self.results: list[np.ndarray] = []
+
+    def empty_strided(self, shape, stride, dtype):
+        extent = 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+        memory = torch.frombuffer(mmap.mmap(-1, extent * dtype.itemsize), dtype=torch.uint8)
+        self.results.append(memory.numpy())
+        return memory.view(dtype).as_strided(shape, stride)
+
+
+def test_by_default_there_is_none():
+    assert delivery.get() is None
+
+
+def test_it_holds_inside_the_block_only():
+    with delivering(TO):
+        assert delivery.get() is TO
+        with delivering(OTHER):
+            assert delivery.get() is OTHER
+        assert delivery.get() is TO
+    assert delivery.get() is None
+
+
+def test_it_ends_with_an_exception():
+    with pytest.raises(KeyError), delivering(TO):
+        raise KeyError
+    assert delivery.get() is None
+
+
+def test_other_threads_have_their_own():
+    seen = []
+    with delivering(TO):
+        thread = threading.Thread(target=lambda: seen.append(delivery.get()))
+        thread.start()
+        thread.join()
+    assert seen == [None]
+
+
+def test_importing_it_imports_no_torch():
+    code = "import sys, wan_patches.bindings.output_buffers; assert not {'torch', 'numpy', 'PIL'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("output_type", ["np", "pil"])
+def test_a_pipeline_leaves_its_video_in_the_memory_it_was_given(output_type):
+    family = FAMILIES["wan_t2v"]
+    pipe, shared, seen = family.build(), Shared(), []
+
+    def call():
+        generator = torch.Generator().manual_seed(0)
+        arguments = {"size": (48, 32), "frames": 5, "steps": 1, "output_type": output_type}
+        return pipe(**family.inputs(generator=generator, **arguments)).frames
+
+    def image(frame):
+        seen.append(frame)
+        return PIL.Image.fromarray(frame)
+
+    stock = call()
+    with wan_patches.enabled(), delivering(Delivery(shared.empty_strided, image)):
+        frames = call()
+    (memory,) = shared.results
+    if output_type == "np":
+        assert np.array_equal(frames, stock)
+        assert frames.strides == stock.strides
+        assert np.shares_memory(frames, memory)
+        assert not seen
+    else:
+        assert [np.array_equal(a, b) for a, b in zip(frames[0], stock[0], strict=True)] == [True] * 5
+        assert all(np.shares_memory(frame, memory) for frame in seen)
+        assert len(seen) == 5
+
+
+def test_without_the_patch_it_is_not_asked():
+    from diffusers.video_processor import VideoProcessor
+
+    shared = Shared()
+    with delivering(Delivery(shared.empty_strided, PIL.Image.fromarray)):
+        VideoProcessor(vae_scale_factor=8).postprocess_video(torch.rand(1, 3, 2, 8, 8), "np")
+    assert not shared.results

@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+import cProfile
+import pstats
+import sys
+
+import pytest
+
+from wan_patches.diagnostics.call_tracing import observing
+
+
+def double(x):
+    return 2 * x
+
+
+def quadruple(x):
+    return double(double(x))
+
+
+def fail():
+    raise KeyError("no")
+
+
+def test_calls_and_returns_are_told_in_order():
+    told = []
+    with observing(
+        [double.__code__, quadruple.__code__],
+        on_call=lambda frame: told.append((frame.f_code.co_name, dict(frame.f_locals))),
+        on_return=lambda frame, value: told.append((frame.f_code.co_name, value)),
+    ):
+        assert quadruple(3) == 12
+    assert told == [
+        ("quadruple", {"x": 3}),
+        ("double", {"x": 3}),
+        ("double", 6),
+        ("double", {"x": 6}),
+        ("double", 12),
+        ("quadruple", 12),
+    ]
+
+
+def test_what_is_not_asked_for_is_not_told():
+    told = []
+    with observing([double.__code__], on_call=lambda frame: told.append(frame.f_code.co_name)):
+        quadruple(1)
+    double(1)
+    assert told == ["double", "double"]
+
+
+def test_a_function_is_asked_once_about_each_code():
+    asked, told = [], []
+
+    def wants(frame):
+        asked.append(frame.f_code.co_name)
+        return frame.f_code is double.__code__
+
+    with observing(wants, on_call=lambda frame: told.append(frame.f_locals["x"])):
+        quadruple(1)
+        quadruple(3)
+    assert told == [1, 2, 3, 6]
+    assert asked.count("double") == asked.count("quadruple") == 1
+
+
+def test_an_exception_is_told_and_goes_on():
+    told = []
+    with (
+        pytest.raises(KeyError),
+        observing([fail.__code__], on_return=lambda frame, value: told.append(value)),
+    ):
+        fail()
+    assert told == [None]
+
+
+def test_callbacks_do_not_watch_themselves():
+    told = []
+    with observing([double.__code__], on_return=lambda frame, value: told.append(double(value))):
+        double(1)
+    assert told == [4]
+
+
+def test_another_profiler_comes_back():
+    def other(frame, event, value):
+        pass
+
+    before = sys.getprofile()
+    sys.setprofile(other)
+    try:
+        with observing([double.__code__]):
+            assert sys.getprofile() is not other
+        assert sys.getprofile() is other
+    finally:
+        sys.setprofile(before)
+
+
+def test_cprofile_rests_and_comes_back():
+    told, cprofile, before = [], cProfile.Profile(), sys.getprofile()
+    cprofile.enable()
+    try:
+        on = sys.getprofile()
+        with observing([double.__code__], on_return=lambda frame, value: told.append(value)) as observation:
+            double(1)
+        assert sys.getprofile() is on
+        fail_quietly()
+    finally:
+        cprofile.disable()
+        sys.setprofile(before)
+    assert told == [2]
+    assert not observation.displaced
+    seen = {name for _, _, name in pstats.Stats(cprofile).stats}
+    assert "fail_quietly" in seen
+    assert "double" not in seen or sys.version_info >= (3, 12)  # where cProfile needs no rest
+
+
+def fail_quietly():
+    with pytest.raises(KeyError):
+        fail()
+
+
+def test_a_profiler_that_takes_over_is_told_of_and_stays():
+    def other(frame, event, value):
+        pass
+
+    before, told = sys.getprofile(), []
+    try:
+        with observing([double.__code__], on_return=lambda frame, value: told.append(value)) as observation:
+            double(1)
+            sys.setprofile(other)
+            double(2)
+        assert sys.getprofile() is other
+    finally:
+        sys.setprofile(before)
+    assert told == [2]
+    assert observation.displaced
+
+
+def test_a_cprofile_within_the_block_is_seen_or_told_of():
+    told, cprofile = [], cProfile.Profile()
+    with observing([double.__code__], on_return=lambda frame, value: told.append(value)) as observation:
+        cprofile.enable()
+        cprofile.disable()
+        double(1)
+    assert bool(told) is not observation.displaced
+    assert sys.getprofile() is None
+
+
+def test_one_within_another_is_told_of():
+    told = []
+    with observing([double.__code__], on_return=lambda frame, value: told.append(value)) as outer:
+        with observing([double.__code__]) as inner:
+            double(1)
+        double(2)
+    assert told == [4]
+    assert (outer.displaced, inner.displaced) == (True, False)
+
+
+def test_one_after_another_is_not_displaced():
+    for _ in range(2):
+        with observing([double.__code__]) as observation:
+            double(1)
+        assert not observation.displaced
+
+
+def test_a_profiler_that_cannot_be_put_back_is_left_alone():
+    torch = pytest.importorskip("torch")
+    told = []
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], with_stack=True):
+        on = sys.getprofile()
+        with observing([double.__code__], on_return=lambda frame, value: told.append(value)) as observation:
+            double(1)
+        assert sys.getprofile() is on
+    assert observation.displaced is (on is not None)
+    assert bool(told) is not observation.displaced
+    assert sys.getprofile() is None

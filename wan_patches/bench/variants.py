@@ -1,0 +1,524 @@
+"""One piece of work in every way there is: stock, patched, compiled. What `bench block`, `model` and `pipeline` share.
+
+All ways are called in turns, in one run, together with the floor (`wan_patches.bench.floor`) and a plain copy. Patches
+are code in place, so each way is entered before its sample and left after it, which is not timed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich import box
+from rich.console import Group
+from rich.table import Table
+
+import wan_patches
+from wan_patches.bench.floor import Copy, Floor, recording
+from wan_patches.bench.measure import (
+    DTYPES,
+    MeasurementError,
+    identical,
+    in_turns,
+    machine,
+    peak_extra_bytes,
+    using_threads,
+)
+from wan_patches.bench.ops import CALM, SLOWER
+from wan_patches.bench.shapes import Shape
+from wan_patches.patching.registry import ACTIVE
+
+STOCK, PATCHED, CLOSE = "stock", "patched", "patched, close"
+COMPILED_STOCK, COMPILED = "compiled stock", "compiled patched"
+WAYS = (STOCK, PATCHED, CLOSE, COMPILED_STOCK, COMPILED)
+
+#: What a way is to be no slower than.
+RIVALS = {PATCHED: STOCK, CLOSE: STOCK, COMPILED: COMPILED_STOCK}
+
+_CHOICES: Mapping[str, Mapping[str, Any]] = {
+    STOCK: {"patches": ()},
+    PATCHED: {},
+    CLOSE: {"fidelity": "close"},
+    COMPILED_STOCK: {"patches": ()},
+    COMPILED: {},
+}
+_COMPILED = (COMPILED_STOCK, COMPILED)
+_FLOOR, _COPY = "floor", "copy"
+
+#: Of torch.compile.
+BACKEND = "inductor"
+
+_MIB = 1 << 20
+
+Call = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured.
+
+    make: called once in each way; gives the call, on input of its own that has the same values in every way.
+    compiled: the modules that a compiled way compiles.
+    """
+
+    make: Callable[[], Call]
+    compiled: Sequence[torch.nn.Module]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way: milliseconds of a call, its peak of memory beyond what was held before, and what it gives.
+
+    exact: whether it has the bits of stock's eager code; None where it did not run, or where stock differs from itself.
+    difference: the largest between an element of both, where they are numbers.
+    reason: why it did not run, or what is wrong with the numbers.
+    """
+
+    way: str
+    ms: float | None = None
+    peak_mib: float | None = None
+    exact: bool | None = None
+    difference: float | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Rope:
+    """The rotary embedding of one layer's queries and keys.
+
+    gb: what it has to move: both tensors read and written, and the tables read, once.
+    """
+
+    gb: float
+    stock_ms: float
+    patched_ms: float
+    exact: bool
+    copy_gb_s: float
+
+    @property
+    def stock_share(self) -> float:
+        """Of the bandwidth of a copy."""
+        return self.gb / self.stock_ms * 1e3 / self.copy_gb_s
+
+    @property
+    def patched_share(self) -> float:
+        """Of the bandwidth of a copy."""
+        return self.gb / self.patched_ms * 1e3 / self.copy_gb_s
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run of a bench.
+
+    video: latent frames, height and width.
+    layers: blocks of the model that was built, `of_layers` those of the published one.
+    floor_ms: of the same matmuls and attention calls alone.
+    copy_gb_s: bytes read and written by a copy within the device.
+    patches: those that were in force in loaded modules.
+    deterministic: whether two calls of stock give the same bits; if not, no comparison means anything.
+    other_cores: how many cores other processes kept busy meanwhile; above `CALM`, times mean little.
+    attention: the backend that was chosen; None for diffusers' own choice.
+    regional: blocks were compiled, and not the whole model.
+    """
+
+    bench: str
+    shape: str
+    dtype: str
+    video: tuple[int, int, int]
+    tokens: int
+    layers: int
+    of_layers: int
+    rows: tuple[Row, ...]
+    floor_ms: float
+    matmuls: int
+    attentions: int
+    copy_gb_s: float
+    deterministic: bool
+    patches: tuple[str, ...]
+    other_cores: float | None = None
+    attention: str | None = None
+    regional: bool = False
+    steps: int | None = None
+    rope: Rope | None = None
+
+    def row(self, way: str) -> Row:
+        """The row of a way; an empty one if there is none."""
+        return next((row for row in self.rows if row.way == way), Row(way, reason="not measured"))
+
+    def of(self, way: str, other: str = STOCK) -> float | None:
+        """The time of a way in that of another."""
+        return _ratio(self.row(way).ms, self.row(other).ms)
+
+    def of_floor(self, way: str) -> float | None:
+        """The time of a way in that of the floor."""
+        return _ratio(self.row(way).ms, self.floor_ms)
+
+    def memory_of(self, way: str, other: str = STOCK) -> float | None:
+        """The peak of memory of a way in that of another."""
+        return _ratio(self.row(way).peak_mib, self.row(other).peak_mib)
+
+    def moved_gb(self, way: str) -> float | None:
+        """GB that a copy would have read and written in the time above the floor.
+
+        An upper estimate of what a way moves between the matmuls: starting kernels takes some of that time.
+        """
+        ms = self.row(way).ms
+        return None if ms is None else max(0.0, ms - self.floor_ms) / 1e3 * self.copy_gb_s
+
+    def different(self) -> list[str]:
+        """What is to have stock's bits and has not."""
+        found = [row.way for row in self.rows if row.way == PATCHED and row.exact is False]
+        return found + ["rotary embedding"] * (self.rope is not None and not self.rope.exact)
+
+    def slower(self) -> list[tuple[str, str, float]]:
+        """The ways that are slower than their rivals by more than noise: way, rival, and how much as fast."""
+        pairs = [(way, rival, self.of(rival, way)) for way, rival in RIVALS.items()]
+        return [(way, rival, ratio) for way, rival, ratio in pairs if ratio is not None and ratio < SLOWER]
+
+
+def compilable(model: Any, regional: bool) -> list[torch.nn.Module]:
+    """The model, or with `regional` its blocks, as diffusers' `compile_repeated_blocks` has it."""
+    return list(model.blocks) if regional else [model]
+
+
+def measure(
+    bench: str,
+    shape: Shape,
+    subject: Subject,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    compiled: bool,
+    regional: bool = False,
+    seconds: float = 10.0,
+    steps: int | None = None,
+) -> Result:
+    """Measures a subject in every way.
+
+    Args:
+        compiled: also through `torch.compile`; on a CPU that takes minutes.
+        regional, steps: for the result.
+        seconds: about how long the turns last, of which there are three at least.
+
+    Raises:
+        MeasurementError: stock's own code does not run.
+    """
+    with torch.no_grad(), said_once():
+        stock, *others = (_Trial(way, subject, device) for way in WAYS if compiled or way not in _COMPILED)
+        expected = stock.prepare()
+        for trial in others:
+            trial.prepare(expected, comparable=stock.row.exact is True)
+        del expected
+        if stock.call is None:
+            raise MeasurementError(f"Stock's own code does not run: {stock.row.reason}.")
+        with stock.around(), recording() as noted:
+            stock.call()
+        floor, copy = Floor(noted, device), Copy(device, _copy_size(device, shape))
+        calls: dict[str, Call] = {_FLOOR: floor, _COPY: copy}
+        for call in calls.values():
+            call()  # all must have run
+        trials = (stock, *others)
+        calls = {**{trial.way: trial.call for trial in trials if trial.call is not None}, **calls}
+        around = {trial.way: trial.around for trial in trials}
+        turns = in_turns(calls, device, around=around, seconds=seconds)
+    return Result(
+        bench=bench,
+        shape=shape.name,
+        dtype=next(name for name, known in DTYPES.items() if known == dtype),
+        video=shape.latents,
+        tokens=shape.tokens,
+        layers=shape.layers,
+        of_layers=shape.published.layers,
+        rows=tuple(trial.finished(turns.seconds) for trial in trials),
+        floor_ms=turns.seconds[_FLOOR] * 1e3,
+        matmuls=floor.matmuls,
+        attentions=floor.attentions,
+        copy_gb_s=copy.bytes / turns.seconds[_COPY] / 1e9,
+        deterministic=stock.row.exact is True,
+        patches=others[0].patches,
+        other_cores=turns.other_cores,
+        attention=shape.attention,
+        regional=regional,
+        steps=steps,
+    )
+
+
+@contextlib.contextmanager
+def said_once() -> Iterator[None]:
+    """What `enable` logs of code that it left alone, once, however often it is called in the block."""
+    said: set[str] = set()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        known = len(said)
+        said.add(record.getMessage())
+        return len(said) > known
+
+    logger = logging.getLogger("wan_patches")
+    logger.addFilter(is_new)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_new)
+
+
+class _Trial:
+    """One way in the making: what it calls, what that happens in, and what is known of it so far."""
+
+    def __init__(self, way: str, subject: Subject, device: torch.device) -> None:
+        self.way, self.row = way, Row(way)
+        self.call: Call | None = None
+        self._subject, self._device = subject, device
+        self._handle = _Handle(subject.compiled) if way in _COMPILED else None
+        self._graphs = 0
+        self.patches: tuple[str, ...] = ()
+
+    @contextlib.contextmanager
+    def around(self) -> Iterator[None]:
+        """The patches of this way, and the modules that it has compiled."""
+        compiled = contextlib.nullcontext() if self._handle is None else self._handle.in_use()
+        with wan_patches.enabled(**_CHOICES[self.way]), compiled:
+            yield
+
+    def prepare(self, expected: Any = None, *, comparable: bool = True) -> Any:
+        """Runs it twice and returns what it gave; where that fails, or means nothing, the row says why.
+
+        Without `expected` the second run is compared with the first.
+        """
+        try:
+            with wan_patches.enabled(**_CHOICES[self.way]) as status:
+                active = [report for report in status.reports if report.state == ACTIVE]
+                self.patches = tuple(sorted({report.name for report in active}))
+                if self.way == CLOSE and all(report.fidelity is wan_patches.Fidelity.EXACT for report in active):
+                    self.row = Row(self.way, reason="no patch that is active here moves rounding")
+                    return None
+                call = self._subject.make()
+            given: list[Any] = []
+            with self.around():
+                first = call()  # on accelerators a patched one returns what the first-sight gate got from stock
+                expected = first if expected is None else expected
+                del first
+                peak = peak_extra_bytes(lambda: given.append(call()), self._device)
+        except Exception as error:  # a compiler, or the memory of the device
+            error = getattr(error, "inner_exception", error)  # dynamo says first that a backend has failed
+            self.row = Row(self.way, reason=f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}")
+            _free(self._device)
+            return None
+        self.call = call
+        exact = identical(expected, given[0]) if comparable else None
+        mib = None if peak is None else peak / _MIB
+        self.row = Row(self.way, peak_mib=mib, exact=exact, difference=_difference(expected, given[0]))
+        self._graphs = 0 if self._handle is None else self._handle.graphs
+        return expected
+
+    def finished(self, seconds: Mapping[str, float]) -> Row:
+        """The row, with the time if there is one."""
+        if self.call is None:
+            return self.row
+        reason = ""
+        if self._handle is not None and not self._graphs:
+            reason = "nothing was compiled"
+        elif self._handle is not None and self._handle.graphs != self._graphs:
+            reason = "compiled anew while it was measured"
+        return replace(self.row, ms=seconds[self.way] * 1e3, reason=reason)
+
+
+class _Handle:
+    """Modules compiled apart from what they are otherwise, for the length of a block.
+
+    Dynamo keeps graphs by code object, and does not look at the code of what it inlined. Graphs of different backends
+    are never mistaken for one another, so every handle has one of its own.
+    """
+
+    def __init__(self, modules: Sequence[torch.nn.Module]) -> None:
+        self.graphs = 0
+        backend = self._backend
+        self._calls = [(module, torch.compile(module._call_impl, backend=backend)) for module in modules]
+
+    def _backend(self, graph: Any, inputs: Any) -> Any:
+        self.graphs += 1
+        return torch._dynamo.lookup_backend(BACKEND)(graph, inputs)
+
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        """As if `compile()` had been called on the modules."""
+        before = [(module, module._compiled_call_impl) for module, _ in self._calls]
+        for module, call in self._calls:
+            module._compiled_call_impl = call
+        try:
+            yield
+        finally:
+            for module, earlier in before:
+                module._compiled_call_impl = earlier
+
+
+def _copy_size(device: torch.device, shape: Shape) -> int:
+    """Bytes that caches do not hold."""
+    return (16 if shape.name.startswith("tiny") else 256 if device.type == "cpu" else 1024) * _MIB
+
+
+def _free(device: torch.device) -> None:
+    gc.collect()
+    empty = getattr(getattr(torch, device.type, None), "empty_cache", None)
+    if empty is not None:
+        empty()
+
+
+def _difference(a: Any, b: Any) -> float | None:
+    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
+        a, b = torch.from_numpy(a), torch.from_numpy(b)
+    if not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)) or a.shape != b.shape:
+        return None
+    return float((a.float() - b.float()).abs().max())
+
+
+def _ratio(number: float | None, other: float | None) -> float | None:
+    return None if number is None or not other else number / other
+
+
+# What is printed, drawn and written
+
+
+def table(result: Result) -> Group:
+    """The rows for people, and below them what they rest on."""
+    found = Table(box=box.SIMPLE, pad_edge=False)
+    found.add_column(result.bench)
+    for column in ("ms", "of stock", "x floor", "GB moved", "peak MiB", "of stock"):
+        found.add_column(column, justify="right")
+    found.add_column("exact")
+    for row in result.rows:
+        busy = "~" if _is_disturbed(result) and row.ms is not None else ""
+        cells = [_number(row.ms), busy + _number(result.of(row.way)), busy + _number(result.of_floor(row.way))]
+        cells += [_number(result.moved_gb(row.way)), _number(row.peak_mib), _number(result.memory_of(row.way))]
+        found.add_row(row.way, *cells, bits(result, row))
+    found.add_row("floor", _number(result.floor_ms), _number(_ratio(result.floor_ms, result.row(STOCK).ms)))
+    return Group(describe(result), found, *_notes(result))
+
+
+def describe(result: Result) -> str:
+    """What was measured, in a line."""
+    fewer = result.layers < result.of_layers and result.bench != "block"
+    layers = f"{result.layers} of {result.of_layers} layers" if fewer else ""
+    steps = "" if result.steps is None else f"{result.steps} {'step' if result.steps == 1 else 'steps'}"
+    parts = [f"{result.tokens:,} tokens", layers, steps, result.dtype, result.attention]
+    return f"{result.bench} {result.shape}: {', '.join(filter(None, parts))}"
+
+
+def device_name(facts: Mapping[str, Any]) -> str:
+    """What `machine` says of the device; of a CPU its make, and how much of it was used."""
+    if facts["device"] != "cpu":
+        return str(facts["device"])
+    return f"{facts['cpu']}, {facts['threads']} {'thread' if facts['threads'] == 1 else 'threads'}"
+
+
+def bits(result: Result, row: Row) -> str:
+    """Whether a row has stock's bits, for a table; where it need not have them, how far it is off."""
+    if row.exact is None:
+        return "-"
+    if row.exact:
+        return "yes"
+    if row.way in (STOCK, PATCHED):
+        return "NO"
+    return "no" if row.difference is None else f"within {row.difference:.2g}"
+
+
+def _notes(result: Result) -> list[str]:
+    notes = [
+        "Medians of calls in turns. MiB: peak of a call beyond what was held before, its result included.",
+        f"Floor: the same {result.matmuls:,} matrix products and {result.attentions:,} attention calls alone. "
+        f"GB moved: what a copy, at {result.copy_gb_s:,.4g} GB/s, would read and write in the time above it.",
+    ]
+    if (rope := result.rope) is not None:
+        notes.append(
+            f"Rotary embedding of queries and keys, {rope.gb:.3g} GB: stock {_number(rope.stock_ms)} ms, "
+            f"{rope.stock_share:.0%} of a copy's bandwidth; patched {_number(rope.patched_ms)} ms, "
+            f"{rope.patched_share:.0%}; bits {'the same' if rope.exact else 'NOT the same'}."
+        )
+    if not result.deterministic:
+        notes.append("Two calls of stock differ here: no comparison of bits means anything.")
+    if _is_disturbed(result):
+        notes.append(f"~ other processes kept {result.other_cores:.1f} cores busy. Run again.")
+    if result.regional and any(result.row(way).ms is not None for way in _COMPILED):
+        notes.append("Compiled: the blocks, not the whole model.")
+    notes += [f"{row.way}: {row.reason}" for row in result.rows if row.reason]
+    notes += [f"Slower than {rival}: {way}, {ratio:.2f}x" for way, rival, ratio in result.slower()]
+    return notes
+
+
+def _is_disturbed(result: Result) -> bool:
+    return result.other_cores is not None and result.other_cores > CALM
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 10 else f"{value:.3f}"
+
+
+def chart(result: Result, device: torch.device) -> Any:
+    """A figure of matplotlib: the time of every way, the floor under it, and its memory.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        from wan_patches.diagnostics.profiling.views import NO_MATPLOTLIB
+
+        raise ImportError(NO_MATPLOTLIB) from None
+    rows = [row for row in reversed(result.rows) if row.ms is not None]
+    names = [row.way for row in rows]
+    figure = Figure(figsize=(10, 0.5 * len(rows) + 1.5), layout="constrained", dpi=120)
+    figure.suptitle(f"{describe(result)}, {device_name(machine(device))}", fontsize="medium")
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(2, 1))
+    times = left.barh(names, [row.ms for row in rows], color="tab:blue")
+    shares = [result.of(row.way) for row in rows]
+    left.bar_label(times, [f"{_number(row.ms)} ({share:.2f})" for row, share in zip(rows, shares)], padding=4)
+    left.axvline(result.floor_ms, color="black", linestyle="--", label=f"floor, {_number(result.floor_ms)}")
+    left.set_xlabel("ms (of stock)")
+    left.margins(x=0.25)
+    left.legend(loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
+    right.bar_label(right.barh(names, [row.peak_mib or 0.0 for row in rows], color="tab:gray"), fmt="%.0f", padding=4)
+    right.set_xlabel("peak MiB of a call")
+    right.margins(x=0.25)
+    return figure
+
+
+def write_json(path: Path, result: Result, device: torch.device, threads: int | None = None) -> None:
+    """Writes the result and the facts about the machine; `threads` as they were for the measurement."""
+    with using_threads(threads):
+        facts = machine(device)
+    path.write_text(json.dumps({"machine": facts, **to_json(result)}, indent=2) + "\n")
+
+
+def to_json(result: Result) -> dict[str, Any]:
+    """The result with what follows from it; `from_json` takes it back."""
+    content = asdict(result)
+    for row in content["rows"]:
+        way = row["way"]
+        row |= {"of_stock": result.of(way), "of_floor": result.of_floor(way), "moved_gb": result.moved_gb(way)}
+    if result.rope is not None:
+        content["rope"] |= {"stock_share": result.rope.stock_share, "patched_share": result.rope.patched_share}
+    return content
+
+
+def from_json(content: Mapping[str, Any]) -> Result:
+    """The result that was written."""
+    known = _known(Result, content)
+    known |= {"video": tuple(content["video"]), "patches": tuple(content["patches"])}
+    known |= {"rows": tuple(Row(**_known(Row, row)) for row in content["rows"])}
+    known |= {"rope": content["rope"] and Rope(**_known(Rope, content["rope"]))}
+    return Result(**known)
+
+
+def _known(cls: Any, content: Mapping[str, Any]) -> dict[str, Any]:
+    """What `cls` is made of."""
+    return {field.name: content[field.name] for field in fields(cls)}

@@ -1,0 +1,443 @@
+"""What works on this machine, what does not, and what to do about it: `wan-patches doctor`.
+
+Nothing here imports torch: where that fails, the reason is what one wants to know. Other processes try (`probes`).
+Functions whose names begin with `_find` turn facts into findings and look at nothing themselves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.version import InvalidVersion, Version
+
+import wan_patches
+from wan_patches.diagnostics.doctor.probes import Answer, ask, patch_facts, torch_facts
+
+OK, WARNING, PROBLEM = "ok", "warning", "problem"
+
+#: The form of `Examination.json()`; a new number where a reader would have to change.
+SCHEMA = 1
+
+AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
+
+_SMALL = 2**30  # bytes of /dev/shm; containers get 64 MiB unless told otherwise
+_NEWEST_PYTHON = (3, 13)
+
+
+@dataclass(frozen=True)
+class Tested:
+    """The versions of a package, first and last included, that the tests have run with."""
+
+    package: str
+    oldest: str
+    newest: str
+    needed: bool = True
+    decisive: bool = False  # what is patched, and whether the bits are equal, can depend on it
+
+
+TESTED = (
+    Tested("torch", "2.5.1", "2.14.1", decisive=True),
+    Tested("diffusers", "0.35.2", "0.42.1", decisive=True),
+    Tested("transformers", "4.57", "5.23.0", needed=False),
+    Tested("accelerate", "1.15.0", "1.15.0", needed=False),
+    Tested("numpy", "2.4.6", "2.4.6"),
+    Tested("pillow", "13.0.0", "13.0.0"),
+    Tested("wrapt", "2.5.2", "2.5.2"),
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at: `state` is "ok", "warning" or "problem"; the latter two come with a remedy."""
+
+    area: str
+    state: str
+    text: str
+    remedy: str = ""
+
+
+@dataclass(frozen=True)
+class Examination:
+    """All findings; prints as a table."""
+
+    findings: tuple[Finding, ...]
+
+    @property
+    def problems(self) -> tuple[Finding, ...]:
+        """What keeps pipelines from running, or patches from being applied at all."""
+        return tuple(finding for finding in self.findings if finding.state == PROBLEM)
+
+    @property
+    def warnings(self) -> tuple[Finding, ...]:
+        """What works less well than it could."""
+        return tuple(finding for finding in self.findings if finding.state == WARNING)
+
+    @property
+    def state(self) -> str:
+        """The worst state of all findings."""
+        return PROBLEM if self.problems else WARNING if self.warnings else OK
+
+    def of(self, area: str) -> tuple[Finding, ...]:
+        """The findings of an area."""
+        return tuple(finding for finding in self.findings if finding.area == area)
+
+    def json(self) -> str:
+        """A JSON object: `schema`, `wan_patches` (its version), `state` and `findings`, each as `Finding` has it."""
+        content = {"schema": SCHEMA, "wan_patches": wan_patches.__version__, "state": self.state}
+        return json.dumps(content | {"findings": [asdict(finding) for finding in self.findings]}, indent=2)
+
+    def __str__(self) -> str:
+        from wan_patches.tables import text
+
+        return text(*self._renderables())
+
+    def _repr_html_(self) -> str:
+        from wan_patches.tables import html
+
+        return html(*self._renderables())
+
+    def _renderables(self) -> list[object]:
+        from rich import box
+        from rich.table import Table
+        from rich.text import Text
+
+        colour = {OK: "green", WARNING: "yellow", PROBLEM: "bold red"}
+        table = Table("", "looked at", "found", box=box.SIMPLE, pad_edge=False)
+        for finding in self.findings:
+            found = f"{finding.text}\n-> {finding.remedy}" if finding.remedy else finding.text
+            table.add_row(Text(finding.state, colour[finding.state]), finding.area, found)
+        n, m = len(self.problems), len(self.warnings)
+        return [table, f"{n} problem{'s' * (n != 1)}, {m} warning{'s' * (m != 1)}"]
+
+
+def examine(*, timeout: float = 300.0) -> Examination:
+    """Looks at this machine and this Python environment. Changes nothing, and needs no torch that can be imported.
+
+    Torch is imported, and the patches are tried, in other processes, which takes some seconds.
+
+    Args:
+        timeout: seconds that each of those processes may take.
+    """
+    installed = {tested.package: _version_of(tested.package) for tested in TESTED}
+    findings = [*_find_python(sys.version_info[:3], platform.system()), *_find_package(_number_of_patches())]
+    findings += [finding for tested in TESTED for finding in _find_version(tested, installed[tested.package])]
+    findings += _torch_and_patches(installed, timeout)
+    findings += _find_shared_memory(*_shared_memory())
+    return Examination(tuple(findings))
+
+
+def _torch_and_patches(installed: Mapping[str, str | None], timeout: float) -> Iterator[Finding]:
+    if installed["torch"] is None:
+        return
+    backends, cann = _backends(), _cann_scripts()
+    answer = ask(torch_facts, {}, timeout)
+    environment: dict[str, str] = {}
+    without = None
+    if answer.errors and backends and os.environ.get(AUTOLOAD) != "0":
+        environment = {AUTOLOAD: "0"}
+        without = ask(torch_facts, environment, timeout)
+    facts = (answer if without is None else without).facts
+    patches = None if facts is None or installed["diffusers"] is None else ask(patch_facts, environment, timeout)
+    enough = patches is None or (patches.facts is not None and not patches.facts["errors"])
+    yield from _find_torch(answer, without, enough, backends, cann)
+    if facts is None:
+        return
+    npu = (_version_of("torch-npu") or "of unknown version") if importlib.util.find_spec("torch_npu") else None
+    yield from _find_devices(facts, glob.glob("/dev/nvidia[0-9]*"), glob.glob("/dev/davinci[0-9]*"))
+    yield _find_triton(facts, next(filter(None, map(_version_of, ("triton", "triton-ascend", "pytorch-triton"))), None))
+    yield from _find_npu(facts, npu, cann, glob.glob("/dev/davinci[0-9]*"))
+    if patches is not None:
+        yield from _find_patches(patches, cann)
+
+
+# What this process finds out
+
+
+def _version_of(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _required(package: str) -> SpecifierSet:
+    """The versions of `package` that this package says it needs."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        for requirement in map(Requirement, importlib.metadata.requires("wan-patches") or ()):
+            if requirement.name == package:
+                return requirement.specifier
+    return SpecifierSet()
+
+
+def _number_of_patches() -> int:
+    return len(list(importlib.metadata.entry_points(group="wan_patches.patches")))
+
+
+def _backends() -> list[str]:
+    """What `import torch` loads by itself, through an entry point."""
+    return sorted({point.name for point in importlib.metadata.entry_points(group="torch.backends")})
+
+
+def _cann_scripts() -> list[str]:
+    """The scripts that set up an installed CANN."""
+    roots = ["/usr/local/Ascend", os.path.expanduser("~/Ascend")]
+    paths = [os.path.join(root, name, "set_env.sh") for root in roots for name in ("ascend-toolkit", "cann", "nnae")]
+    return [path for path in paths if os.path.exists(path)]
+
+
+def _shared_memory() -> tuple[int | None, int, bool]:
+    """Bytes of /dev/shm (None: there is none), bytes free, and whether files in memory can be made."""
+    memfd = False
+    if hasattr(os, "memfd_create"):
+        with contextlib.suppress(OSError):
+            os.close(os.memfd_create("wan-patches-doctor", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
+            memfd = True
+    try:
+        usage = shutil.disk_usage("/dev/shm")
+    except OSError:
+        return None, 0, memfd
+    return usage.total, usage.free, memfd
+
+
+# From facts to findings
+
+
+def _find_python(version: Sequence[int], system: str) -> Iterator[Finding]:
+    name = ".".join(map(str, version))
+    if tuple(version[:2]) > _NEWEST_PYTHON:
+        newest = ".".join(map(str, _NEWEST_PYTHON))
+        yield Finding(
+            "python",
+            WARNING,
+            f"{name} is newer than what this package was tested with (3.10 to {newest})",
+            "Functions that are not recognised stay stock: see the patches below.",
+        )
+    else:
+        yield Finding("python", OK, f"{name} ({sys.executable})")
+    text = f"{platform.platform()}, {platform.machine()}"
+    if system == "Linux":
+        yield Finding("platform", OK, text)
+    else:
+        less = "ParallelExecutor runs `inline` only" if system == "Windows" else "results of workers go through sockets"
+        yield Finding("platform", WARNING, f"{text}: not tested; {less}", "Use Linux for several devices.")
+
+
+def _find_package(patches: int) -> Iterator[Finding]:
+    folder = os.path.dirname(os.path.abspath(wan_patches.__file__))
+    text = f"{wan_patches.__version__} in {folder}"
+    if patches:
+        yield Finding("wan-patches", OK, text)
+    else:
+        yield Finding(
+            "wan-patches",
+            PROBLEM,
+            f"{text} is not installed: its patches are found through its metadata",
+            "pip install wan-patches (a copied folder is not enough).",
+        )
+
+
+def _find_version(tested: Tested, installed: str | None) -> Iterator[Finding]:
+    package, required = tested.package, _required(tested.package)
+    install = f'pip install "{package}{required}"'
+    if installed is None:
+        if tested.needed:
+            what = ": there is nothing to patch" if package == "diffusers" else ""
+            yield Finding(package, PROBLEM, f"not installed{what}", f"{install}.")
+        else:
+            yield Finding(package, WARNING, "not installed, but most pipelines need it", f"{install}.")
+        return
+    span = tested.oldest if tested.oldest == tested.newest else f"{tested.oldest} to {tested.newest}"
+    try:
+        version = Version(Version(installed).public)  # without "+cpu"
+    except InvalidVersion:
+        yield Finding(package, WARNING, f"{installed!r} is no version that can be compared", f"{install}.")
+        return
+    if not required.contains(version, prereleases=True):
+        yield Finding(package, PROBLEM, f"{installed} is too old", f"{install}.")
+    elif Version(tested.oldest) <= version <= Version(tested.newest):
+        yield Finding(package, OK, f"{installed} (tested with {span})")
+    elif not tested.decisive:
+        yield Finding(package, OK, f"{installed} (mostly tested with {span})")
+    else:
+        age = "older" if version < Version(tested.oldest) else "newer"
+        if package == "diffusers":
+            remedy = f"What is recognised is patched, the rest stays stock: see below. Or take one of {span}."
+        else:
+            remedy = "Compare the bits on this machine: wan-patches demo."
+        yield Finding(package, WARNING, f"{installed} is {age} than what this package was tested with ({span})", remedy)
+
+
+def _find_torch(
+    answer: Answer, without: Answer | None, enough: bool, backends: Sequence[str], cann: Sequence[str]
+) -> Iterator[Finding]:
+    """`without`: what a process found in which torch loads no backends; `enough`: diffusers can be imported there."""
+    loads = f"; loads {', '.join(backends)} by itself" if backends else ""
+    if answer.facts is not None:
+        off = f", which {AUTOLOAD}=0 prevents" if backends and os.environ.get(AUTOLOAD) == "0" else ""
+        yield Finding("import torch", OK, f"works{loads}{off}")
+        return
+    text = f"fails: {_reasons(answer.errors)}"
+    if without is None or without.facts is None:
+        yield Finding("import torch", PROBLEM, text, _remedy(answer.errors, cann))
+        return
+    remedy = _remedy(answer.errors, cann, f"Update or uninstall {', '.join(backends)}.")
+    if enough:
+        remedy += f" Or start with {AUTOLOAD}=0."
+    else:
+        remedy += f" {AUTOLOAD}=0 is not enough: diffusers imports what is installed by itself."
+    yield Finding(
+        "import torch",
+        PROBLEM,
+        f"{text}. Torch itself is sound: with {AUTOLOAD}=0, so without {', '.join(backends)}, it can be imported",
+        remedy,
+    )
+
+
+def _reasons(errors: Sequence[str]) -> str:
+    return ", caused by ".join(error.rstrip(".") for error in errors)
+
+
+def _remedy(
+    errors: Sequence[str], cann: Sequence[str], otherwise: str = "Install torch anew: pip install -U torch."
+) -> str:
+    """What to do about an import that failed with `errors`."""
+    text = " ".join(errors)
+    if any(word in text for word in ("torch_npu", "libhccl", "libascend", "CANN", "libacl")):
+        start = (
+            f"Run `source {cann[0]}` in the shell first: torch_npu needs CANN's libraries."
+            if cann
+            else "torch_npu needs Ascend CANN, which is not installed in the usual places: install it and run "
+            "`source /usr/local/Ascend/ascend-toolkit/set_env.sh` (or its own set_env.sh) in the shell first."
+        )
+        return f"{start} On a machine without an NPU: pip uninstall torch_npu."
+    if errors and errors[-1].startswith("ModuleNotFoundError: No module named "):
+        return f"pip install {errors[-1].split(chr(39))[1].partition('.')[0]}."
+    return otherwise
+
+
+def _find_devices(facts: Mapping[str, Any], nvidia: Sequence[str], ascend: Sequence[str]) -> Iterator[Finding]:
+    yield Finding("devices", OK, f"cpu: torch uses {facts['threads']} threads on {facts['cores']} cores")
+    for kind, names in facts["devices"].items():
+        count = Counter(names)
+        yield Finding("devices", OK, f"{kind}: " + ", ".join(f"{n} x {name}" for name, n in count.items()))
+    if nvidia and "cuda" not in facts["devices"]:
+        if facts["built_for"]:
+            text, remedy = "torch cannot use it", "See what nvidia-smi says; update the driver, or take an older torch."
+        else:
+            text = f"torch {facts['version']} was built without CUDA"
+            remedy = "Install a torch for CUDA: see https://pytorch.org/get-started/locally."
+        yield Finding("devices", WARNING, f"there is an NVIDIA GPU, but {text}", remedy)
+    if ascend and "npu" not in facts["devices"]:
+        yield Finding(
+            "devices", WARNING, "there is an Ascend NPU, but torch does not have it", "See the lines about the NPU."
+        )
+
+
+def _find_triton(facts: Mapping[str, Any], triton: str | None) -> Finding:
+    if triton is not None:
+        return Finding("triton", OK, triton)
+    if "cuda" in facts["devices"]:
+        return Finding(
+            "triton", WARNING, "not installed: torch.compile and fused kernels need it on a GPU", "pip install triton."
+        )
+    return Finding("triton", OK, "not installed; nothing needs it on these devices")
+
+
+def _find_npu(
+    facts: Mapping[str, Any], torch_npu: str | None, cann: Sequence[str], ascend: Sequence[str]
+) -> Iterator[Finding]:
+    home = os.environ.get("ASCEND_HOME_PATH") or os.environ.get("ASCEND_TOOLKIT_HOME")
+    toolkit = f"CANN in {home}" if home else f"CANN not set up ({cann[0]})" if cann else "no CANN"
+    text = f"{len(ascend)} devices, torch_npu {torch_npu or 'not installed'}, {toolkit}"
+    if torch_npu is None:
+        if ascend:
+            yield Finding("npu", WARNING, text, f"pip install torch-npu of the version of torch, {facts['version']}.")
+        else:
+            yield Finding("npu", OK, "no torch_npu; nothing needs it on these devices")
+        return
+    ours, theirs = ([*version.split("."), "", ""][:2] for version in (facts["version"], torch_npu))
+    if torch_npu[:1].isdigit() and ours != theirs:
+        remedy = f'pip install "torch-npu=={".".join(ours)}.*".'
+        yield Finding("npu", WARNING, f"torch_npu {torch_npu} is made for another torch than this", remedy)
+    elif ascend and not home:
+        yield Finding("npu", WARNING, text, _remedy(["CANN"], cann))
+    else:
+        yield Finding("npu", OK, text)
+
+
+def _find_shared_memory(total: int | None, free: int, memfd: bool) -> Iterator[Finding]:
+    if memfd:
+        yield Finding("shared memory", OK, "memfd_create works: results of workers do not need /dev/shm")
+    else:
+        yield Finding(
+            "shared memory",
+            WARNING,
+            "memfd_create is not available: results of workers go through sockets, which is slower",
+            "Use Linux, or a container whose seccomp profile allows memfd_create.",
+        )
+    if total is None:
+        yield Finding("shared memory", OK, "no /dev/shm on this system")
+        return
+    text = f"/dev/shm: {_size(total)}, of which {_size(free)} free"
+    if total < _SMALL:
+        remedy = "docker run --shm-size=8g (or --ipc=host); Kubernetes: an emptyDir with medium: Memory."
+        yield Finding("shared memory", WARNING, f"{text}: little for data loaders and for NCCL", remedy)
+    elif free < total / 10:
+        remedy = "Delete what dead processes have left there: ls -l /dev/shm."
+        yield Finding("shared memory", WARNING, f"{text}: nearly full", remedy)
+    else:
+        yield Finding("shared memory", OK, text)
+
+
+def _find_patches(answer: Answer, cann: Sequence[str]) -> Iterator[Finding]:
+    if answer.facts is None:
+        remedy = _remedy(answer.errors, cann, "Report this, with the output of wan-patches doctor --json.")
+        yield Finding("patches", PROBLEM, f"cannot be enabled: {_reasons(answer.errors)}", remedy)
+        return
+    reports, functions = answer.facts["reports"], answer.facts["functions"]
+    for name in dict.fromkeys(report["name"] for report in reports):
+        states = Counter(report["state"] for report in reports if report["name"] == name)
+        if states["active"]:
+            n, m = functions.get(name, 0), states["active"]
+            text = f"{name}: active in {n} function{'s' * (n != 1)} of {m} module{'s' * (m != 1)}"
+            yield Finding("patches", OK, text)
+        elif all(report["fidelity"] == "close" for report in reports if report["name"] == name):
+            if set(states) == {"off"}:
+                yield Finding("patches", OK, f"{name}: off: only enable(fidelity='close') takes it")
+        elif set(states) <= {"off", "waiting for import"} and not answer.facts["errors"]:
+            yield Finding("patches", OK, f"{name}: not in this version of diffusers")
+    for report in reports:
+        if report["state"] == "skipped":
+            plugin = ":" in report["module"]  # an entry point that could not be loaded
+            yield Finding(
+                "patches",
+                WARNING,
+                f"{report['name']}: skipped in {report['module']}: {report['reason']}",
+                "Update or uninstall the package that brings this plugin."
+                if plugin
+                else "Stock code runs there: right, but not faster. Update wan-patches, or take a tested diffusers.",
+            )
+    if errors := answer.facts["errors"]:  # the first one is often what breaks the others
+        module, reasons = next(iter(errors.items()))
+        more = f" (nor can {len(errors) - 1} more)" if len(errors) > 1 else ""
+        text = f"{module} cannot be imported: {_reasons(reasons)}{more}"
+        remedy = _remedy(reasons, cann, "Install diffusers anew: pip install -U diffusers.")
+        yield Finding("patches", PROBLEM, text, remedy)
+
+
+def _size(n: float) -> str:
+    return f"{n / 2**30:.1f} GiB" if n >= 2**30 else f"{n / 2**20:.0f} MiB"

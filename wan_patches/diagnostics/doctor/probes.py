@@ -1,0 +1,138 @@
+"""Asks other processes what works there: an import that fails or crashes is an answer, not the end of the asker."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import wan_patches
+
+_MARK = "wan-patches probe: "
+_ASK = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "from wan_patches.diagnostics.doctor import probes; probes._answer()"
+)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a probe has found out; or None and the errors that ended it, each caused by the one after it."""
+
+    facts: Mapping[str, Any] | None
+    errors: tuple[str, ...] = ()
+
+
+def ask(probe: Callable[[], Mapping[str, Any]], environment: Mapping[str, str], timeout: float) -> Answer:
+    """Calls a function of this module in a process of its own.
+
+    Args:
+        probe: gives what JSON can hold.
+        environment: variables that are set there in addition to those of this process.
+        timeout: seconds.
+    """
+    command = [sys.executable, "-c", _ASK, json.dumps([str(path) for path in sys.path]), probe.__name__]
+    try:
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=timeout,
+            env=os.environ | environment,
+        )
+    except subprocess.TimeoutExpired:
+        return Answer(None, (f"no answer within {timeout:g} seconds",))
+    except OSError as error:
+        return Answer(None, (f"Python cannot be started: {error}",))
+    for line in reversed(done.stdout.splitlines()):
+        if line.startswith(_MARK):
+            answer = json.loads(line.removeprefix(_MARK))
+            return Answer(answer["facts"], tuple(answer["errors"]))
+    if done.returncode < 0:
+        with contextlib.suppress(ValueError):
+            return Answer(None, (f"the process was ended by {signal.Signals(-done.returncode).name}",))
+    last = done.stderr.strip().splitlines()[-1:]
+    return Answer(None, tuple(last or [f"the process ended with status {done.returncode}"]))
+
+
+def _answer() -> None:
+    """What such a process does."""
+    try:
+        answer: dict[str, Any] = {"facts": globals()[sys.argv[2]](), "errors": []}
+    except Exception as error:
+        answer = {"facts": None, "errors": chain(error)}
+    print(f"\n{_MARK}{json.dumps(answer)}", flush=True)
+
+
+def chain(error: BaseException | None) -> list[str]:
+    """An error and what caused it, each in a line."""
+    lines: list[str] = []
+    while error is not None and len(lines) < 8:
+        message = " ".join(str(error).split())
+        lines.append(f"{type(error).__name__}: {message}" if message else type(error).__name__)
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return lines
+
+
+# Probes
+
+
+def torch_facts() -> dict[str, Any]:
+    """Torch's version, threads and devices: by kind, the names of those that it can use."""
+    import torch
+
+    devices = {kind: _device_names(torch, kind) for kind in ("cuda", "npu", "xpu", "mps")}
+    return {
+        "version": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "built_for": "ROCm" if torch.version.hip else "CUDA" if torch.version.cuda else "",
+        "devices": {kind: names for kind, names in devices.items() if names},
+    }
+
+
+def _device_names(torch: Any, kind: str) -> list[str]:
+    backend = torch.backends.mps if kind == "mps" else getattr(torch, kind, None)
+    try:
+        if backend is None or not backend.is_available():
+            return []
+        count = 1 if kind == "mps" else backend.device_count()
+        return [backend.get_device_name(n) if hasattr(backend, "get_device_name") else kind for n in range(count)]
+    except Exception as error:
+        return [chain(error)[0]]
+
+
+def patch_facts() -> dict[str, Any]:
+    """What becomes of every patch when its module is imported, and the errors of modules that cannot be."""
+    errors: dict[str, list[str]] = {}
+    for report in wan_patches.enable().reports:
+        if report.state == "skipped" or report.module in errors:  # a plugin that could not be loaded has no module
+            continue
+        try:
+            importlib.import_module(report.module)
+        except Exception as error:
+            missing = error.name if isinstance(error, ModuleNotFoundError) else None
+            if missing is None or not f"{report.module}.".startswith(f"{missing}."):  # else: not in this version
+                errors[report.module] = chain(error)
+    reports = [
+        {
+            "name": report.name,
+            "module": report.module,
+            "state": report.state,
+            "reason": report.reason,
+            "fidelity": report.fidelity.value,
+        }
+        for report in wan_patches.status().reports
+    ]
+    functions = Counter(place.patch.name for place in wan_patches._registry.places())
+    return {"reports": reports, "errors": errors, "functions": functions}

@@ -1,0 +1,287 @@
+"""Where the time of pipelines goes: by stage, by patched operation, and which calls took stock's way and why.
+
+    with wan_patches.profile() as profile:
+        pipe(prompt="A red fox")
+    print(profile)
+
+Everything is watched from outside, for the length of the block: functions and their code stay as they are, and without
+a block nothing is paid.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+import wan_patches
+from wan_patches.diagnostics.call_tracing import Observation, observing
+from wan_patches.diagnostics.preflight import check_file
+from wan_patches.diagnostics.profiling.transfers import Crossing, count_crossings, has_accelerator, recorder
+from wan_patches.diagnostics.profiling.watch import Observer, OpProfile, PipelineProfile
+from wan_patches.patching import tally
+from wan_patches.patching.registry import ACTIVE
+from wan_patches.pipelines.stages import CALL, STAGES
+
+Value = TypeVar("Value")
+
+__all__ = ["Crossing", "OpProfile", "PipelineProfile", "Profile", "profile", "run"]
+
+# What is found
+
+
+class Profile:
+    """What `profile()` found; complete when its block has ended. Prints as tables, in notebooks too.
+
+    seconds: of the block, without what the preparation of its calls took.
+    pipelines: a row for each class of pipeline and device.
+    ops: a row for each operation of a patch that was called.
+    crossings: between host and device; None where torch's profiler was not on (`recorded`).
+    active: the names of the patches that were in force.
+    notes: what else there is to know.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.pipelines: list[PipelineProfile] = []
+        self.ops: list[OpProfile] = []
+        self.crossings: list[Crossing] | None = None
+        self.active: tuple[str, ...] = ()
+        self.notes: list[str] = []
+        self._recorder: Any = None
+        self._saved: Path | None = None
+
+    @property
+    def recorded(self) -> bool:
+        """Whether torch's profiler was on."""
+        return self._recorder is not None
+
+    def __str__(self) -> str:
+        from wan_patches.diagnostics.profiling.views import tables
+        from wan_patches.tables import text
+
+        return text(*tables(self))
+
+    def __rich__(self) -> Any:
+        from rich.console import Group
+
+        from wan_patches.diagnostics.profiling.views import tables
+
+        return Group(*tables(self))
+
+    def _repr_html_(self) -> str:
+        from wan_patches.diagnostics.profiling.views import tables
+        from wan_patches.tables import html
+
+        return html(*tables(self))
+
+    def to_json(self) -> str:
+        """All of it, and the machine's facts. Times are seconds, memory is bytes."""
+        import torch
+
+        from wan_patches.bench.measure import machine
+
+        device = torch.device(self.pipelines[0].device if self.pipelines else "cpu")
+        content = {
+            "seconds": self.seconds,
+            "active": self.active,
+            "pipelines": [asdict(row) for row in self.pipelines],
+            "ops": [{**asdict(row), "fast": row.fast} for row in self.ops],
+            "crossings": None if self.crossings is None else [asdict(row) for row in self.crossings],
+            "notes": self.notes,
+            "machine": machine(device),
+        }
+        return json.dumps(content, indent=2)
+
+    def save_json(self, path: str | Path) -> None:
+        """Writes `to_json()` to a file."""
+        Path(path).write_text(self.to_json() + "\n", encoding="utf-8")
+
+    def save_chart(self, path: str | Path) -> None:
+        """Draws the stages of each pipeline and the time of each operation, as PNG or what else the name ends with.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+            ValueError: matplotlib knows no such file type, or there is nothing to draw.
+        """
+        from wan_patches.diagnostics.profiling.views import chart
+
+        chart(self).savefig(path)
+
+    def save_trace(self, path: str | Path) -> None:
+        """Writes the trace of torch's profiler, in which calls of patched operations have their names.
+
+        `chrome://tracing` and https://ui.perfetto.dev show it.
+
+        Raises:
+            RuntimeError: torch's profiler was not on.
+        """
+        if self._recorder is None:
+            raise RuntimeError("nothing was recorded to make a trace of: use wan_patches.profile(trace=True)")
+        if self._saved is None:
+            self._recorder.export_chrome_trace(str(path))
+            self._saved = Path(path)
+        elif Path(path).resolve() != self._saved.resolve():  # torch gives its trace away once
+            shutil.copyfile(self._saved, path)
+
+
+# What users call
+
+
+@contextlib.contextmanager
+def profile(pipe: Any = None, *, trace: bool | None = None) -> Iterator[Profile]:
+    """Finds out where the time of pipelines goes that are called in the block, in this thread.
+
+        with wan_patches.profile() as profile:
+            pipe(prompt="A red fox")
+        print(profile)
+        profile.save_chart("profile.png")
+
+    Enables nothing: with `enable()` before, it tells which calls of patched operations took the fast way; without, only
+    the stages of stock. Watching costs time in Python code, and on accelerators it waits for the device at
+    the ends of stages and operations, which therefore do not overlap as they otherwise would; counters of peak
+    memory are reset. Afterwards nothing is left of it. Code that `torch.compile` has taken over is not seen. Nor is
+    what runs under another profiler that is set within the block (cProfile, another `profile`): a note tells of it.
+
+    Args:
+        pipe: the pipeline whose calls are watched, or any other object with a `__call__` in Python; None is every
+            pipeline of diffusers that is called.
+        trace: whether torch's profiler is on, which a trace (`save_trace`) and the counts of copies and waits
+            are made from. It keeps every operator of the block in memory: a few steps are enough. None is on where
+            there is an accelerator. Not for blocks that use torch's profiler themselves.
+
+    Yields:
+        A `Profile`, which is complete after the block.
+
+    Raises:
+        TypeError: `pipe` cannot be called, or `trace` is neither True, False nor None.
+    """
+    if pipe is not None and not callable(pipe):
+        raise TypeError(f"pipe is a {type(pipe).__name__}, not a pipeline; a script: wan-patches profile script.py")
+    if trace is not None and not isinstance(trace, bool):
+        raise TypeError("trace is True, False or None; afterwards profile.save_trace(path) writes the file")
+    found = Profile()
+    before = _active()
+    torchs = recorder(found.notes, trace)
+    observer = Observer(pipe, marks=torchs is not None)
+    found.pipelines, found.ops = observer.pipelines, observer.ops
+    observation = Observation()
+    try:
+        with torchs or contextlib.nullcontext():
+            start = time.perf_counter()
+            try:
+                watched = observing(observer.wants, on_call=observer.enter, on_return=observer.leave)
+                with tally.listening(observer.count), watched as observation:
+                    yield found
+            finally:
+                found.seconds = time.perf_counter() - start - observer.preparing
+                observer.close()
+    finally:
+        ran = {row.patch for row in found.ops}
+        found.active = tuple(sorted(before | _active() | ran))
+        for row in found.pipelines:
+            row.seconds, row.peak_bytes = _in_order(row.seconds), _in_order(row.peak_bytes)
+        if torchs is not None:
+            found._recorder = torchs
+            found.crossings = count_crossings(torchs, found.notes)
+        _remark(found, pipe, observation.displaced)
+
+
+def run(
+    target: str,
+    arguments: Sequence[str] = (),
+    *,
+    module: bool = False,
+    json: Path | None = None,
+    chart: Path | None = None,
+    trace: Path | None = None,
+    copies: bool = True,
+) -> None:
+    """`script_runner.run` with a profile of all that it does, which is printed to stderr when it ends.
+
+    Of several ranks (`RANK`, `LOCAL_RANK`) the first prints and writes files.
+
+    Args:
+        target, arguments, module: what to run, as there.
+        json, chart, trace: files to write the profile to.
+        copies: whether copies and waits are counted on accelerators; a `trace` has them anyhow.
+
+    Raises:
+        BaseException: whatever the script raises, its `SystemExit` among them.
+    """
+    from wan_patches.diagnostics.script_runner import run as run_script
+
+    process, found = os.getpid(), None
+    try:
+        with profile(trace=True if trace is not None else None if copies else False) as found:
+            run_script(target, arguments, module=module)
+    finally:
+        rank = os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or "0"
+        if found is not None and os.getpid() == process and rank == "0":  # not in a child that the script has forked
+            _deliver(found, [(json, found.save_json), (chart, found.save_chart), (trace, found.save_trace)])
+
+
+def obstacle(chart: Path | None, *others: Path | None) -> str | None:
+    """Why files could not be written after a long run; None where they can be."""
+    if chart is not None and importlib.util.find_spec("matplotlib") is None:
+        from wan_patches.diagnostics.profiling.views import NO_MATPLOTLIB
+
+        return NO_MATPLOTLIB
+    for path in (chart, *others):
+        try:
+            if path is not None:
+                check_file(path)
+        except OSError as error:
+            return str(error)
+    return None
+
+
+def _deliver(found: Profile, files: Sequence[tuple[Path | None, Callable[[Path], None]]]) -> None:
+    with contextlib.suppress(OSError, ValueError):  # stderr is closed
+        print(found, file=sys.stderr)
+    for path, save in files:
+        if path is None:
+            continue
+        try:
+            save(path)
+        except Exception as error:  # the script's own end is what counts
+            with contextlib.suppress(OSError, ValueError):
+                print(f"wan-patches: {path.name} was not written: {error}", file=sys.stderr)
+
+
+def _in_order(by_stage: dict[str, Value]) -> dict[str, Value]:
+    return {stage: by_stage[stage] for stage in (*STAGES, CALL) if stage in by_stage}
+
+
+def _active() -> set[str]:
+    return {report.name for report in wan_patches.status().reports if report.state == ACTIVE}
+
+
+def _remark(found: Profile, pipe: Any, displaced: bool) -> None:
+    if displaced:
+        found.notes.append(
+            "another profiler was set meanwhile (such as cProfile, or a profile within this one): what ran under it "
+            "was not seen"
+        )
+    elif not found.pipelines:
+        what = "no pipeline was" if pipe is None else "the pipeline was not"
+        found.notes.append(f"{what} called in this thread of this process: there are no stages")
+    choice = wan_patches._registry.chosen()
+    if not found.active and choice is not None and choice.names != frozenset():
+        found.notes.append("patches are enabled, and no module that one is for was imported")
+    elif not found.active:
+        found.notes.append("no patch is enabled: these are the times of stock (wan_patches.enable())")
+    elif idle := sorted(set(found.active) - {row.patch for row in found.ops}):
+        found.notes.append(f"enabled, and no call was seen (nor would be in compiled code): {', '.join(idle)}")
+    if found.crossings is None and not has_accelerator():
+        found.notes.append("no accelerator: nothing is copied between host and device, and nobody waits")
+    elif found.crossings is None:
+        found.notes.append("copies between host and device were not counted: that takes torch's profiler (trace=True)")

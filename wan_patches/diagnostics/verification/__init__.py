@@ -1,0 +1,489 @@
+"""Stock against patched on a pipeline of one's own: equal bits, time, memory, and which patch is to blame.
+
+    import wan_patches
+
+    found = wan_patches.verify(pipe, prompt="A red fox", num_inference_steps=4, report="verification.html")
+    assert found.exact, found
+
+The runs that are watched and those that are measured are different ones, so that neither spoils the other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import enum
+import importlib.metadata
+import importlib.util
+import json
+import logging
+import math
+import operator
+import platform
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from wan_patches.diagnostics.preflight import check_file
+from wan_patches.diagnostics.verification.bits import Difference, difference
+from wan_patches.diagnostics.verification.divergence import (
+    NOTHING,
+    Compared,
+    Culprit,
+    Parting,
+    Suspect,
+    compare_calls,
+    find_culprits,
+    first_parting,
+)
+from wan_patches.diagnostics.verification.pictures import Strips, Video, compare_videos
+from wan_patches.diagnostics.verification.trials import Choice, Measured, Subject, copied, message, ops_of
+from wan_patches.patching import tally
+from wan_patches.patching.fidelity import Fidelity
+from wan_patches.patching.registry import ACTIVE, SKIPPED, WAITING, Patch, Status
+from wan_patches.pipelines.stages import CALL, POSTPROCESS, STAGES
+
+#: What `Verification.verdict` says.
+SAME, DIFFERENT, UNKNOWN = "same", "different", "unknown"
+
+__all__ = ["Compared", "Culprit", "Parting", "Stage", "Strips", "Suspect", "Verification", "Video", "verify"]
+
+logger = logging.getLogger("wan_patches")
+
+_PACKAGES = (
+    "wan-patches",
+    "torch",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "numpy",
+    "pillow",
+    "triton",
+    "torch-npu",
+)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of the pipeline: what it gave, how long it took, and how much memory.
+
+    difference: None where the stage hands nothing over that could be compared.
+    stock_seconds, patched_seconds: medians; None where nothing was measured.
+    stock_peak, patched_peak: most bytes held beyond those held before the call; on the CPU of the whole process.
+    """
+
+    name: str
+    difference: Difference | None = None
+    stock_seconds: float | None = None
+    patched_seconds: float | None = None
+    stock_peak: int | None = None
+    patched_peak: int | None = None
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `verify` has found; prints as tables, in notebooks too.
+
+    pipeline: the class of the pipeline. device: where it runs.
+    fidelity: what was asked for. patches: the names of those that were in force.
+    inputs: the arguments, in words.
+    result: how far apart what the pipeline returns is.
+    ops, blocks, stages, video: the same by patched function, block of a denoiser, stage and frame.
+    parting: where the runs first part; None if they do not. culprits: which patches make them.
+    stock_repeats, patched_repeats: whether all runs of stock, and all patched ones, gave the same result.
+    error: what patched code raised where stock did not.
+    repeat: measured runs of each.
+    status: the patches, as `wan_patches.status()` gives them. facts: versions and the machine.
+    notes: what else is worth knowing.
+    calls: by patch, how many calls took a form other than stock's, and how many there were, in all patched runs.
+    undecided: why nothing can be said about the patches; empty where something can. Stock does not repeat itself, or no
+        patch was in force, or no patched function was seen to run though nothing is compiled.
+    """
+
+    pipeline: str
+    device: str
+    fidelity: Fidelity
+    patches: tuple[str, ...]
+    inputs: Mapping[str, str]
+    result: Difference
+    ops: tuple[Compared, ...]
+    blocks: tuple[Compared, ...]
+    stages: tuple[Stage, ...]
+    video: Video | None
+    parting: Parting | None
+    culprits: tuple[Culprit, ...]
+    stock_repeats: bool
+    patched_repeats: bool
+    error: str
+    repeat: int
+    status: Status
+    facts: Mapping[str, str]
+    notes: tuple[str, ...]
+    calls: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    undecided: str = ""
+    strips: Strips | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def exact(self) -> bool:
+        """Whether everything that could be compared has the same bits, the result above all.
+
+        False also where nothing can be said (`undecided`): use `verdict` to tell the two apart.
+        """
+        return self.verdict == SAME
+
+    @property
+    def exercise(self) -> str:
+        """How many calls took forms other than stock's, in words; where none did, nothing is said about those."""
+        fast, total = tally.total(self.calls.values())
+        if fast:
+            return f"fast in {fast} of {total} calls"
+        return "fast forms were not exercised" + ("" if total else ": no call was counted")
+
+    @property
+    def verdict(self) -> str:
+        """`"same"`, `"different"` (also where patched code raises), or `"unknown"` (`undecided` says why)."""
+        if self.undecided:
+            return UNKNOWN
+        same = all(stage.difference is None or stage.difference.exact for stage in self.stages)
+        same = same and self.result.exact and self.parting is None
+        return SAME if same and not self.error and self.patched_repeats else DIFFERENT
+
+    def __str__(self) -> str:
+        from wan_patches.diagnostics.verification.report import renderables
+        from wan_patches.tables import text
+
+        return text(*renderables(self))
+
+    def _repr_html_(self) -> str:
+        from wan_patches.diagnostics.verification.report import renderables
+        from wan_patches.tables import html
+
+        return html(*renderables(self))
+
+    def to_json(self) -> str:
+        """Everything but the pictures. Numbers that JSON lacks, such as an infinite PSNR, are null."""
+        return json.dumps({"exact": self.exact, "verdict": self.verdict, **_plain(self)}, indent=2, allow_nan=False)
+
+    def save_json(self, path: str | Path) -> None:
+        """Writes `to_json()` to a file."""
+        Path(path).write_text(self.to_json() + "\n", encoding="utf-8")
+
+    def save_html(self, path: str | Path) -> None:
+        """Writes a page with tables, charts and frames that needs no other file, no network and no scripts."""
+        from wan_patches.diagnostics.verification.report import page
+
+        Path(path).write_text(page(self), encoding="utf-8")
+
+
+# What users call
+
+
+def verify(
+    pipe: Any,
+    /,
+    *,
+    patches: Iterable[str | Patch] | None = None,
+    fidelity: Fidelity | str = Fidelity.EXACT,
+    repeat: int = 1,
+    report: str | Path | None = None,
+    on_run: Callable[[str], None] | None = None,
+    **inputs: Any,
+) -> Verification:
+    """Runs a pipeline with stock code and with patches, on its own weights and device, and compares.
+
+    Each run gets the same random state: the generators among the arguments and the global ones (torch's on the CPU and
+    on the pipeline's device, Python's, numpy's) are put back before each run and at the end, and so is what was enabled
+    before. There are 4 runs, 2 more per `repeat`, and some more to find the patch if results differ; few steps and
+    frames will do. Nothing else may use diffusers in this process meanwhile.
+
+    Args:
+        pipe: a pipeline, or any other object that is called with keyword arguments.
+        patches: names of the patches to verify (see `wan_patches.status()`), or `wan_patches.Patch` values, of which
+            then exactly those are in force; None means all that are registered.
+        fidelity: as for `wan_patches.enable`.
+        repeat: measured runs of each, stock and patched in turns; 0 leaves out time and memory.
+        report: where to write a report in HTML. Whether that can be is tried before the runs; should it fail after
+            them all the same, it is logged and noted, and nothing else is lost.
+        on_run: called before every run with what it is for.
+        **inputs: the arguments of the pipeline.
+
+    Returns:
+        What was found; `.exact` says whether every bit is the same, `.undecided` why nothing could be found out.
+
+    Raises:
+        ValueError: for an unknown patch or fidelity, or a negative `repeat`.
+        TypeError: `pipe` cannot be called, or returns nothing that could be compared; `repeat` is no whole number.
+        OSError: `report` cannot be written there.
+        Exception: whatever the pipeline itself raises with stock code.
+    """
+    if not callable(pipe):
+        raise TypeError(f"verify takes a pipeline, not {type(pipe).__name__}; give it one that can be called")
+    try:
+        repeat = operator.index(repeat)
+    except TypeError:
+        raise TypeError(f"repeat is {repeat!r}; give a whole number of measured runs, 0 or more") from None
+    if repeat < 0:
+        raise ValueError(f"repeat is {repeat}; give 0 or more measured runs")
+    if report is not None:
+        check_file(report)
+    subject = Subject(pipe, inputs, on_run or (lambda text: logger.info("verify: %s", text)))
+    choice = Choice(patches, fidelity)
+    try:
+        found = _verify(subject, choice, repeat)
+    finally:
+        subject.put_back()
+    if report is not None:
+        try:
+            found.save_html(report)
+        except OSError as error:  # such as a full disk: what has been found is worth more
+            unwritten = f"The report was not written to {report}: {error}"
+            logger.error("verify: %s", unwritten)
+            found = dataclasses.replace(found, notes=(*found.notes, unwritten))
+    return found
+
+
+def _verify(subject: Subject, choice: Choice, repeat: int) -> Verification:
+    before = tally.counted()
+    with choice.patched():
+        ops = ops_of(choice.registry.places())
+    # once unwatched: on accelerators the first-sight gate gives stock's results at first, and compilers compile
+    with choice.stock():
+        digests = {False: [subject.result("stock, to warm up")], True: []}
+    error = ""
+    with choice.patched():
+        try:
+            first = subject.result("patched, to warm up")
+            if choice.fidelity is Fidelity.EXACT:  # else what the gate gives at first is not what comes later
+                digests[True].append(first)
+        except Exception as raised:  # it is seen again below, with what came before it
+            error = message(raised)
+    outputs: dict[str, list[Any]] = defaultdict(list)
+    apart: dict[str, list[Difference]] = defaultdict(list)
+
+    def keep(stage: str, value: Any) -> None:
+        outputs[stage].append(copied(value))
+
+    def compare(stage: str, value: Any) -> None:
+        nth = len(apart[stage])
+        known = nth < len(outputs[stage])
+        apart[stage].append(
+            difference(outputs[stage][nth], value) if known else Difference(False, reason="not in stock")
+        )
+
+    with choice.stock():
+        stock = subject.observe(ops, "stock, watched", keep)
+        if stock.error is not None:
+            raise stock.error
+    with choice.patched():
+        patched = subject.observe(ops, "patched, watched", compare)
+    error = error or ("" if patched.error is None else message(patched.error))
+    digests[False].append(stock.events[-1].digest)
+    if patched.error is None:
+        digests[True].append(patched.events[-1].digest)
+    for stage, given in outputs.items():
+        if len(apart[stage]) < len(given):
+            apart[stage].append(Difference(False, reason="not reached, or less often than by stock"))
+    if patched.error is None:
+        apart[POSTPROCESS] = [difference(stock.result, patched.result)]
+
+    measured: dict[bool, list[Measured]] = {False: [], True: []}
+    for nth in range(0 if error else repeat):
+        for which in (False, True) if nth % 2 else (True, False):
+            with choice.patched() if which else choice.stock():
+                name = "patched" if which else "stock"
+                measured[which].append(subject.measure(f"{name}, measured ({nth + 1} of {repeat})"))
+                digests[which].append(measured[which][-1].digest)
+
+    stock_repeats, patched_repeats = (len(set(digests[which])) <= 1 for which in (False, True))
+    compared = compare_calls(stock, patched, ops)
+    parting = first_parting(stock, patched, compared)
+    with choice.patched():
+        status, calls = choice.registry.status(), choice.registry.calls(before)
+    in_force = tuple(dict.fromkeys(report.name for report in status.reports if report.state == ACTIVE))
+    displaced = stock.displaced or patched.displaced
+    undecided = ""
+    if not in_force:
+        undecided = "no patch was in force"
+    elif not error and not stock_repeats:
+        undecided = "runs of stock code differ from each other"
+    elif parting is None and not (_patched_calls(compared) or subject.compiled or displaced):
+        undecided = "no patched function was seen to run"
+    culprits: list[Culprit] = []
+    if parting is not None and stock_repeats and not undecided:
+        culprits = find_culprits(subject, choice, ops, stock, patched, parting)
+    result = apart[POSTPROCESS][0] if patched.error is None else Difference(False, reason=error)
+    video, strips = None, None
+    if subject.inputs.get("output_type") != "latent" and patched.error is None:
+        video, strips = compare_videos(stock.result, patched.result)
+    return Verification(
+        pipeline=type(subject.pipe).__name__,
+        device=str(subject.device),
+        fidelity=choice.fidelity,
+        patches=in_force,
+        inputs={name: _in_words(value) for name, value in subject.inputs.items()},
+        result=result,
+        ops=tuple(one for (kind, _), one in compared.items() if kind == "op"),
+        blocks=tuple(one for (kind, _), one in compared.items() if kind == "block"),
+        stages=_stages(apart, measured),
+        video=video,
+        parting=parting,
+        culprits=tuple(culprits),
+        stock_repeats=stock_repeats,
+        patched_repeats=patched_repeats,
+        error=error,
+        repeat=len(measured[True]),
+        status=status,
+        facts=_facts(subject),
+        notes=(
+            *_notes_on_runs(subject, stock_repeats, patched_repeats, displaced),
+            *_notes_on_calls(subject, compared, displaced),
+            *_notes_on_patches(choice, status),
+            *_notes_on_results(video, parting, culprits, undecided),
+        ),
+        calls=calls,
+        undecided=undecided,
+        strips=strips,
+    )
+
+
+# Stages, frames, words
+
+
+def _stages(apart: Mapping[str, list[Difference]], measured: Mapping[bool, list[Measured]]) -> tuple[Stage, ...]:
+    def seconds(which: bool, stage: str) -> float | None:
+        found = [run.seconds[stage] for run in measured[which] if stage in run.seconds]
+        return statistics.median(found) if found else None
+
+    def peak(which: bool, stage: str) -> int | None:
+        return max((most for run in measured[which] if (most := run.peaks.get(stage)) is not None), default=None)
+
+    known = {stage for runs in measured.values() for run in runs for stage in run.seconds} | {*apart}
+    if CALL in known:  # of this pipeline nothing is known but what it returns
+        apart = {CALL: apart[POSTPROCESS]} if POSTPROCESS in apart else {}
+        known.discard(POSTPROCESS)
+    return tuple(
+        Stage(
+            stage,
+            Difference.of(apart[stage]) if apart.get(stage) else None,
+            seconds(False, stage),
+            seconds(True, stage),
+            peak(False, stage),
+            peak(True, stage),
+        )
+        for stage in (*STAGES, CALL)
+        if stage in known
+    )
+
+
+def _patched_calls(compared: Mapping[tuple[str, str], Compared]) -> int:
+    """How many calls of patched functions were seen, with the patches in force."""
+    return sum(one.patched_calls for (kind, _), one in compared.items() if kind == "op")
+
+
+def _notes_on_runs(subject: Subject, stock_repeats: bool, patched_repeats: bool, displaced: bool) -> Iterator[str]:
+    if not stock_repeats:
+        yield (
+            "Runs of stock code differ from each other, so nothing can be said about patches. Give a generator, "
+            "torch.use_deterministic_algorithms(True), and no callback that keeps state."
+        )
+    elif not patched_repeats:
+        yield "Runs of patched code differ from each other; please report this with the HTML report."
+    if displaced:
+        yield (
+            "Another profiler was set during the runs that are watched (by a callback, perhaps): patched functions "
+            "that ran under it were not seen."
+        )
+    if subject.compiled:
+        yield f"Compiled, so that its blocks are not seen: {', '.join(subject.compiled)}."
+
+
+def _notes_on_calls(subject: Subject, compared: Mapping[tuple[str, str], Compared], displaced: bool) -> Iterator[str]:
+    if not _patched_calls(compared) and not displaced:
+        why = "what runs them is compiled" if subject.compiled else "patches do not apply to this pipeline"
+        yield f"No patched function was seen to run: {why}. See the states of the patches."
+    if any(
+        kind == "op" and one.reason not in ("", NOTHING) and one.patched_calls for (kind, _), one in compared.items()
+    ):
+        yield "Where calls were not compared, what came of them is: by block, by stage and in the result."
+
+
+def _notes_on_patches(choice: Choice, status: Status) -> Iterator[str]:
+    for left in status.skipped():
+        yield f"Not in force: {left.name} in {left.module}, {left.reason}."
+    for name in dict.fromkeys(choice.names or ()):
+        reports = status.of(name)
+        states = {report.state for report in reports}
+        if states & {ACTIVE, SKIPPED}:
+            continue
+        if not any(choice.fidelity.allows(report.fidelity) for report in reports):
+            why = "which is only for fidelity='close'"
+        elif WAITING in states:
+            why = "as no module that it is for was imported"
+        else:
+            why = "which is not for this version of diffusers"
+        yield f"Not in force: {name}, {why}."
+    for form, op, reason in dict.fromkeys((one.form, one.op, one.reason) for one in status.verdicts if not one.exact):
+        yield f"Here the first-sight gate keeps a form away, {form} of {op}: {reason}."
+
+
+def _notes_on_results(
+    video: Video | None, parting: Parting | None, culprits: Sequence[Culprit], undecided: str
+) -> Iterator[str]:
+    if parting is not None and not undecided and not culprits:
+        yield "No set of patches that makes results differ was found; what differs may not repeat."
+    if video is not None and video.ssim is None and importlib.util.find_spec("skimage") is None:
+        yield 'For SSIM by frame: pip install "wan-patches[verify]"'
+
+
+def _facts(subject: Subject) -> dict[str, str]:
+    """Versions and the machine. No names of users, no paths."""
+    facts = {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"}
+    for package in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            facts[package] = importlib.metadata.version(package)
+    facts["device"] = str(subject.device)
+    if subject.device.type != "cpu":
+        with contextlib.suppress(Exception):  # not every backend tells
+            facts["device"] = str(torch.get_device_module(subject.device.type).get_device_name())
+    components = getattr(subject.pipe, "components", None)
+    for name, component in components.items() if isinstance(components, Mapping) else ():
+        if isinstance(component, torch.nn.Module):
+            dtype = str(getattr(component, "dtype", "")).removeprefix("torch.")
+            facts[name] = f"{type(component).__name__} {dtype}".strip()
+    return facts
+
+
+def _in_words(value: Any) -> str:
+    if isinstance(value, torch.Generator):
+        return f"generator on {value.device}, seed {value.initial_seed()}"
+    if isinstance(value, (torch.Tensor, np.ndarray)):
+        return f"{type(value).__name__} {tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+    if isinstance(value, Image.Image):
+        return f"{value.mode} image {value.width}x{value.height}"
+    if isinstance(value, (list, tuple)) and value and not isinstance(value[0], (str, int, float)):
+        return f"{len(value)} of: {_in_words(value[0])}"
+    words = repr(value) if isinstance(value, (str, int, float, list, tuple, type(None))) else type(value).__name__
+    return words if len(words) <= 300 else words[:300] + "..."
+
+
+def _plain(value: Any) -> Any:
+    """Of dictionaries, lists, text and finite numbers only."""
+    if dataclasses.is_dataclass(value):
+        fields = (one.name for one in dataclasses.fields(value) if one.repr)
+        return {name: _plain(getattr(value, name)) for name in fields}
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, (bool, int, str, type(None))) else str(value)

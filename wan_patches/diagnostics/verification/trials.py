@@ -1,0 +1,324 @@
+"""One pipeline called again and again from the same random state, with and without patches: watched, or measured."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import random
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import CodeType, FunctionType
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+
+import wan_patches
+from wan_patches.diagnostics.call_tracing import observing
+from wan_patches.diagnostics.memory import watching_memory
+from wan_patches.diagnostics.verification.bits import digest
+from wan_patches.patching.fidelity import Fidelity
+from wan_patches.patching.registry import Patch, Place, Registry, Status
+from wan_patches.pipelines.stages import watching
+
+__all__ = ["Choice", "Event", "Measured", "Op", "Subject", "Trial", "copied", "message", "ops_of"]
+
+_DENOISERS = ("diffusers.models.transformers.", "diffusers.models.unets.")
+
+
+@dataclass(frozen=True)
+class Event:
+    """A call that has ended: `digest` of what it gave, None where that is nothing to compare."""
+
+    kind: str
+    name: str
+    digest: str | None
+
+
+@dataclass
+class Trial:
+    """One watched call: what ended in it, in order, and what it returned or raised.
+
+    displaced: another profiler was set meanwhile, and patched functions that ran under it were not seen.
+    """
+
+    events: list[Event] = field(default_factory=list)
+    result: Any = None
+    error: Exception | None = None
+    displaced: bool = False
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One measured call: seconds and most bytes by stage, and a fingerprint of what it returned."""
+
+    seconds: Mapping[str, float]
+    peaks: Mapping[str, int | None]
+    digest: str | None
+
+
+class Subject:
+    """A pipeline and its arguments, called again and again from the same random state."""
+
+    def __init__(self, pipe: Any, inputs: Mapping[str, Any], on_run: Callable[[str], None]) -> None:
+        self.pipe, self.inputs = pipe, inputs
+        self.device = _device(pipe)
+        self.blocks, self.compiled = _blocks(pipe)
+        self._on_run = on_run
+        self._generators = [
+            (generator, generator.get_state())
+            for value in inputs.values()
+            for generator in (value if isinstance(value, (list, tuple)) else [value])
+            if isinstance(generator, torch.Generator)
+        ]
+
+    def put_back(self) -> None:
+        """The generators are as they were given."""
+        for generator, state in self._generators:
+            generator.set_state(state)
+
+    def result(self, purpose: str) -> str | None:
+        """A fingerprint of what the pipeline returns."""
+        self._on_run(purpose)
+        return self._digest(self._call())
+
+    def observe(self, ops: Sequence[Op], purpose: str, on_stage: Callable[[str, Any], None] | None = None) -> Trial:
+        """Calls the pipeline with all eyes on it."""
+        self._on_run(purpose)
+        run = Trial()
+        names = {id(code): op.name for op in ops for code in op.codes()}
+
+        def tell(kind: str, name: str, value: Any) -> None:
+            run.events.append(Event(kind, name, digest(value)))
+
+        def stage(name: str, value: Any) -> None:
+            tell("stage", name, value)
+            if on_stage is not None:
+                on_stage(name, value)
+
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_watching_blocks(self.blocks, functools.partial(tell, "block")))
+            stack.enter_context(watching(self.pipe, self.device, on_stage=stage))
+            observation = stack.enter_context(
+                observing(
+                    [code for op in ops for code in op.codes()],
+                    on_return=lambda frame, value: tell("op", names[id(frame.f_code)], value),
+                )
+            )
+            try:
+                run.result = self._call()
+            except Exception as error:
+                run.error = error
+        run.displaced = observation.displaced
+        if run.error is None:
+            run.events.append(Event("result", "result", self._digest(run.result)))
+        return run
+
+    def measure(self, purpose: str) -> Measured:
+        """Calls the pipeline with nobody looking but a clock and a counter of bytes."""
+        self._on_run(purpose)
+        most: dict[str, int | None] = {}
+        with watching_memory(self.device) as peak:
+
+            def end(stage: str) -> None:
+                found = peak()
+                most[stage] = found if found is None else max(found, most.get(stage) or 0)
+
+            with watching(self.pipe, self.device, on_end=end) as watch:
+                result = self._call()
+        return Measured(watch.seconds, most, self._digest(result))
+
+    def _call(self) -> Any:
+        self.put_back()
+        # pipelines write into some of what they are given
+        fresh = {
+            name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in self.inputs.items()
+        }
+        with _random_state(self.device):
+            return self.pipe(**fresh)
+
+    def _digest(self, result: Any) -> str | None:
+        found = digest(result)
+        if found is None:
+            raise TypeError(
+                f"{type(self.pipe).__name__} returned a {type(result).__name__} without tensors, arrays or images; "
+                "there is nothing to verify"
+            )
+        return found
+
+
+@contextlib.contextmanager
+def _random_state(device: torch.device) -> Iterator[None]:
+    """Afterwards the global random states are what they were."""
+    states = random.getstate(), np.random.get_state()
+    backend: Any = None if device.type == "cpu" else torch.get_device_module(device.type)
+    forks: dict[str, Any] = {"devices": []}
+    if hasattr(backend, "get_rng_state"):
+        forks = {"devices": list(range(backend.device_count())), "device_type": device.type}
+    try:
+        with torch.random.fork_rng(**forks):
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+
+
+def _device(pipe: Any) -> torch.device:
+    for name in ("_execution_device", "device"):  # the first is right for offloaded pipelines
+        with contextlib.suppress(Exception):
+            return torch.device(getattr(pipe, name))
+    return torch.device("cpu")
+
+
+def _blocks(pipe: Any) -> tuple[list[tuple[str, torch.nn.Module]], list[str]]:
+    """The transformer blocks of the denoisers by name, and the names of denoisers that are compiled.
+
+    Never modules of a VAE: there, stock's code runs in those with hooks.
+    """
+    found: list[tuple[str, torch.nn.Module]] = []
+    compiled = []
+    components = getattr(pipe, "components", None)
+    for name, component in components.items() if isinstance(components, Mapping) else ():
+        model = getattr(component, "_orig_mod", component)
+        if not isinstance(model, torch.nn.Module) or not _is_denoiser(model):
+            continue
+        if model is not component or any(map(_is_compiled, model.modules())):
+            compiled.append(name)  # what compilers call is not seen
+        else:
+            found += [(f"{name}.{path}", block) for path, block in _blocks_of(model)]
+    return found, compiled
+
+
+def _blocks_of(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+    """Blocks of the classes that the model names, or else all in its lists; none that is part of another."""
+    names = {*(getattr(model, "_repeated_blocks", None) or getattr(model, "_no_split_modules", None) or ())}
+    listed = [
+        (f"{path}.{nth}", block)
+        for path, part in model.named_modules()
+        if isinstance(part, torch.nn.ModuleList)
+        for nth, block in enumerate(part)
+    ]
+    chosen = [(path, block) for path, block in listed if type(block).__name__ in names] or listed
+    inner = {id(part) for _, block in chosen for part in block.modules() if part is not block}
+    return ((path, block) for path, block in chosen if id(block) not in inner)
+
+
+def _is_denoiser(model: torch.nn.Module) -> bool:
+    return any(cls.__module__.startswith(_DENOISERS) for cls in type(model).__mro__)
+
+
+def _is_compiled(module: torch.nn.Module) -> bool:
+    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+
+
+@contextlib.contextmanager
+def _watching_blocks(
+    blocks: Iterable[tuple[str, torch.nn.Module]], on_output: Callable[[str, Any], None]
+) -> Iterator[None]:
+    """Tells what blocks give. Not by hooks: patches hand blocks that have some what stock does."""
+    kinds: dict[type, dict[int, str]] = defaultdict(dict)
+    for name, block in blocks:
+        kinds[type(block)][id(block)] = name
+    with contextlib.ExitStack() as stack:
+        for kind, names in kinds.items():
+            stack.enter_context(mock.patch.object(kind, "__call__", _told(kind.__call__, names, on_output)))
+        yield
+
+
+def _told(call: Callable[..., Any], names: Mapping[int, str], on_output: Callable[[str, Any], None]) -> Any:
+    def __call__(block: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        output = call(block, *args, **kwargs)
+        if id(block) in names:
+            on_output(names[id(block)], output)
+        return output
+
+    return __call__
+
+
+def copied(value: Any) -> Any:
+    """Tensors on the CPU, in memory of their own: pipelines go on working on some of them in place."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, Mapping):
+        return {key: copied(item) for key, item in value.items()}
+    return [copied(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+# Patches
+
+
+class Choice:
+    """The patches to verify, and how to have them or not. `names`: of those that were asked for; None means all."""
+
+    def __init__(self, patches: Iterable[str | Patch] | None, fidelity: Fidelity | str) -> None:
+        patches = [patches] if isinstance(patches, (str, Patch)) else None if patches is None else list(patches)
+        values = [patch for patch in patches or () if isinstance(patch, Patch)]
+        if values and len(values) < len(patches or ()):
+            raise ValueError("patches are given by their names or as Patch values, not both; give all as one kind")
+        self.registry = Registry(values) if values else wan_patches._registry
+        self._names = None if patches is None or values else [str(name) for name in patches]
+        self.names = [patch.name for patch in values] if values else self._names
+        with wan_patches.enabled((), fidelity=fidelity):  # tells what fidelities there are
+            self.fidelity = Fidelity(fidelity)
+
+    def stock(self) -> contextlib.AbstractContextManager[Status]:
+        """No patch is in force."""
+        return wan_patches.enabled(())
+
+    @contextlib.contextmanager
+    def patched(self) -> Iterator[None]:
+        """Those that are to be verified are in force."""
+        with self.stock(), self.registry.enabled(self._names, fidelity=self.fidelity):
+            yield
+
+    @contextlib.contextmanager
+    def only(self, patches: Iterable[Patch]) -> Iterator[None]:
+        """Those and no others are in force."""
+        with self.stock(), Registry(patches).enabled(fidelity=self.fidelity):
+            yield
+
+
+@dataclass(frozen=True)
+class Op:
+    """A function that patches are in, or one nested in it that they replace."""
+
+    name: str
+    function: FunctionType
+    nested: str | None
+    patches: tuple[Patch, ...]
+
+    def codes(self) -> list[CodeType]:
+        """What it runs at the moment."""
+        code = self.function.__code__
+        return [code] if self.nested is None else [inner for inner in _inner(code) if inner.co_name == self.nested]
+
+
+def _inner(code: CodeType) -> Iterator[CodeType]:
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield constant
+            yield from _inner(constant)
+
+
+def ops_of(places: Iterable[Place]) -> list[Op]:
+    """What can be watched of the functions that patches are in."""
+    found: dict[tuple[FunctionType, str | None], list[Patch]] = defaultdict(list)
+    for place in places:
+        for nested in {getattr(edit, "nested", None) for edit in place.target.edits}:
+            found[place.function, nested].append(place.patch)
+    return [
+        Op(
+            ".".join(filter(None, (function.__module__, function.__qualname__, nested))),
+            function,
+            nested,
+            tuple({id(patch): patch for patch in patches}.values()),
+        )
+        for (function, nested), patches in found.items()
+    ]
+
+
+def message(error: BaseException) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {error}"

@@ -1,0 +1,152 @@
+"""Streams for diffusers' group offloading on devices that it does not make them for.
+
+Up to 0.40 `apply_group_offloading(use_stream=True)` asks for CUDA, then for XPU, and raises. The rest of that module
+takes streams from whatever accelerator torch has, and its order of copies and waits is the one that later versions
+use on every device: only the two questions need another answer. They get it while `enable_offload` makes hooks for
+such a device, and not by `enable()`: nobody else asks them in vain.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Container, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from types import FunctionType, ModuleType
+from typing import Any
+
+import torch
+
+from wan_patches.patching.codeswap import functions_behind, says, site, stock
+from wan_patches.patching.fingerprints import GROUP_OFFLOADING, PRE_FORWARD_WITHOUT_WAIT, texts
+from wan_patches.patching.rewrite import Replace, Unknown, rewritten
+
+__all__ = ["Streams", "making", "streams_on"]
+
+_AVAILABLE, _STREAM = "_wan_patches_stream_available", "_wan_patches_stream"
+
+EDITS = (
+    Replace("torch.cuda.is_available()", f"{_AVAILABLE}(onload_device)"),
+    Replace("torch.cuda.Stream()", f"{_STREAM}(onload_device)"),
+)
+
+#: What runs with the stream later: takes it from `torch.accelerator`, waits for copies and for the computation.
+_REQUIRES = (
+    "ModuleGroup.__init__",
+    "ModuleGroup._onload_from_memory",
+    "ModuleGroup._offload_to_memory",
+    "GroupOffloadingHook.pre_forward",
+)
+
+_lock = threading.RLock()
+
+
+@dataclass(frozen=True)
+class Streams:
+    """Whether group offloading can copy on a stream of a device, and why.
+
+    usable: it can.
+    enabled_here: diffusers refuses, and `making` makes it.
+    reason: a sentence about it.
+    """
+
+    usable: bool
+    enabled_here: bool
+    reason: str
+
+
+def streams_on(device: torch.device) -> Streams:
+    """What the installed torch and diffusers can do for `device`. Imports diffusers' hooks."""
+    from diffusers.hooks import group_offloading as module
+
+    reason = _obstacle(device, module)
+    if reason:
+        return Streams(False, False, reason)
+    if _is_stock(device, module):
+        return Streams(True, False, "diffusers' own path")
+    try:
+        accelerator = torch.accelerator.current_accelerator() if hasattr(torch, "accelerator") else None
+        if accelerator is None or accelerator.type != device.type:
+            raise Unknown(f"torch.accelerator gives {accelerator}, not {device.type}")
+        for qualname in _REQUIRES:
+            if not _says(module, qualname, texts(GROUP_OFFLOADING, qualname)):
+                raise Unknown(f"the text of {qualname} is not known")
+        rewritten(stock(_function(module)), EDITS)
+    except Unknown as error:
+        return Streams(False, False, f"the installed diffusers asks for CUDA or XPU, and stays as it is: {error}")
+    return Streams(True, True, f"the installed diffusers asks for CUDA or XPU; it gets streams of torch.{device.type}")
+
+
+@contextmanager
+def making(device: torch.device, streams: Streams) -> Iterator[None]:
+    """Inside, `apply_group_offloading(use_stream=True)` makes a stream of `device`; other devices get what they got."""
+    from diffusers.hooks import group_offloading as module
+
+    with _lock if streams.enabled_here else nullcontext():
+        if not streams.enabled_here:
+            yield
+            return
+        place = site(_function(module))
+        place.add(EDITS, {_AVAILABLE: _available, _STREAM: _stream})
+        try:
+            yield
+        finally:
+            place.remove(EDITS)
+
+
+def _available(device: Any) -> bool:
+    """In place of `torch.cuda.is_available()`."""
+    return torch.device(device).type not in ("cuda", "xpu") or torch.cuda.is_available()
+
+
+def _stream(device: Any) -> Any:
+    """In place of `torch.cuda.Stream()`."""
+    device = torch.device(device)
+    return torch.cuda.Stream() if device.type in ("cuda", "xpu") else _backend(device).Stream()
+
+
+def _obstacle(device: torch.device, module: ModuleType) -> str:
+    backend = _backend(device)
+    if not all(hasattr(backend, name) for name in ("Stream", "stream", "current_stream")):
+        return f"torch.{device.type} has no streams"
+    if _says(module, "GroupOffloadingHook.pre_forward", {PRE_FORWARD_WITHOUT_WAIT}):
+        return "the installed diffusers (before 0.35) lets the last group run before its weights have arrived"
+    if device.index and device.index != (current := backend.current_device()):
+        return (
+            f"diffusers makes streams on the current device, which is {device.type}:{current}; "
+            f"call torch.{device.type}.set_device({device.index}) first"
+        )
+    return ""
+
+
+def _is_stock(device: torch.device, module: ModuleType) -> bool:
+    if hasattr(module, "TorchDeviceBackend"):  # since 0.41: any backend
+        return True
+    return device.type == "cuda" or (device.type == "xpu" and not torch.cuda.is_available())
+
+
+def _backend(device: torch.device) -> Any:
+    try:
+        return torch.get_device_module(device)
+    except RuntimeError:  # torch has no module for it
+        return None
+
+
+def _function(module: ModuleType) -> FunctionType:
+    found = _functions(module, "apply_group_offloading")
+    if not found:
+        raise Unknown("apply_group_offloading is not a Python function")
+    return found[0]
+
+
+def _says(module: ModuleType, qualname: str, fingerprints: Container[str]) -> bool:
+    return any(says(function, fingerprints) for function in _functions(module, qualname))
+
+
+def _functions(module: ModuleType, qualname: str) -> list[FunctionType]:
+    """The functions behind the name that the module itself has defined."""
+    value: Any = module
+    for name in qualname.split("."):
+        value = getattr(value, name, None)
+    behind = functions_behind(value, module.__file__)
+    return [function for function in behind if function.__code__.co_filename == module.__file__]

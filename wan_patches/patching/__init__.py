@@ -1,0 +1,1 @@
+"""How a function that is installed gets other code, and its own back: knows neither tensors nor models."""

@@ -1,0 +1,647 @@
+"""Which patches exist, which of them are wanted, and the one place that installs and removes them.
+
+Patches are plain values, found through the entry-point group `wan_patches.patches`. Each belongs to one
+module of another library and is installed in it all or nothing: at once if the module is loaded, by a
+post-import hook otherwise. Nothing here knows tensors or models.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.metadata
+import inspect
+import logging
+import sys
+import threading
+import types
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import wrapt
+from packaging.version import Version
+
+from wan_patches.patching import tally
+from wan_patches.patching.codeswap import functions_behind, says, site, stock
+from wan_patches.patching.fidelity import Fidelity, Verdict, gate
+from wan_patches.patching.rewrite import Edit, Unknown
+from wan_patches.patching.tally import Way
+
+logger = logging.getLogger("wan_patches")
+
+ENTRY_POINT_GROUP = "wan_patches.patches"
+
+ACTIVE, WAITING, SKIPPED, OFF = "active", "waiting for import", "skipped", "off"
+
+
+class PatchError(RuntimeError):
+    """Raised by `enable(strict=True)` when a wanted patch cannot be installed."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A function (`"Class.method"` or `"function"`), the edits it gets, and what it was called in older versions."""
+
+    qualname: str
+    edits: tuple[Edit, ...]
+    formerly: str | None = None
+
+
+@dataclass(frozen=True)
+class Known:
+    """A function that a patch relies on without changing it: it must have one of these fingerprints."""
+
+    module: str
+    qualname: str
+    fingerprints: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Patch:
+    """A change to one module, installed all or nothing.
+
+    name: what users select it by; patches for several modules can share a name.
+    module: the module it changes, by its full name.
+    targets: the functions it changes there.
+    calls: what the edits call: name in the module's globals -> `"module:function"`, or `STOCK` for the
+        target as it was.
+    fidelity: what it promises about the numbers. A close patch, where wanted, takes the place of the exact ones of its
+        name in its module.
+    implementations: what runs, by kind of device, for `status()`.
+    requires: functions it relies on being as they are known.
+    optional: the targets live elsewhere in some versions; their absence is no news, nor is the module's.
+    since: the first version of the library that has the module; one of a module's patches may say so for all.
+    addition: `"module:object"`: what the patch puts into the module besides edits, by its `put(module)` and `take()`.
+    advice: `"module:function"` that gives sentences for `status()`, asked when the module is loaded.
+    runs_with: the name of a patch in the same module; where that one runs, this one should.
+    """
+
+    name: str
+    module: str
+    targets: tuple[Target, ...]
+    calls: Mapping[str, object]
+    fidelity: Fidelity = Fidelity.EXACT
+    implementations: Mapping[str, str] = field(default_factory=dict)
+    requires: tuple[Known, ...] = ()
+    optional: bool = False
+    since: str | None = None
+    addition: str | None = None
+    advice: str | None = None
+    runs_with: str | None = None
+
+
+@dataclass(frozen=True)
+class Place:
+    """A function that a patch is in at the moment; `stock` runs the code that was installed."""
+
+    patch: Patch
+    target: Target
+    function: types.FunctionType
+    stock: types.FunctionType
+
+
+@dataclass(frozen=True)
+class Report:
+    """The state of one patch: `active`, `waiting for import`, `skipped` (and why) or `off`.
+
+    ways: the calls so far, by the way that they took; `note` says what there is to say of them.
+    """
+
+    name: str
+    module: str
+    targets: tuple[str, ...]
+    state: str
+    reason: str = ""
+    fidelity: Fidelity = Fidelity.EXACT
+    implementations: Mapping[str, str] = field(default_factory=dict)
+    ways: Mapping[Way, int] = field(default_factory=dict)
+    note: str = ""
+
+    @property
+    def calls(self) -> int:
+        """Calls that were counted, which those of compiled code are not."""
+        return sum(self.ways.values())
+
+    @property
+    def fast(self) -> int:
+        """Those of them that took a form other than stock's."""
+        return sum(calls for way, calls in self.ways.items() if way.is_fast)
+
+
+@dataclass(frozen=True)
+class Status:
+    """What is patched and what is not; prints as a table. `advice`: sentences about this machine."""
+
+    reports: tuple[Report, ...]
+    verdicts: tuple[Verdict, ...] = ()
+    advice: tuple[str, ...] = ()
+
+    def of(self, name: str) -> tuple[Report, ...]:
+        """The reports of the patches called `name`."""
+        return tuple(report for report in self.reports if report.name == name)
+
+    def skipped(self) -> tuple[Report, ...]:
+        """The reports of wanted patches that could not be installed."""
+        return tuple(report for report in self.reports if report.state == SKIPPED)
+
+    def __str__(self) -> str:
+        from wan_patches.tables import status_table, text
+
+        return text(*status_table(self))
+
+    def _repr_html_(self) -> str:
+        from wan_patches.tables import html, status_table
+
+        return html(*status_table(self))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What one call of `enable` asked for; `names` None means every patch."""
+
+    names: frozenset[str] | None = None
+    fidelity: Fidelity = Fidelity.EXACT
+    gate: bool = True
+
+    def wants(self, patch: Patch) -> bool:
+        return (self.names is None or patch.name in self.names) and self.fidelity.allows(patch.fidelity)
+
+
+class _Frame:
+    """One level of `with enabled(...)`; the bottom one belongs to `enable` and `disable`."""
+
+    def __init__(self, choice: Choice | None) -> None:
+        self.choice = choice
+
+
+class _Entry:
+    """A patch, its state, and the functions that it was put into."""
+
+    def __init__(self, patch: Patch) -> None:
+        self.patch = patch
+        self.state, self.reason = OFF, ""
+        self.functions: list[tuple[types.FunctionType, Target]] = []
+
+    def report(self) -> Report:
+        patch = self.patch
+        targets = tuple(target.qualname for target in patch.targets)
+        return Report(patch.name, patch.module, targets, self.state, self.reason, patch.fidelity, patch.implementations)
+
+
+class Registry:
+    """The patches of a process and their state. One lives behind the functions of `wan_patches`."""
+
+    def __init__(self, patches: Iterable[Patch] | None = None) -> None:
+        """Knows the given patches, or else those that installed packages register."""
+        self._lock = threading.RLock()
+        self._entries = None if patches is None else [_Entry(patch) for patch in patches]
+        _pass_over(entry.patch for entry in self._entries or ())
+        self._broken_plugins: list[Report] = []
+        self._frames = [_Frame(None)]
+        self._hooked: set[str] = set()
+
+    # What users call
+
+    def enable(
+        self,
+        patches: Iterable[str] | None = None,
+        *,
+        fidelity: Fidelity | str = Fidelity.EXACT,
+        strict: bool = False,
+        gate: bool = True,
+    ) -> Status:
+        """Installs patches, now and in modules that are imported later. See `wan_patches.enable`."""
+        choice = self._choice(patches, fidelity, gate)
+        return self._choose(self._frames[-1], choice, strict)
+
+    def disable(self) -> None:
+        """Takes every patch out; stock's own code objects are back in place."""
+        with self._lock:
+            self._frames[-1].choice = None
+            self._apply()
+
+    @contextlib.contextmanager
+    def enabled(
+        self,
+        patches: Iterable[str] | None = None,
+        *,
+        fidelity: Fidelity | str = Fidelity.EXACT,
+        strict: bool = False,
+        gate: bool = True,
+    ) -> Iterator[Status]:
+        """`enable(...)` for the length of a `with` block; afterwards what was chosen before holds again."""
+        choice = self._choice(patches, fidelity, gate)
+        with self._lock:
+            frame = _Frame(self._frames[-1].choice)
+            self._frames.append(frame)
+        try:
+            yield self._choose(frame, choice, strict)
+        finally:
+            with self._lock:  # by identity: other threads may have opened or closed frames in between
+                self._frames.remove(frame)
+                self._apply()
+
+    def chosen(self) -> Choice | None:
+        """What `enable` was last asked for; None if nothing is enabled."""
+        return self._frames[-1].choice
+
+    def status(self) -> Status:
+        """The state of every patch and the verdicts of the first-sight gate.
+
+        Modules that were loaded anew since are patched first, and what others have replaced is noticed.
+        """
+        with self._lock:
+            if self._frames[-1].choice is not None:
+                self._apply()
+            return self._status()
+
+    def _status(self) -> Status:
+        with self._lock:
+            reports = _with_ways(self._load())
+            advice = tuple(line for entry in self._load() for line in _advice(entry.patch))
+            return Status(tuple(reports + self._broken_plugins), tuple(gate.verdicts()), advice)
+
+    def calls(self, since: Mapping[Way, int]) -> dict[str, tuple[int, int]]:
+        """By patch: how many calls took a form other than stock's, and how many there were, since the tally was so."""
+        found: dict[str, tuple[int, int]] = {}
+        for report in self.status().reports:
+            new = {way: n - since.get(way, 0) for way, n in report.ways.items() if n > since.get(way, 0)}
+            if new:
+                counts = sum(n for way, n in new.items() if way.is_fast), sum(new.values())
+                found[report.name] = tally.total((found.get(report.name, (0, 0)), counts))
+        return found
+
+    def patches(self) -> list[Patch]:
+        """Every patch that there is, wanted or not."""
+        with self._lock:
+            return [entry.patch for entry in self._load()]
+
+    def stock(self, patch: Patch, target: Target) -> list[types.FunctionType]:
+        """The functions behind a target of `patch`, as they were before any edit; none while it is not loaded."""
+        module = _loaded(patch.module)
+        with self._lock, contextlib.suppress(Unknown):
+            return [] if module is None else [stock(function) for function in _functions(module, target)]
+        return []
+
+    def places(self) -> list[Place]:
+        """The functions that patches are in at the moment."""
+        with self._lock:
+            return [
+                Place(entry.patch, target, function, stock(function))
+                for entry in self._load()
+                for function, target in entry.functions
+            ]
+
+    # Finding patches
+
+    def _load(self) -> list[_Entry]:
+        if self._entries is None:
+            self._entries = []
+            for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
+                try:
+                    loaded = list(point.load())
+                    if wrong := [p for p in loaded if not isinstance(p, Patch)]:
+                        raise TypeError(f"{wrong[0]!r} is not a wan_patches.Patch")
+                    self._entries += [_Entry(patch) for patch in loaded]
+                    _pass_over(loaded)
+                except Exception as error:  # someone else's plugin must not take ours down
+                    reason = f"the plugin {point.value!r} raised {_describe(error)}"
+                    self._broken_plugins.append(Report(point.name, point.value, (), SKIPPED, reason))
+            if not self._entries:
+                logger.warning("no patches found: install the package (pip install wan-patches), do not only copy it")
+        return self._entries
+
+    def _choice(self, names: Iterable[str] | None, fidelity: Fidelity | str, gate: bool) -> Choice:
+        try:
+            fidelity = Fidelity(fidelity)
+        except ValueError:
+            known = ", ".join(repr(f.value) for f in Fidelity)
+            raise ValueError(f"unknown fidelity {fidelity!r}; known: {known}") from None
+        if names is not None:
+            names = frozenset([names] if isinstance(names, str) else names)
+            known_names = {report.name for report in self._status().reports}
+            if unknown := sorted(str(name) for name in names - known_names):
+                raise ValueError(f"unknown patch {', '.join(unknown)}; known: {', '.join(sorted(known_names))}")
+        return Choice(names, fidelity, bool(gate))
+
+    # Following imports
+
+    def _hook_modules(self, choice: Choice, import_now: bool) -> None:
+        # outside the lock: a hook can fire here, and an import can wait for another thread's
+        with self._lock:
+            patches = [entry.patch for entry in self._load()]
+            modules = {patch.module for patch in patches}
+            fresh = modules - self._hooked
+            self._hooked |= modules
+        for name in sorted(fresh):  # hooks can't be unregistered; they ask what is wanted when they fire
+            wrapt.register_post_import_hook(self._on_import, name)
+        for name in sorted(filter(_is_importing, modules)):
+            with contextlib.suppress(Exception):  # another thread imports it: wait; an error there is theirs
+                importlib.import_module(name)
+        libraries = {patch.module.partition(".")[0] for patch in patches if not patch.optional}
+        for name in sorted({patch.module for patch in patches if import_now and choice.wants(patch)}):
+            library = name.partition(".")[0]
+            if library not in libraries and library not in sys.modules:  # another library, which nobody uses
+                continue
+            with contextlib.suppress(ModuleNotFoundError):  # the installed version has no such module
+                importlib.import_module(name)
+
+    def _on_import(self, module: types.ModuleType) -> None:
+        try:
+            with self._lock:
+                if self._frames[-1].choice is None:
+                    return
+                before = self._skipped()
+                self._apply(just_imported=module)
+                _log([report for report in self._skipped() if report not in before])
+        except Exception as error:  # an exception here would break the user's import
+            logger.warning("could not patch %s: %s", getattr(module, "__name__", module), _describe(error))
+
+    # Putting in and taking out
+
+    def _choose(self, frame: _Frame, choice: Choice, strict: bool) -> Status:
+        self._hook_modules(choice, import_now=strict)
+        with self._lock:
+            before = frame.choice
+            frame.choice = choice
+            self._apply()
+            skipped = self._skipped()
+            if strict and (missing := skipped + self._gone()):
+                frame.choice = before
+                self._apply()
+                raise PatchError("; ".join(map(_why, missing)))
+            if before != choice:
+                _log(skipped)
+            return self._status()
+
+    def _apply(self, just_imported: types.ModuleType | None = None) -> None:
+        choice = self._frames[-1].choice
+        gate.enabled = choice is None or choice.gate
+        entries = [e for e in self._load() if just_imported is None or e.patch.module == just_imported.__name__]
+        taken: set[tuple[str, str]] = set()
+        for fidelity in (Fidelity.CLOSE, Fidelity.EXACT):
+            wanted: list[tuple[_Entry, types.ModuleType]] = []
+            for entry in (entry for entry in entries if entry.patch.fidelity is fidelity):
+                module = just_imported or _loaded(entry.patch.module)
+                if choice is None or not choice.wants(entry.patch):
+                    self._remove(entry)
+                    entry.state, entry.reason = OFF, ""
+                elif _place(entry) in taken:
+                    entry.state, entry.reason = OFF, "a close form is in its place"
+                elif module is None:
+                    entry.state, entry.reason = WAITING, ""
+                else:
+                    wanted.append((entry, module))
+            if fidelity is Fidelity.CLOSE:
+                self._make_room(entries, {_place(entry) for entry, _ in wanted})
+            self._install(wanted)
+            if fidelity is Fidelity.CLOSE and choice is not None:
+                close = (entry for entry in entries if entry.patch.fidelity is fidelity and choice.wants(entry.patch))
+                taken = {_place(entry) for entry in close if entry.state != SKIPPED}
+
+    def _make_room(self, entries: Iterable[_Entry], places: Collection[tuple[str, str]]) -> None:
+        """Takes out the exact patches that close ones stand for."""
+        for entry in entries:
+            if entry.patch.fidelity is Fidelity.EXACT and _place(entry) in places:
+                self._remove(entry)
+
+    def _install(self, wanted: Iterable[tuple[_Entry, types.ModuleType]]) -> None:
+        fresh = []
+        for entry, module in wanted:
+            if entry.functions and all(_holds(module, *item) for item in entry.functions):
+                entry.state, entry.reason = ACTIVE, ""
+            else:
+                self._remove(entry)
+                fresh.append((entry, module))
+        shared = _put_shared(fresh)
+        for entry, module in fresh:
+            entry.state, entry.reason = self._install_one(entry, module)
+        for function, entry, target in shared:
+            if entry.state != ACTIVE:
+                site(function).remove(target.edits)
+
+    def _install_one(self, entry: _Entry, module: types.ModuleType) -> tuple[str, str]:
+        """All or nothing; returns the state and the reason."""
+        if entry.patch.optional and not any(_exists(module, target) for target in entry.patch.targets):
+            return OFF, "not in this version"
+        try:
+            calls = _calls(entry.patch)
+            for target in entry.patch.targets:
+                entry.functions.append((_put(module, target, calls), target))
+            if entry.patch.addition is not None:
+                _addition(entry.patch).put(module)
+        except Exception as error:
+            self._remove(entry)
+            return SKIPPED, str(error) if isinstance(error, Unknown) else f"raised {_describe(error)}"
+        return ACTIVE, ""
+
+    def _remove(self, entry: _Entry) -> None:
+        for function, target in entry.functions:
+            site(function).remove(target.edits)
+        if entry.functions and entry.patch.addition is not None:
+            _addition(entry.patch).take()
+        entry.functions = []
+
+    def _skipped(self) -> list[Report]:
+        """What is wanted and could not be installed. A plugin that could not be loaded might have had any patch."""
+        return [entry.report() for entry in self._load() if entry.state == SKIPPED] + self._broken_plugins
+
+    def _gone(self) -> list[Report]:
+        """What is wanted in modules that the installed library has no more, after an attempt to import them."""
+        patches = [entry.patch for entry in self._load()]
+        since = {patch.module: patch.since for patch in patches if patch.since is not None}
+        return [
+            replace(entry.report(), reason="there is no such module")
+            for entry in self._load()
+            if entry.state == WAITING
+            and not entry.patch.optional
+            and not _is_older(entry.patch.module.partition(".")[0], since.get(entry.patch.module))
+        ]
+
+
+def _pass_over(patches: Iterable[Patch]) -> None:
+    """Has calls counted for the modules that are patched, and not for where they lead."""
+    for patch in patches:
+        paths = [path for path in patch.calls.values() if isinstance(path, str)]
+        for package in {path.partition(":")[0].partition(".")[0] for path in paths}:
+            if package != patch.module.partition(".")[0]:
+                tally.pass_over(package)
+
+
+def _with_ways(entries: Iterable[_Entry]) -> list[Report]:
+    """The reports of these patches, with what the tally has of them."""
+    counted: dict[tuple[str, str], dict[Way, int]] = {}
+    for way, calls in tally.counted().items():
+        counted.setdefault((way.module, way.entry), {})[way] = calls
+    found = []
+    for entry in entries:
+        report, patch, ways = entry.report(), entry.patch, dict[Way, int]()
+        for path in {path for path in patch.calls.values() if isinstance(path, str)} if counted else ():
+            ways |= counted.get((patch.module, path), {})
+        found.append((replace(report, ways=ways) if ways else report, patch.runs_with))
+    ran = {(report.module, report.name) for report, _ in found if report.ways}
+    return [
+        replace(report, note=_note(report, (report.module, beside) in ran)) if report.state == ACTIVE else report
+        for report, beside in found
+    ]
+
+
+def _note(report: Report, beside: bool) -> str:
+    """What there is to say of the calls of a patch that is active; `beside`: one that it runs with has run."""
+    reasons: dict[str, int] = {}
+    for way, calls in report.ways.items():
+        if not way.is_fast:
+            reasons[way.reason] = reasons.get(way.reason, 0) + calls
+    why = "; ".join(f"{reason} ({calls})" for reason, calls in sorted(reasons.items(), key=lambda item: -item[1]))
+    if not report.ways:
+        if beside:
+            return "no call arrived: something else runs in its place"
+        return "no call counted: those of compiled code are not countable" if _is_compiling() else ""
+    if not report.fast:
+        return f"not taken: {why}"
+    return f"fast in {report.fast} of {report.calls} calls" + (f"; others: {why}" if why else "")
+
+
+def _is_compiling() -> bool:
+    """Whether torch has compiled anything in this process."""
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    return dynamo is not None and bool(dynamo.counters["frames"]["ok"])
+
+
+def _is_older(library: str, version: str | None) -> bool:
+    """Whether the installed library is older than `version`."""
+    if version is None:
+        return False
+    try:
+        return Version(importlib.metadata.version(library)) < Version(version)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
+def _why(report: Report) -> str:
+    return f"{report.name} in {report.module}: {report.reason}"
+
+
+def _log(skipped: list[Report]) -> None:
+    if skipped:
+        more = f" (and {len(skipped) - 1} more)" if len(skipped) > 1 else ""
+        logger.warning("left stock code alone: %s%s; see wan_patches.status()", _why(skipped[0]), more)
+
+
+def _place(entry: _Entry) -> tuple[str, str]:
+    return entry.patch.name, entry.patch.module
+
+
+def _calls(patch: Patch) -> dict[str, object]:
+    """What the edits of a patch call, if all is known that it relies on."""
+    for known in patch.requires:
+        _check(known)
+    return {name: _resolve(path) for name, path in patch.calls.items()}
+
+
+def _put_shared(
+    wanted: Iterable[tuple[_Entry, types.ModuleType]],
+) -> list[tuple[types.FunctionType, _Entry, Target]]:
+    """Puts the edits of several patches into the functions that they share, all at once, and returns what was put.
+
+    One patch after the other, a function would be parsed and compiled for each. Where anything is not known, nothing is
+    put: then one after the other it has to be.
+    """
+    found: dict[types.FunctionType, list[tuple[_Entry, Target]]] = {}
+    for entry, module in wanted:
+        for target in entry.patch.targets:
+            with contextlib.suppress(Unknown):
+                for function in _functions(module, target)[:1]:
+                    found.setdefault(function, []).append((entry, target))
+    put = []
+    for function, parts in found.items():
+        if len({id(entry) for entry, _ in parts}) > 1:
+            with contextlib.suppress(Exception):  # whose it is shows when they are put in one by one
+                calls = {name: value for entry, _ in parts for name, value in _calls(entry.patch).items()}
+                site(function).add(tuple(edit for _, target in parts for edit in target.edits), calls)
+                put += [(function, entry, target) for entry, target in parts]
+    return put
+
+
+def _put(module: types.ModuleType, target: Target, calls: dict[str, object]) -> types.FunctionType:
+    """Puts the edits into the first function behind the target that they know, the module's own first."""
+    reasons = []
+    for function in _functions(module, target):
+        try:
+            site(function).add(target.edits, calls)
+        except Unknown as error:
+            reasons.append(str(error))
+        else:
+            return function
+    raise Unknown(f"{target.qualname}: {reasons[0] if reasons else 'not a Python function'}")
+
+
+def _holds(module: types.ModuleType, function: types.FunctionType, target: Target) -> bool:
+    return function in _functions(module, target) and site(function).holds(target.edits)
+
+
+def _functions(module: types.ModuleType, target: Target) -> list[types.FunctionType]:
+    """The functions behind a target, the module's own first."""
+    renamed = target.formerly is not None and not _exists(module, target, older=False)
+    name = target.formerly if renamed else target.qualname
+    home = getattr(module, "__file__", None)
+    functions = functions_behind(_attribute(module, str(name)), home)
+    return sorted(functions, key=lambda function: function.__code__.co_filename != home)
+
+
+def _exists(module: types.ModuleType, target: Target, older: bool = True) -> bool:
+    for name in [target.qualname] + [target.formerly] * older:
+        with contextlib.suppress(Unknown):
+            return name is not None and _attribute(module, name) is not None
+    return False
+
+
+def _addition(patch: Patch) -> Any:
+    return _resolve(patch.addition)
+
+
+def _advice(patch: Patch) -> list[str]:
+    if patch.advice is None or _loaded(patch.module) is None:
+        return []
+    try:
+        return list(_resolve(patch.advice)())  # type: ignore[operator]
+    except Exception as error:  # advice is not worth an exception
+        return [f"{patch.advice} raised {_describe(error)}"]
+
+
+def _check(known: Known) -> None:
+    module = importlib.import_module(known.module)
+    behind = functions_behind(_attribute(module, known.qualname), getattr(module, "__file__", None))
+    if not any(says(function, known.fingerprints) for function in behind):
+        raise Unknown(f"it relies on {known.qualname}, whose text is not known")
+
+
+def _attribute(module: types.ModuleType, qualname: str) -> object:
+    value: object = module
+    for name in qualname.split("."):
+        try:
+            value = inspect.getattr_static(value, name)
+        except AttributeError:
+            raise Unknown(f"there is no {qualname} in the installed {module.__name__}") from None
+    return value
+
+
+def _resolve(path: object) -> object:
+    if not isinstance(path, str):
+        return path
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _loaded(name: str) -> types.ModuleType | None:
+    return None if _is_importing(name) else sys.modules.get(name)
+
+
+def _is_importing(name: str) -> bool:
+    spec = getattr(sys.modules.get(name), "__spec__", None)
+    return bool(getattr(spec, "_initializing", False))
+
+
+def _describe(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"

@@ -1,0 +1,496 @@
+"""Real pipelines of every family, small, with seeded random weights, and what to call them with.
+
+    from wan_patches.testing.families import FAMILIES, available
+
+    family = FAMILIES["wan21_i2v"]
+    pipe = family.build(dtype=torch.bfloat16)
+    video = pipe(**family.inputs(seed=1)).frames[0]
+
+Nothing is downloaded: the architectures are those of the published models with fewer and narrower layers, and
+text goes through a tokenizer and an encoder like any other. A family that the installed diffusers lacks is in
+`FAMILIES` but not in `available()`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypedDict
+
+import diffusers
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["FAMILIES", "Family", "Options", "available", "images", "masks", "tokenizer"]
+
+TEXT_DIM = 32
+IMAGE_DIM = 32
+CLIP_TOKENS = 17  # 16 patches of a 32 pixel image, and the class token
+
+
+class Options(TypedDict, total=False):
+    """What every builder takes."""
+
+    dtype: torch.dtype  # of the transformer and the encoders; float32
+    vae_dtype: torch.dtype  # float32, as diffusers' documentation loads the VAE of Wan
+    seed: int  # of the weights; 0
+    head_dim: int  # of the transformer's attention; 32
+    transformer: Mapping[str, Any]  # more of the transformer's configuration, over what the builder sets
+    vae: Mapping[str, Any]  # more of the VAE's configuration, likewise
+
+
+# Building blocks
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """The CPU's global generator seeded inside and as it was outside; an accelerator's is never touched."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+def _finish(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+    """As `from_pretrained` would leave it, with weights as if they had been trained."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # Norms of ones and biases of zeros would hide a patch that forgets them
+            if parameter.numel() > 1 and bool((parameter == parameter.flatten()[0]).all()):
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    # What is loaded is cast, but for what diffusers keeps; tables made by the constructor stay as they are
+    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if not kept & set(name.split(".")):
+            tensor.data = tensor.data.to(dtype)
+    return model.eval()
+
+
+def tokenizer(*, eos: bool = True, bos: bool = False) -> transformers.PreTrainedTokenizerFast:
+    """One token a byte, with the special tokens of T5 (`eos`) or of Gemma (`bos`)."""
+    special = ["<pad>", "</s>", "<unk>", "<bos>"]
+    vocabulary = {token: i for i, token in enumerate(special + sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    bytes_ = Tokenizer(models.BPE(vocabulary, merges=[], unk_token="<unk>"))
+    bytes_.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytes_.decoder = decoders.ByteLevel()
+    bytes_.post_processor = processors.TemplateProcessing(
+        single=("<bos> " if bos else "") + "$A" + (" </s>" if eos else ""),
+        special_tokens=[("<bos>", vocabulary["<bos>"]), ("</s>", vocabulary["</s>"])],
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bytes_, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", bos_token="<bos>"
+    )
+
+
+@dataclass(frozen=True)
+class _Make:
+    """Makes the components of one pipeline from the options of its builder."""
+
+    dtype: torch.dtype = torch.float32
+    vae_dtype: torch.dtype = torch.float32
+    seed: int = 0
+    head_dim: int = 32
+    transformer: Mapping[str, Any] = field(default_factory=dict)
+    vae: Mapping[str, Any] = field(default_factory=dict)
+
+    def pipeline(self, name: str, **components: Any) -> diffusers.DiffusionPipeline:
+        """The named pipeline of the given components, with Wan's own for the rest."""
+        usual: dict[str, Callable[[], Any]] = {
+            "tokenizer": tokenizer,
+            "text_encoder": self.umt5,
+            "vae": self.wan_vae,
+            "scheduler": unipc,
+        }
+        rest = {part: make() for part, make in usual.items() if part not in components}
+        pipe = getattr(diffusers, name)(**rest, **components)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def dit(self, name: str = "WanTransformer3DModel", nth: int = 0, **config: Any) -> torch.nn.Module:
+        """The transformer, or the `nth` of several, which differ in their weights only."""
+        config = {
+            "num_attention_heads": 2,
+            "attention_head_dim": self.head_dim,
+            "num_layers": 2,
+            "text_dim": TEXT_DIM,
+            "ffn_dim": 128,
+            **config,
+            **self.transformer,
+        }
+        width = config["num_attention_heads"] * config["attention_head_dim"]
+        if config.get("image_dim"):  # models with image tokens attend to them by keys and values of their own
+            config.setdefault("added_kv_proj_dim", width)
+        return self.build(getattr(diffusers, name), nth, **config)
+
+    def build(self, cls: type, nth: int = 0, *, as_vae: bool = False, **config: Any) -> Any:
+        with _seeded(self.seed + 1000 * nth):
+            return _finish(cls(**config), self.vae_dtype if as_vae else self.dtype)
+
+    def wan_vae(self, **config: Any) -> torch.nn.Module:
+        """Wan's VAE, or what the configuration makes of it."""
+        config = {"base_dim": 8, "num_res_blocks": 1, **config, **self.vae}
+        vae = self.build(diffusers.AutoencoderKLWan, as_vae=True, **config)
+        with torch.no_grad():
+            # Untrained, it gives all pictures nearly the same latents, and all videos middling colours
+            vae.quant_conv.weight[: vae.config.z_dim].mul_(8)
+            vae.decoder.conv_out.weight.mul_(2)  # some pixels leave the range, so that a lost clamp shows
+        return vae
+
+    def umt5(self) -> torch.nn.Module:
+        config = transformers.UMT5Config(
+            vocab_size=260, d_model=TEXT_DIM, d_kv=8, d_ff=64, num_layers=2, num_heads=4,
+            feed_forward_proj="gated-gelu",
+        )  # fmt: skip
+        return self.build(transformers.UMT5EncoderModel, config=config)
+
+    def gemma(self) -> torch.nn.Module:
+        config = transformers.Gemma2Config(
+            vocab_size=260, hidden_size=TEXT_DIM, intermediate_size=64, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+            pad_token_id=0, eos_token_id=1, bos_token_id=3,
+        )  # fmt: skip
+        return self.build(transformers.Gemma2Model, config=config)
+
+    def clip(self, cls: type = transformers.CLIPVisionModel) -> dict[str, Any]:
+        """The image encoder and the processor before it."""
+        config = transformers.CLIPVisionConfig(
+            hidden_size=IMAGE_DIM, intermediate_size=64, projection_dim=16, num_hidden_layers=3,
+            num_attention_heads=4, image_size=32, patch_size=8,
+        )  # fmt: skip
+        return {
+            "image_encoder": self.build(cls, config=config),
+            "image_processor": transformers.CLIPImageProcessor(crop_size=32, size=32),
+        }
+
+
+def unipc(shift: float = 5.0) -> diffusers.UniPCMultistepScheduler:
+    """The scheduler that Wan and SkyReels models are published with."""
+    return diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
+
+
+# Builders, one a family
+
+
+def wan_t2v(**options: Unpack[Options]) -> diffusers.DiffusionPipeline:
+    """Wan 2.1 text to video."""
+    make = _Make(**options)
+    return make.pipeline("WanPipeline", transformer=make.dit())
+
+
+def wan22_i2v(**options: Unpack[Options]) -> diffusers.DiffusionPipeline:
+    """Wan 2.2 A14B image to video: two transformers, no image encoder."""
+    make = _Make(**options)
+    high, low = (make.dit(nth=nth, in_channels=36, out_channels=16) for nth in range(2))
+    return make.pipeline("WanImageToVideoPipeline", transformer=high, transformer_2=low, boundary_ratio=0.9)
+
+
+def wan21_i2v(*, first_last: bool = False, **options: Unpack[Options]) -> diffusers.DiffusionPipeline:
+    """Wan 2.1 image to video, or with `first_last` FLF2V, which takes the last image too."""
+    make = _Make(**options)
+    more: dict[str, Any] = {"pos_embed_seq_len": 2 * CLIP_TOKENS} if first_last else {}
+    dit = make.dit(in_channels=36, out_channels=16, image_dim=IMAGE_DIM, **more)
+    return make.pipeline("WanImageToVideoPipeline", transformer=dit, **make.clip())
+
+
+def wan21_flf2v(**options: Unpack[Options]) -> diffusers.DiffusionPipeline:
+    """Wan 2.1 FLF2V: the first and the last image to video."""
+    return wan21_i2v(first_last=True, **options)
+
+
+def wan22_ti2v(**options: Unpack[Options]) -> diffusers.DiffusionPipeline:
+    """Wan 2.2 TI2V 5B: a timestep for each token, and the residual VAE of 48 channels and 16 x 16 pixels."""
+    make = _Make(**options)
+    vae = make.wan_vae(
+        decoder_base_dim=12, z_dim=48, is_residual=True, in_channels=12, out_channels=12, patch_size=2,
+        scale_factor_spatial=16, latents_mean=[0.01 * i - 0.2 for i in range(48)],
+        latents_std=[0.5 + 0.01 * i for i in range(48)],
+    )  # fmt: skip
+    dit = make.dit(in_channels=48, out_channels=48)
+    return make.pipeline("WanImageToVideoPipeline", transformer=dit, vae=vae, expand_timesteps=True)
+
+
+def wan_v2v(**options: Unpack[Options]) -> diffusers.DiffusionPipeline:
+    """Wan 2.1 video to video."""
+    make = _Make(**options)
+    return make.pipeline("WanVideoToVideoPipeline", transformer=make.dit(), scheduler=unipc(3.0))
+
+
+def wan_vace(**options: Unpack[Options]) -> diffusers.DiffusionPipeline:
+    """Wan 2.1 VACE: video, mask and reference images to video."""
+    make = _Make(**options)
+    dit = make.dit("WanVACETransformer3DModel", num_layers=3, vace_layers=[0, 2])
+    return make.pipeline("WanVACEPipeline", transformer=dit)
+
+
+def wan_animate(**options: Unpack[Options]) -> diffusers.DiffusionPipeline:
+    """Wan 2.2 Animate: a character, a pose video and a face video to video."""
+    make = _Make(**options)
+    dit = make.dit(
+        "WanAnimateTransformer3DModel", in_channels=36, latent_channels=16, out_channels=16,
+        image_dim=IMAGE_DIM, motion_encoder_size=16, motion_style_dim=16, motion_dim=4, motion_encoder_dim=16,
+        motion_encoder_channel_sizes={"4": 16, "8": 16, "16": 16}, face_encoder_hidden_dim=16,
+        face_encoder_num_heads=2, inject_face_latents_blocks=2,
+    )  # fmt: skip
+    return make.pipeline("WanAnimatePipeline", transformer=dit, **make.clip())
+
+
+def _skyreels(name: str, make: _Make, **components: Any) -> diffusers.DiffusionPipeline:
+    components.setdefault("transformer", make.dit("SkyReelsV2Transformer3DModel"))
+    return make.pipeline(name, scheduler=unipc(8.0), **components)
+
+
+def skyreels_v2_t2v(**options: Unpack[Options]) -> diffusers.DiffusionPipeline:
+    """SkyReels-V2 text to video."""
+    return _skyreels("SkyReelsV2Pipeline", _Make(**options))
+
+
+def skyreels_v2_i2v(**options: Unpack[Options]) -> diffusers.DiffusionPipeline:
+    """SkyReels-V2 image to video."""
+    make = _Make(**options)
+    dit = make.dit("SkyReelsV2Transformer3DModel", in_channels=36, out_channels=16, image_dim=IMAGE_DIM)
+    clip = make.clip(transformers.CLIPVisionModelWithProjection)
+    return _skyreels("SkyReelsV2ImageToVideoPipeline", make, transformer=dit, **clip)
+
+
+def skyreels_v2_df(**options: Unpack[Options]) -> diffusers.DiffusionPipeline:
+    """SkyReels-V2 diffusion forcing, text to video: each frame has a timestep, and the rate is told."""
+    return _diffusion_forcing("SkyReelsV2DiffusionForcingPipeline", options)
+
+
+def skyreels_v2_df_i2v(**options: Unpack[Options]) -> diffusers.DiffusionPipeline:
+    """SkyReels-V2 diffusion forcing, image to video."""
+    return _diffusion_forcing("SkyReelsV2DiffusionForcingImageToVideoPipeline", options)
+
+
+def skyreels_v2_df_v2v(**options: Unpack[Options]) -> diffusers.DiffusionPipeline:
+    """SkyReels-V2 diffusion forcing, video to video: the video goes on."""
+    return _diffusion_forcing("SkyReelsV2DiffusionForcingVideoToVideoPipeline", options)
+
+
+def _diffusion_forcing(name: str, options: Options) -> diffusers.DiffusionPipeline:
+    make = _Make(**options)
+    dit = make.dit("SkyReelsV2Transformer3DModel", inject_sample_info=True)
+    return _skyreels(name, make, transformer=dit)
+
+
+def chronoedit(**options: Unpack[Options]) -> diffusers.DiffusionPipeline:
+    """ChronoEdit: an image edited as the last frame of a video."""
+    make = _Make(**options)
+    dit = make.dit("ChronoEditTransformer3DModel", in_channels=36, out_channels=16, image_dim=IMAGE_DIM)
+    return make.pipeline("ChronoEditPipeline", transformer=dit, scheduler=unipc(2.0), **make.clip())
+
+
+def sana_video(**options: Unpack[Options]) -> diffusers.DiffusionPipeline:
+    """SANA-Video text to video: linear attention, text from Gemma 2."""
+    scheduler = diffusers.DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=8.0
+    )
+    return _sana("SanaVideoPipeline", scheduler, options)
+
+
+def sana_video_i2v(**options: Unpack[Options]) -> diffusers.DiffusionPipeline:
+    """SANA-Video image to video."""
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=8.0)
+    return _sana("SanaImageToVideoPipeline", scheduler, options)
+
+
+def _sana(name: str, scheduler: Any, options: Options) -> diffusers.DiffusionPipeline:
+    make = _Make(**options)
+    heads = make.transformer.get("num_attention_heads", 2)
+    config = {
+        "num_attention_heads": heads, "attention_head_dim": make.head_dim, "num_cross_attention_heads": heads,
+        "cross_attention_head_dim": make.head_dim, "cross_attention_dim": heads * make.head_dim, "num_layers": 2,
+        "caption_channels": TEXT_DIM, "patch_size": (1, 2, 2), **make.transformer,
+    }  # fmt: skip
+    return make.pipeline(
+        name,
+        transformer=make.build(diffusers.SanaVideoTransformer3DModel, **config),
+        text_encoder=make.gemma(),
+        tokenizer=tokenizer(eos=False, bos=True),
+        scheduler=scheduler,
+    )
+
+
+def helios(**options: Unpack[Options]) -> diffusers.DiffusionPipeline:
+    """Helios at one resolution: text, image or video to video, chunk after chunk."""
+    make = _Make(**options)
+    scheduler = diffusers.HeliosScheduler(stages=1, stage_range=[0, 1], use_dynamic_shifting=True)
+    return make.pipeline("HeliosPipeline", transformer=_helios(make), scheduler=scheduler)
+
+
+def helios_pyramid(*, distilled: bool = False, **options: Unpack[Options]) -> diffusers.DiffusionPipeline:
+    """Helios over three resolutions: with zero-star guidance, or `distilled` and without."""
+    make = _Make(**options)
+    name = "HeliosDMDScheduler" if distilled else "HeliosScheduler"
+    # The published gamma of 1/3 makes a covariance that is singular, and not every Cholesky lets it pass
+    scheduler = getattr(diffusers, name)(gamma=0.3333, use_dynamic_shifting=True)
+    return make.pipeline(
+        "HeliosPyramidPipeline",
+        transformer=_helios(make),
+        scheduler=scheduler,
+        is_distilled=distilled,
+        is_cfg_zero_star=not distilled,
+    )
+
+
+def helios_distilled(**options: Unpack[Options]) -> diffusers.DiffusionPipeline:
+    """Helios over three resolutions, distilled."""
+    return helios_pyramid(distilled=True, **options)
+
+
+def _helios(make: _Make) -> torch.nn.Module:
+    space = make.transformer.get("attention_head_dim", make.head_dim) // 6 * 2
+    time = make.transformer.get("attention_head_dim", make.head_dim) - 2 * space
+    return make.dit("HeliosTransformer3DModel", rope_dim=(time, space, space))
+
+
+# Inputs
+
+
+def images(seed: int = 0, count: int = 1, size: tuple[int, int] = (48, 32)) -> list[Image.Image]:
+    """`count` RGB frames of `size` (width, height): smooth colours that drift, under a grain of noise."""
+    width, height = size
+    random = np.random.default_rng(seed)
+    colours = random.integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    scene = np.asarray(Image.fromarray(colours).resize((2 * width, 2 * height), Image.Resampling.BICUBIC))
+    frames = []
+    for i in range(count):
+        x, y = i * width // count, i * height // count
+        frame = scene[y : y + height, x : x + width] + random.normal(0, 6, (height, width, 3))
+        frames.append(Image.fromarray(frame.clip(0, 255).astype(np.uint8)))
+    return frames
+
+
+def masks(count: int = 1, size: tuple[int, int] = (48, 32)) -> list[Image.Image]:
+    """`count` masks of `size` (width, height): a white box that moves over black."""
+    width, height = size
+    frames = []
+    for i in range(count):
+        frames.append(Image.new("L", size, 0))
+        frames[-1].paste(255, (x := i * width // (2 * count), height // 4, x + width // 2, height))
+    return frames
+
+
+@dataclass(frozen=True)
+class Family:
+    """A pipeline, and how to call it for a small run."""
+
+    name: str
+    build: Callable[..., diffusers.DiffusionPipeline]
+    since: tuple[int, int]  # the first minor version of diffusers that has it
+    takes: Mapping[str, str] = field(default_factory=dict)  # argument: which of the pictures it gets
+    call: Mapping[str, Any] = field(default_factory=dict)  # more arguments, or None for one not to give
+    frames: int = 9
+    frames_as: str | None = "num_frames"
+    size: tuple[int, int] = (48, 32)  # width, height: not square, so that no patch may swap them
+
+    @property
+    def available(self) -> bool:
+        """Whether the installed diffusers has it."""
+        major, minor = diffusers.__version__.split(".")[:2]
+        return (int(major), int(minor)) >= self.since
+
+    def inputs(
+        self,
+        *,
+        image: Image.Image | None = None,
+        last_image: Image.Image | None = None,
+        video: list[Image.Image] | None = None,
+        seed: int = 0,
+        size: tuple[int, int] | None = None,
+        frames: int | None = None,
+        steps: int = 2,
+        **more: Any,
+    ) -> dict[str, Any]:
+        """The arguments of one call, made from `seed` where they are not given.
+
+        Pictures that the family has no use for are ignored. The generator is fresh: take the inputs anew for
+        every call that is to give the same video. (Before diffusers 0.38, the Helios pyramid draws from the
+        global generator as well.)
+        """
+        width, height = size = size or self.size
+        frames = frames or self.frames
+        pictures: dict[str, Callable[[], Any]] = {
+            "image": lambda: image or images(seed, 1, size)[0],
+            "images": lambda: [image or images(seed, 1, size)[0]],
+            "last_image": lambda: last_image or images(seed + 1, 1, size)[0],
+            "video": lambda: video or images(seed + 2, frames, size),
+            "face": lambda: images(seed + 3, len(video or range(frames)), (32, 32)),
+            "background": lambda: images(seed + 4, len(video or range(frames)), size),
+            "mask": lambda: masks(len(video or range(frames)), size),
+        }
+        arguments = {
+            "prompt": "A red fox runs over fresh snow",
+            "negative_prompt": "blurry",
+            "height": height,
+            "width": width,
+            "num_inference_steps": steps,
+            "guidance_scale": 4.0,
+            "max_sequence_length": 64,
+            "generator": torch.Generator("cpu").manual_seed(seed),
+            "output_type": "np",
+            **({self.frames_as: frames} if self.frames_as else {}),
+            **{argument: pictures[picture]() for argument, picture in self.takes.items()},
+            **self.call,
+        }
+        if "pyramid_num_inference_steps_list" in arguments:
+            arguments["pyramid_num_inference_steps_list"] = [steps] * 3
+        return {key: value for key, value in {**arguments, **more}.items() if value is not None}
+
+
+_IMAGE, _VIDEO = {"image": "image"}, {"video": "video"}
+_ANIMATE = {**_IMAGE, "pose_video": "video", "face_video": "face"}
+_SEGMENTS = {"segment_frame_length": 5, "guidance_scale": 1.0}  # two segments of the nine frames
+_LONG = {"base_num_frames": 9, "overlap_history": 5}  # two rounds of thirteen frames
+_SANA = {"use_resolution_binning": False, "complex_human_instruction": []}
+_CHUNKS = {"num_latent_frames_per_chunk": 2}  # two chunks of five frames
+_PYRAMID: dict[str, Any] = {
+    **_CHUNKS,
+    "num_inference_steps": None,
+    "pyramid_num_inference_steps_list": [],  # filled in by `inputs`
+}
+
+FAMILIES: Mapping[str, Family] = {
+    family.name: family
+    for family in (
+        Family("wan_t2v", wan_t2v, (0, 33)),
+        Family("wan22_i2v", wan22_i2v, (0, 35), _IMAGE),
+        Family("wan21_i2v", wan21_i2v, (0, 33), _IMAGE),
+        Family("wan21_flf2v", wan21_flf2v, (0, 34), {**_IMAGE, "last_image": "last_image"}),
+        Family("wan22_ti2v", wan22_ti2v, (0, 35), _IMAGE, size=(96, 64)),
+        Family("wan_v2v", wan_v2v, (0, 33), _VIDEO, {"strength": 0.8}, frames_as=None),
+        Family("wan_vace", wan_vace, (0, 34), {**_VIDEO, "mask": "mask", "reference_images": "images"}),
+        Family("wan_animate", wan_animate, (0, 36), _ANIMATE, _SEGMENTS, frames_as=None),
+        Family("wan_animate_replace", wan_animate, (0, 36),
+               {**_ANIMATE, "background_video": "background", "mask_video": "mask"},
+               {**_SEGMENTS, "mode": "replace"}, frames_as=None),
+        Family("skyreels_v2_t2v", skyreels_v2_t2v, (0, 35)),
+        Family("skyreels_v2_i2v", skyreels_v2_i2v, (0, 35), _IMAGE),
+        Family("skyreels_v2_df", skyreels_v2_df, (0, 35), {}, _LONG, frames=13),
+        Family("skyreels_v2_df_i2v", skyreels_v2_df_i2v, (0, 35), _IMAGE, _LONG, frames=13),
+        Family("skyreels_v2_df_v2v", skyreels_v2_df_v2v, (0, 35), _VIDEO, _LONG, frames=13),
+        Family("chronoedit", chronoedit, (0, 36), _IMAGE),
+        Family("chronoedit_reasoning", chronoedit, (0, 36), _IMAGE,
+               {"enable_temporal_reasoning": True, "num_temporal_reasoning_steps": 1}),
+        Family("sana_video", sana_video, (0, 36), {}, _SANA, frames_as="frames", size=(64, 32)),
+        Family("sana_video_i2v", sana_video_i2v, (0, 36), _IMAGE, _SANA, frames_as="frames", size=(64, 32)),
+        Family("helios", helios, (0, 37), {}, _CHUNKS),
+        Family("helios_i2v", helios, (0, 37), _IMAGE, _CHUNKS),
+        Family("helios_v2v", helios, (0, 37), _VIDEO, _CHUNKS),
+        Family("helios_pyramid", helios_pyramid, (0, 37), {}, _PYRAMID, size=(128, 64)),
+        Family("helios_pyramid_i2v", helios_pyramid, (0, 37), _IMAGE, _PYRAMID, size=(128, 64)),
+        Family("helios_distilled", helios_distilled, (0, 37), _VIDEO, {**_PYRAMID, "guidance_scale": 1.0},
+               size=(128, 64)),
+    )
+}  # fmt: skip
+
+
+def available() -> list[str]:
+    """The families that the installed diffusers has."""
+    return [name for name, family in FAMILIES.items() if family.available]
