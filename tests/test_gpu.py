@@ -153,11 +153,11 @@ def test_kernels_run_on_the_device_of_their_input(fresh_gate):
 
 
 def _rows(kind, seq, dim):
-    """Rows of one kind, the border, and the same for every token."""
+    """Rows of one kind, the split_index, and the same for every token."""
     rows = torch.randn(1, {"one": 1, "each": seq, "two": 2}[kind], 6, dim, device="cuda")[:, :, 2]
-    border = seq // 3 if kind == "two" else None
-    counts = torch.tensor([border, seq - border], device="cuda") if border else None
-    return rows, border, rows if counts is None else rows.repeat_interleave(counts, dim=1)
+    split_index = seq // 3 if kind == "two" else None
+    counts = torch.tensor([split_index, seq - split_index], device="cuda") if split_index else None
+    return rows, split_index, rows if counts is None else rows.repeat_interleave(counts, dim=1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -169,10 +169,10 @@ def test_modulation_and_residuals_have_the_bits_of_stock(batch, seq, dim, kind, 
 
     x, y = torch.randn(2, batch, seq, dim, device="cuda", dtype=dtype)
     normed = F.layer_norm(x.float(), (dim,))
-    scale, border, dense_scale = _rows(kind, seq, dim)
+    scale, split_index, dense_scale = _rows(kind, seq, dim)
     shift, _, dense_shift = _rows(kind, seq, dim)
-    _identical(modulate(normed, scale, shift, dtype, border), (normed * (1 + dense_scale) + dense_shift).to(dtype))
-    _identical(gated_residual(x, y, scale, border), (x.float() + y.float() * dense_scale).to(dtype))
+    _identical(modulate(normed, scale, shift, dtype, split_index), (normed * (1 + dense_scale) + dense_shift).to(dtype))
+    _identical(gated_residual(x, y, scale, split_index), (x.float() + y.float() * dense_scale).to(dtype))
     if dtype != torch.float32:
         total, wide = add_and_cast(x, y)
         _identical(total, x + y)

@@ -10,7 +10,7 @@ import pytest
 from rich.table import Table
 
 import wan_patches
-from wan_patches.patching.registry import ACTIVE, SKIPPED, Report, Status
+from wan_patches.patching.status import ACTIVE, SKIPPED, Report, Status
 from wan_patches.tables import html, text
 
 

@@ -16,8 +16,9 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from wan_patches.patching.fidelity import Fidelity, Verdict
-from wan_patches.patching.registry import Known, Patch, PatchError, Registry, Report, Status, Target
+from wan_patches.patching.registry import Known, Patch, PatchError, Registry, Target
 from wan_patches.patching.rewrite import Block, Body, Replace, Unknown, fingerprint
+from wan_patches.patching.status import Report, Status
 
 if TYPE_CHECKING:
     from wan_patches.diagnostics.profiling import Profile, profile

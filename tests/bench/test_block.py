@@ -13,7 +13,7 @@ import wan_patches
 from wan_patches import __main__ as cli
 from wan_patches.bench import block, shapes, variants
 from wan_patches.ops import rope
-from wan_patches.ops.modulation import TwoRows
+from wan_patches.ops.modulation import SegmentedModulation
 
 CPU = torch.device("cpu")
 TINY = [name for name, shape in shapes.SHAPES.items() if name.startswith("tiny") and shape.available]
@@ -52,7 +52,10 @@ def test_the_block_gets_in_each_way_what_the_models_forward_hands_it(name, any_s
     first = [args[0] for _, (args, _) in handed]
     assert all(torch.equal(hidden_states, first[0]) for hidden_states in first)
     if name == "tiny-helios":
-        assert {names: type(args[2]) for names, (args, _) in handed} == {frozenset(): torch.Tensor, None: TwoRows}
+        assert {names: type(args[2]) for names, (args, _) in handed} == {
+            frozenset(): torch.Tensor,
+            None: SegmentedModulation,
+        }
 
 
 @pytest.mark.parametrize("name", TINY)

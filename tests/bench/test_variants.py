@@ -357,15 +357,3 @@ def test_a_chart_is_drawn_where_matplotlib_is(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match="matplotlib must be installed for charts"):
         variants.chart(_result(), CPU)
-
-
-def test_the_machine_of_a_gpu_has_its_driver(monkeypatch, tmp_path):
-    version = tmp_path / "version"
-    version.write_text("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86.15  Release Build\n")
-    real = open
-    monkeypatch.setattr("builtins.open", lambda path, *a: real(version if "nvidia" in str(path) else path, *a))
-    monkeypatch.setattr(torch.version, "cuda", "12.8")
-    assert measure._cuda() == {"cuda": "12.8", "driver": "570.86.15"}
-    version.write_text("nothing")
-    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 12080, raising=False)
-    assert measure._cuda() == {"cuda": "12.8", "driver": "for CUDA 12.8"}

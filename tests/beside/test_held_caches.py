@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import wan_patches
+from wan_patches.ops import vae_division as division
 from wan_patches.ops.vae import FrameCaches
-from wan_patches.patches import vae as patch
 
 pytestmark = [pytest.mark.upstream]
 
@@ -230,7 +230,7 @@ def test_entries_stay_where_a_chunk_is_divided(monkeypatch):
     vae = AutoencoderKLWan().eval()
     z = torch.randn(1, 16, 3, 15, 6)
     divided, divide = [], FrameCaches.divide
-    monkeypatch.setattr(patch, "_divided", {})
+    monkeypatch.setattr(division, "_divided", {})
     monkeypatch.setattr(FrameCaches, "divide", lambda caches: divided.append(1) or divide(caches))
 
     def act():
@@ -243,6 +243,6 @@ def test_entries_stay_where_a_chunk_is_divided(monkeypatch):
         return [*results, *kept]
 
     assert_same(*compared(act))
-    if not all(patch._divided.values()):
+    if not all(division._divided.values()):
         pytest.skip("convolutions add up in another order here: nothing is divided")
     assert divided

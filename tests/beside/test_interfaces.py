@@ -11,7 +11,7 @@ import torch
 from diffusers.video_processor import VideoProcessor
 
 import wan_patches
-from wan_patches.patches import step_loop
+from wan_patches.bindings import step_loop
 from wan_patches.testing.families import FAMILIES, available
 
 pytestmark = pytest.mark.usefixtures("one_thread", "any_size")

@@ -12,7 +12,7 @@ import torch
 from diffusers.video_processor import VideoProcessor
 
 import wan_patches
-from wan_patches.patches.preprocess import preprocess, preprocess_video
+from wan_patches.bindings.preprocess import preprocess, preprocess_video
 from wan_patches.testing.families import FAMILIES, available, images
 
 pytestmark = pytest.mark.usefixtures("one_thread", "any_size")

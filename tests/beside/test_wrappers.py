@@ -10,8 +10,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import wan_patches
+from wan_patches.bindings import step_loop
 from wan_patches.ops.conditioning import ConditionVideo
-from wan_patches.patches import step_loop
 from wan_patches.testing.families import FAMILIES, available, images
 
 diffusers = pytest.importorskip("diffusers", minversion="0.38")
@@ -277,7 +277,7 @@ def test_whoever_wraps_a_processor_sees_the_calls_of_stock(name, pipelines, look
 def test_any_method_of_a_processor(method, wrap, where, looking, against_stock):
     from diffusers.video_processor import VideoProcessor
 
-    from wan_patches.patches.preprocess import preprocess, preprocess_video
+    from wan_patches.bindings.preprocess import preprocess, preprocess_video
 
     processor, video = VideoProcessor(vae_scale_factor=8), torch.rand(1, 3, 2, 16, 16)
 
@@ -379,7 +379,7 @@ def test_a_hook_on_all_modules_has_the_timesteps_of_stock(pipelines, looking, ag
 def _against_stock_by_timesteps(pipe, change, looking, against_stock):
     import importlib
 
-    patch = importlib.import_module("wan_patches.patches.timesteps")
+    patch = importlib.import_module("wan_patches.bindings.timesteps")
     if "wan22_ti2v" not in available():
         pytest.skip("this diffusers has none")
     rows = []

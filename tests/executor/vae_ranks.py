@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 
 from wan_patches.executor.layouts import place
-from wan_patches.patches import vae_tiling
+from wan_patches.patches.vae_tiling import PATCHES
 from wan_patches.patching.registry import Registry
 from wan_patches.testing.families import FAMILIES, available
 from wan_patches.vae_parallel import parallelize_vae
@@ -90,7 +90,7 @@ class Case:
         if self.slicing:
             model.enable_slicing()
         x = self.input(model).to(model.dtype)
-        patches = Registry(vae_tiling.PATCHES).enabled(strict=True) if self.patched else nullcontext()
+        patches = Registry(PATCHES).enabled(strict=True) if self.patched else nullcontext()
         with patches, share(model):
             if self.kind == "decode":
                 return model.decode(x, return_dict=False)[0]

@@ -215,7 +215,7 @@ def test_threads_count_every_call(monkeypatch):
 
 class Rows(NamedTuple):
     rows: torch.Tensor
-    border: int
+    split_index: int
 
 
 def _tensors():

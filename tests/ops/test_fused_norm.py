@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from wan_patches.ops import fused_norm as op
 from wan_patches.ops import modulation as exact
 from wan_patches.ops import rope
-from wan_patches.ops.modulation import TwoRows
+from wan_patches.ops.modulation import SegmentedModulation
 from wan_patches.patching.fidelity import Fidelity, gate
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -31,22 +31,25 @@ def kernel(as_on_cuda, monkeypatch):
     """The way of GPUs on the CPU, with arithmetic in float64 in the kernels' place, and an error that can be set."""
     state = SimpleNamespace(calls=0, error=0.0)
 
-    def normed(x, weight, bias, scale, shift, eps, border):
+    def normed(x, weight, bias, scale, shift, eps, split_index):
         state.calls += 1
         weight, bias = (None if p is None else p.double() for p in (weight, bias))
         value = F.layer_norm(x.double(), x.shape[-1:], weight, bias, eps)
         if scale is not None:
-            rows = [r if border is None else TwoRows(r, border, x.shape[1]).dense() for r in (scale, shift)]
+            rows = [
+                r if split_index is None else SegmentedModulation(r, split_index, x.shape[1]).dense()
+                for r in (scale, shift)
+            ]
             value = value * (1 + rows[0].double()) + rows[1].double()
         return (value + state.error).to(x.dtype)
 
-    def residual(x, y, by, weight, bias, scale, shift, eps, border):
+    def residual(x, y, by, weight, bias, scale, shift, eps, split_index):
         if by is None:
             h = x + y
         else:
-            rows = by if border is None else TwoRows(by, border, x.shape[1]).dense()
+            rows = by if split_index is None else SegmentedModulation(by, split_index, x.shape[1]).dense()
             h = (x.float() + y.float() * rows).to(x.dtype)
-        return h, normed(h, weight, bias, scale, shift, eps, border)
+        return h, normed(h, weight, bias, scale, shift, eps, split_index)
 
     def rms_norm_rope(x, weight, eps, cos, sin, heads):
         state.calls += 1
@@ -69,7 +72,12 @@ def _inputs(dtype, kind, dim=48, affine=False):
         torch.nn.init.normal_(parameter)
     x, y = torch.randn(2, 2, 9, dim).to(dtype)
     tensors = torch.randn(3, 2, {"row": 1, "token": 9, "two rows": 2}[kind], dim)
-    return norm, x, y, [TwoRows(tensor, 4, x.shape[1]) if kind == "two rows" else tensor for tensor in tensors]
+    return (
+        norm,
+        x,
+        y,
+        [SegmentedModulation(tensor, 4, x.shape[1]) if kind == "two rows" else tensor for tensor in tensors],
+    )
 
 
 def _all(norm, x, y, modulations):

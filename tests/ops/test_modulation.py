@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from wan_patches.ops import modulation as ops
 from wan_patches.ops.dispatch import at_any_size, rechecking
-from wan_patches.ops.modulation import RowPerToken, TwoRows
+from wan_patches.ops.modulation import RowPerToken, SegmentedModulation
 from wan_patches.patching import tally
 from wan_patches.patching.fidelity import gate
 
@@ -41,13 +41,13 @@ def cases(draw):
     dtype, other = draw(st.sampled_from(DTYPES)), draw(st.sampled_from(DTYPES))
     kind = draw(st.sampled_from(("row", "token", "two rows", "made when used")))
     rows = {"row": 1, "token": seq, "two rows": 2, "made when used": seq}[kind]
-    border = draw(st.integers(0, seq))
+    split_index = draw(st.integers(0, seq))
 
     def modulation():
         if kind == "made when used":
             return RowPerToken(torch.randn(1, 3, dim)[:, 1:2], torch.randn(batch, seq, 3, dim).to(other)[:, :, 2])
         tensor = torch.randn(draw(st.sampled_from((1, batch))), 3 * rows, dim)[:, 1::3]  # as `chunk` leaves it
-        return TwoRows(tensor, border, seq) if kind == "two rows" else tensor
+        return SegmentedModulation(tensor, split_index, seq) if kind == "two rows" else tensor
 
     x = torch.randn(batch, seq, dim).to(dtype)
     if draw(st.booleans()):
@@ -59,9 +59,9 @@ def _dense(modulation, x):
     """Row by row, unlike the code under test."""
     if isinstance(modulation, RowPerToken):
         return modulation.table + modulation.temb.float()
-    if not isinstance(modulation, TwoRows):
+    if not isinstance(modulation, SegmentedModulation):
         return modulation
-    rows = [modulation.rows[:, 0 if token < modulation.border else 1] for token in range(x.shape[1])]
+    rows = [modulation.rows[:, 0 if token < modulation.split_index else 1] for token in range(x.shape[1])]
     return torch.stack(rows, dim=1)
 
 
@@ -173,7 +173,7 @@ def test_real_chunks_and_threads(dtype, threads):
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("change", ["dimensions", "fp64", "modulation dtype", "other border", "shape of y"])
+@pytest.mark.parametrize("change", ["dimensions", "fp64", "modulation dtype", "other split_index", "shape of y"])
 @torch.no_grad()
 def test_other_inputs_take_the_operations_of_stock(change, large):
     x, y = torch.randn(2, 2, 12, 8)
@@ -185,13 +185,13 @@ def test_other_inputs_take_the_operations_of_stock(change, large):
         x = x.double()
     elif change == "modulation dtype":
         scale, shift = scale.half(), shift.half()
-    elif change == "other border":
-        scale, shift = (TwoRows(torch.randn(2, 2, 8), border, x.shape[1]) for border in (3, 4))
+    elif change == "other split_index":
+        scale, shift = (SegmentedModulation(torch.randn(2, 2, 8), split_index, x.shape[1]) for split_index in (3, 4))
     if change == "shape of y":
         y = y[:1]
     else:
         _assert_same(ops.modulated_norm(x, _norm, scale, shift), _stock_norm(x, scale, shift))
-    if change != "other border":
+    if change != "other split_index":
         _assert_same(ops.gated_residual(x, y, shift), _stock_residual(x, y, shift))
     assert not any(way.is_fast for way in tally.counted())
 
@@ -245,7 +245,7 @@ def test_rows_of_two_kinds_become_the_modulations_of_a_block():
     table, rows = torch.randn(1, 6, 8), torch.randn(3, 2, 6, 8).bfloat16()
     temb = torch.cat((rows[:, :1].expand(-1, 4, -1, -1), rows[:, 1:].expand(-1, 5, -1, -1)), dim=1)
     expected = (table.unsqueeze(0) + temb.float()).chunk(6, dim=2)
-    two = TwoRows(rows, 4, 9)
+    two = SegmentedModulation(rows, 4, 9)
     assert torch.equal(two.float(), temb.float())
     assert two.ndim == temb.ndim
     for ours, stock in zip(two.added_to(table), expected, strict=True):
@@ -257,16 +257,16 @@ def kernels(as_on_cuda, monkeypatch):
     """The way of GPUs on the CPU, with torch's arithmetic in the kernels' place; what they were given."""
     given = []
 
-    def rows(tensor, x, border):
-        return tensor if border is None else _dense(TwoRows(tensor, border, x.shape[1]), x)
+    def rows(tensor, x, split_index):
+        return tensor if split_index is None else _dense(SegmentedModulation(tensor, split_index, x.shape[1]), x)
 
-    def modulate(normed, scale, shift, dtype, border=None):
-        given.append(("modulate", scale.shape, border))
-        return (normed * (1 + rows(scale, normed, border)) + rows(shift, normed, border)).to(dtype)
+    def modulate(normed, scale, shift, dtype, split_index=None):
+        given.append(("modulate", scale.shape, split_index))
+        return (normed * (1 + rows(scale, normed, split_index)) + rows(shift, normed, split_index)).to(dtype)
 
-    def gated_residual(x, y, by, border=None):
-        given.append(("gated_residual", by.shape, border))
-        return (x.float() + y.float() * rows(by, x, border)).to(x.dtype)
+    def gated_residual(x, y, by, split_index=None):
+        given.append(("gated_residual", by.shape, split_index))
+        return (x.float() + y.float() * rows(by, x, split_index)).to(x.dtype)
 
     def add_and_cast(x, y):
         given.append(("add_and_cast",))
@@ -284,15 +284,15 @@ def test_what_kernels_are_given_gives_the_bits_of_stock(dtype, kind, kernels):
     given = kernels
     x, y = torch.randn(2, 2, 9, 8).to(dtype)
     tensors = torch.randn(2, 2, 1 if kind == "row" else 2, 8)
-    scale, shift = tensors if kind == "row" else (TwoRows(tensor, 4, x.shape[1]) for tensor in tensors)
+    scale, shift = tensors if kind == "row" else (SegmentedModulation(tensor, 4, x.shape[1]) for tensor in tensors)
     for _ in range(2):  # the second time without comparison
         assert torch.equal(ops.modulated_norm(x, _norm, scale, shift), _stock_norm(x, scale, shift))
         assert torch.equal(ops.gated_residual(x, y, shift), _stock_residual(x, y, shift))
         h, normed = ops.residual_norm(x, y, None, _norm, scale, shift)
         assert torch.equal(h, x + y)
         assert torch.equal(normed, _stock_norm(x + y, scale, shift))
-    border = None if kind == "row" else 4
-    modulated, gated = ("modulate", tensors[0].shape, border), ("gated_residual", tensors[1].shape, border)
+    split_index = None if kind == "row" else 4
+    modulated, gated = ("modulate", tensors[0].shape, split_index), ("gated_residual", tensors[1].shape, split_index)
     added = [] if dtype == torch.float32 else [("add_and_cast",)]  # there is nothing to cast
     assert given == [modulated, gated, *added, modulated] * 2
     assert [verdict.exact for verdict in gate.verdicts()] == [True] * 3

@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from wan_patches.bindings.vae import _normalizes_in_fp32, _plain_norm
 from wan_patches.ops import norm_silu as op
-from wan_patches.patches.vae import _normalizes_in_fp32, _plain_norm
 from wan_patches.patching.fidelity import gate
 
 autoencoders = pytest.importorskip("diffusers.models.autoencoders.autoencoder_kl_wan")

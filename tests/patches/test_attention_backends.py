@@ -13,11 +13,12 @@ import pytest
 import torch
 
 import wan_patches
+from wan_patches.bindings import attention_backends
 from wan_patches.ops import npu
 from wan_patches.ops.npu import attention
-from wan_patches.patches import attention_backends
-from wan_patches.patches.attention_backends import NAME
-from wan_patches.patching.registry import ACTIVE, SKIPPED, Registry
+from wan_patches.patches.attention_backends import NAME, PATCHES
+from wan_patches.patching.registry import Registry
+from wan_patches.patching.status import ACTIVE, SKIPPED
 
 pytestmark = pytest.mark.upstream
 
@@ -45,7 +46,7 @@ def registry(monkeypatch):
     """Only this patch; diffusers as it was afterwards."""
     monkeypatch.setattr(table, "_active_backend", table._active_backend)  # a model's choice becomes that of all
     before, dicts = snapshot(), [value for value in vars(table).values() if isinstance(value, dict)]
-    made = Registry(attention_backends.PATCHES)
+    made = Registry(PATCHES)
     yield made
     made.disable()
     names._value2member_map_.pop(NAME, None)  # stay where a model used the name

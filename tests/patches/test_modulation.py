@@ -13,10 +13,10 @@ import pytest
 import torch
 
 import wan_patches
+from wan_patches.bindings import modulation as patch
 from wan_patches.ops import dispatch, fused_norm
 from wan_patches.ops import modulation as ops
-from wan_patches.ops.modulation import TwoRows
-from wan_patches.patches import modulation as patch
+from wan_patches.ops.modulation import SegmentedModulation
 from wan_patches.patching import tally
 from wan_patches.patching.fidelity import Fidelity
 
@@ -312,9 +312,9 @@ def test_helios_is_bit_identical_with_two_rows(dtype, batch, history, config, fa
     assert actual.stride() == expected.stride()
     assert len(handed) == (2 if history else 0)  # one row for all tokens is as in Wan
     for value in handed:
-        assert isinstance(value, TwoRows)
+        assert isinstance(value, SegmentedModulation)
         assert value.rows.shape == (batch, 2, 6, 48)
-        assert 0 < value.border < value.seq
+        assert 0 < value.split_index < value.seq
     assert fast_forms
 
 
@@ -420,7 +420,7 @@ def test_helios_hands_out_what_stock_does_where_someone_looks(look_in, at, hande
     (shape, rows), (same_shape, same_rows) = seen
     assert shape == same_shape
     assert torch.equal(rows, same_rows)
-    assert not any(isinstance(value, TwoRows) for value in handed)
+    assert not any(isinstance(value, SegmentedModulation) for value in handed)
 
 
 @torch.no_grad()
@@ -433,7 +433,7 @@ def test_helios_hands_out_what_stock_does_for_few_elements(handed, monkeypatch):
     with wan_patches.enabled(["modulation"]):
         assert torch.equal(model(**request)[0], expected)
     assert handed
-    assert not any(isinstance(value, TwoRows) for value in handed)
+    assert not any(isinstance(value, SegmentedModulation) for value in handed)
     assert {way.reason for way in tally.counted() if way.op == "rows of two kinds"} == {dispatch.SMALL}
 
 
@@ -443,7 +443,7 @@ def test_helios_hands_out_what_stock_does_for_gradients(handed):
     with wan_patches.enabled(["modulation"]):
         assert torch.equal(model(**request)[0], expected)
     assert handed
-    assert not any(isinstance(value, TwoRows) for value in handed)
+    assert not any(isinstance(value, SegmentedModulation) for value in handed)
 
 
 @pytest.mark.parametrize("config", [{}, {"zero_history_timestep": False}])
@@ -488,7 +488,7 @@ def test_hooks_of_offloading_hand_two_rows_on(move, handed):
     with wan_patches.enabled(["modulation"]):
         assert torch.equal(model(**request)[0], expected)
     assert len(handed) == 2
-    assert all(isinstance(value, TwoRows) for value in handed)
+    assert all(isinstance(value, SegmentedModulation) for value in handed)
 
 
 @torch.no_grad()
@@ -513,5 +513,5 @@ def test_compiled_helios_blocks_take_two_rows(handed):
             block.compile(backend="aot_eager", fullgraph=True)
         actual = compiled(**request)[0]
     assert torch.equal(actual, expected)
-    assert all(isinstance(value, TwoRows) for value in handed)
+    assert all(isinstance(value, SegmentedModulation) for value in handed)
     assert handed

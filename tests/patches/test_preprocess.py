@@ -9,7 +9,7 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.video_processor import VideoProcessor
 
-from wan_patches.patches.preprocess import preprocess, preprocess_video
+from wan_patches.bindings.preprocess import preprocess, preprocess_video
 from wan_patches.testing.families import images
 
 pytestmark = [pytest.mark.upstream, pytest.mark.usefixtures("any_size")]

@@ -48,7 +48,7 @@ def test_processors_hand_queries_and_keys_over_together(name, pairs):
 
 def test_what_another_library_computes_is_not_taken_over(pairs):
     """Its function has the name and the calls, and another text."""
-    from wan_patches.patches.qk import rotate_both
+    from wan_patches.bindings.qk import rotate_both
 
     def apply_rotary_emb(x, cos, sin):
         return x + 1

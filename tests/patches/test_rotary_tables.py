@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import wan_patches
+from wan_patches.bindings import rotary_tables
 from wan_patches.ops import step_loop as ops
-from wan_patches.patches import rotary_tables
 from wan_patches.testing.families import FAMILIES, available
 
 pytestmark = [pytest.mark.upstream, pytest.mark.usefixtures("one_thread")]
@@ -21,7 +21,7 @@ NAMES = [name for name in ("chronoedit", "chronoedit_reasoning", "helios", "heli
 def fast(monkeypatch):
     """A CPU taken for an accelerator by this patch, and what it did."""
     done = []
-    step_loop = importlib.import_module("wan_patches.patches.step_loop")
+    step_loop = importlib.import_module("wan_patches.bindings.step_loop")
     monkeypatch.setattr(step_loop, "is_accelerator", lambda device: True)
     monkeypatch.setattr(rotary_tables, "is_accelerator", lambda device: True)
     upload = ops.on_device

@@ -17,9 +17,10 @@ import pytest
 import torch
 
 import wan_patches
+from wan_patches.bindings import step_loop
 from wan_patches.ops import step_loop as ops
-from wan_patches.patches import step_loop
-from wan_patches.patching.registry import ACTIVE
+from wan_patches.patches.step_loop import PATCHES
+from wan_patches.patching.status import ACTIVE
 from wan_patches.testing.families import FAMILIES, available
 
 pytestmark = [pytest.mark.upstream, pytest.mark.usefixtures("one_thread")]
@@ -100,7 +101,7 @@ def raised(found):
 
 # Which functions are patched
 
-MODULES = sorted({patch.module for patch in step_loop.PATCHES})
+MODULES = sorted({patch.module for patch in PATCHES})
 
 
 def test_every_patch_is_active():

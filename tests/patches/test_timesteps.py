@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import wan_patches
-from wan_patches.ops.modulation import TwoRows, TwoTimesteps
-from wan_patches.patches import timesteps as patch
+from wan_patches.bindings import timesteps as patch
+from wan_patches.ops.modulation import SegmentedModulation, SegmentedTimesteps
+from wan_patches.patches.timesteps import EMBED
 from wan_patches.patching.fidelity import Fidelity
 from wan_patches.testing.families import FAMILIES, available
 
@@ -28,10 +29,10 @@ def handed(monkeypatch):
     original = patch.embed_timesteps
     monkeypatch.setattr(patch, "embed_timesteps", embed)
     module = pytest.importorskip("diffusers.models.transformers.transformer_wan")
-    vars(module).pop(patch._EMBED, None)
+    vars(module).pop(EMBED, None)
     yield found
     wan_patches.disable()
-    vars(module).pop(patch._EMBED, None)
+    vars(module).pop(EMBED, None)
 
 
 def _pipeline(kind, dtype=torch.float32, **options):
@@ -65,10 +66,10 @@ def test_models_are_handed_what_the_pipeline_knows(kind, handed):
     assert len(handed) == 4  # two steps, with and without the prompt
     for timestep in handed:
         if kind == "image":
-            assert isinstance(timestep, TwoTimesteps)
+            assert isinstance(timestep, SegmentedTimesteps)
             assert timestep.values[0] == 0 < timestep.values[1]
             frames, height, width = stock.shape[2:]
-            assert timestep.border == height * width // 4
+            assert timestep.split_index == height * width // 4
             assert frames > 1
         else:
             assert timestep.shape == (1,)
@@ -113,7 +114,7 @@ def test_errors_over_a_whole_loop_are_those_of_stock(dtype, handed):
         errors["stock"] += (_latents(pipe, seed, steps=4).double() - exact).abs().mean().item()
         with wan_patches.enabled(["modulation", "timesteps"], fidelity="close"):
             errors["ours"] += (_latents(pipe, seed, steps=4).double() - exact).abs().mean().item()
-    assert any(isinstance(timestep, TwoTimesteps) for timestep in handed)
+    assert any(isinstance(timestep, SegmentedTimesteps) for timestep in handed)
     assert errors["stock"] > 0
     assert errors["ours"] <= 1.01 * errors["stock"], errors
 
@@ -134,7 +135,7 @@ def test_stock_is_left_alone(why, handed):
     with wan_patches.enabled(names, fidelity="exact" if why == "exact" else "close") as status:
         assert torch.equal(_latents(pipe), stock)
         assert all(report.fidelity is Fidelity.CLOSE for report in status.of("timesteps"))
-    assert not any(isinstance(timestep, TwoTimesteps) for timestep in handed)
+    assert not any(isinstance(timestep, SegmentedTimesteps) for timestep in handed)
     assert len(handed) == (0 if why == "exact" else 4)
 
 
@@ -199,7 +200,7 @@ def test_stock_is_left_alone_where_someone_looks(look_in, at, handed, request):
     assert [(shape, seq) for shape, _, seq in seen] == [(shape, seq) for shape, _, seq in before]
     assert all(torch.equal(value, other) for (_, value, _), (_, other, _) in zip(seen, before, strict=True))
     assert len(handed) == 4
-    assert not any(isinstance(timestep, TwoTimesteps) for timestep in handed)
+    assert not any(isinstance(timestep, SegmentedTimesteps) for timestep in handed)
 
 
 @pytest.mark.parametrize("offload", ["model", "sequential", "groups"])
@@ -223,14 +224,14 @@ def test_hooks_of_offloading_hand_it_on(offload, handed, monkeypatch):
     with wan_patches.enabled(["modulation", "timesteps"], fidelity="close"):
         ours = _latents(pipe)
     torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-4)
-    assert all(isinstance(timestep, TwoTimesteps) for timestep in handed)
+    assert all(isinstance(timestep, SegmentedTimesteps) for timestep in handed)
 
 
 def test_two_rows_and_timesteps_are_handed_on_as_tensors_are():
-    rows = TwoRows(torch.randn(1, 2, 12), 3, 7)
+    rows = SegmentedModulation(torch.randn(1, 2, 12), 3, 7)
     assert rows.ndim == rows.dense().ndim == 3
     assert torch.equal(rows.unflatten(2, (6, -1)).dense(), rows.dense().unflatten(2, (6, -1)))
     assert rows.to("meta", non_blocking=True).rows.is_meta
-    timesteps = TwoTimesteps(torch.tensor([0, 9]), 3, (2, 5))
+    timesteps = SegmentedTimesteps(torch.tensor([0, 9]), 3, (2, 5))
     assert timesteps.to("meta").values.is_meta
     assert timesteps.flatten().tolist() == [0, 0, 0, 9, 9] * 2

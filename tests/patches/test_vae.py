@@ -13,8 +13,9 @@ import pytest
 import torch
 
 import wan_patches
+from wan_patches.bindings import vae as patch
+from wan_patches.ops import vae_division as division
 from wan_patches.ops.vae import FrameCaches
-from wan_patches.patches import vae as patch
 from wan_patches.patching import tally
 
 pytestmark = [pytest.mark.upstream]
@@ -143,12 +144,12 @@ def test_81_frames():
 @pytest.mark.parametrize("dtype", REAL_DTYPES)
 def test_real_channels_are_divided_and_bit_identical(dtype, monkeypatch):
     divided = []
-    monkeypatch.setattr(patch, "_divided", {})
+    monkeypatch.setattr(division, "_divided", {})
     original = patch._can_be_divided
     monkeypatch.setattr(patch, "_can_be_divided", lambda *args: divided.append(original(*args)) or divided[-1])
     vae = _build(REAL, dtype)
     _compare(vae, _latents(vae, 2, 15, 6), _video(vae, 5, 28, 6))
-    if not all(patch._divided.values()):
+    if not all(division._divided.values()):
         pytest.skip("convolutions add up in another order here: nothing is divided")
     assert divided == [True] * 4  # in the first pass, to know early, and in the second
 
@@ -221,13 +222,13 @@ def test_what_is_found_divisible_is(channels, kernel, threads, monkeypatch):
 
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    monkeypatch.setattr(patch, "_divided", {})
+    monkeypatch.setattr(division, "_divided", {})
     try:
         conv = WanCausalConv3d(*channels, kernel, padding=kernel // 2).to(torch.bfloat16)
         for height, width in ((8, 14), (16, 28), (32, 56)):
-            found = patch._convolves_divided(conv, (1, 4, height, width), torch.bfloat16, False)
+            found = division.convolves_divided(conv, (1, 4, height, width), torch.bfloat16, False)
             x = torch.randn(1, channels[0], 4 + kernel - 1, height + kernel - 1, width + kernel - 1).to(torch.bfloat16)
-            convolve = patch._convolution(conv)
+            convolve = division.convolution(conv)
             parts = [convolve(x[:, :, t : t + 2 + kernel - 1].contiguous()) for t in (0, 2)]
             assert not found or torch.equal(convolve(x), torch.cat(parts, dim=2))
     finally:
@@ -241,9 +242,9 @@ def test_what_is_tried_tells_orders_of_adding_up_apart(channels):
     from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 
     conv = WanCausalConv3d(channels, 8, 3, padding=1).to(torch.bfloat16)
-    like, x = patch._cancelling(conv, (1, channels, 3, 10, 10), torch.bfloat16)
+    like, x = division._cancelling(conv, (1, channels, 3, 10, 10), torch.bfloat16)
     reordered = torch.nn.functional.conv3d(x.flip(1), like.weight.flip(1))
-    assert (patch._convolution(like)(x) != reordered).float().mean() > 0.5
+    assert (division.convolution(like)(x) != reordered).float().mean() > 0.5
 
 
 @torch.no_grad()
@@ -256,21 +257,21 @@ def test_a_trial_that_can_tell_nothing_apart_means_no(monkeypatch):
     downs = torch.nn.Conv2d(96, 96, 3, stride=2)
 
     def tried():
-        patch._divided.clear()
-        yield patch._convolves_divided(conv3d, (1, 4, 60, 104), torch.float32, False)
-        yield patch._resizes_divided(ups, (4, 96, 60, 104), torch.float32, False, True)
-        yield patch._resizes_divided(downs, (4, 96, 60, 104), torch.float32, False, False)
+        division._divided.clear()
+        yield division.convolves_divided(conv3d, (1, 4, 60, 104), torch.float32, False)
+        yield division.resizes_divided(ups, (4, 96, 60, 104), torch.float32, False, True)
+        yield division.resizes_divided(downs, (4, 96, 60, 104), torch.float32, False, False)
 
-    right = patch._cancelling
+    right = division._cancelling
     seen = list(tried())
 
     def cancelling(*args):
         like, x = right(*args)
         return like, torch.zeros_like(x)
 
-    monkeypatch.setattr(patch, "_cancelling", cancelling)
+    monkeypatch.setattr(division, "_cancelling", cancelling)
     assert not any(tried())
-    patch._divided.clear()
+    division._divided.clear()
     assert any(seen), "no trial says yes here, so none was turned"
 
 
@@ -407,7 +408,7 @@ def test_weights_of_several_dtypes_get_stock_code():
 def test_fake_tensors_have_shapes_to_be_asked_for(monkeypatch):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    monkeypatch.setattr(patch, "_divided", {})
+    monkeypatch.setattr(division, "_divided", {})
     vae = _build({**SMALL, "base_dim": 48})
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), wan_patches.enabled(["vae"]):
         assert vae.decode(torch.empty(1, 4, 2, 16, 16)).sample.shape == (1, 3, 5, 128, 128)
@@ -515,8 +516,8 @@ def test_a_compiled_decoder_keeps_stock_code(taken):
 def test_the_random_state_is_the_users():
     vae = _build(REAL)
     state = torch.random.get_rng_state()
-    patch._divided.clear()
+    division._divided.clear()
     with wan_patches.enabled(["vae"]), torch.no_grad():
         vae.decode(torch.zeros(1, 16, 2, 14, 4))
-    assert patch._divided
+    assert division._divided
     assert torch.equal(state, torch.random.get_rng_state())

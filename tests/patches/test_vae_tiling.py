@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from wan_patches.patches import vae_tiling
-from wan_patches.patching.registry import ACTIVE, Registry
+from wan_patches.patches.vae_tiling import PATCHES
+from wan_patches.patching.registry import Registry
+from wan_patches.patching.status import ACTIVE
 from wan_patches.testing.families import FAMILIES, available
 
 autoencoders = pytest.importorskip("diffusers.models.autoencoders.autoencoder_kl_wan")
@@ -20,7 +21,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 @pytest.fixture
 def registry():
-    registry = Registry(vae_tiling.PATCHES)
+    registry = Registry(PATCHES)
     yield registry
     registry.disable()
 

@@ -18,7 +18,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from strategies import FLOATS, KINDS, Drawn, Layout, amounts, assert_same, hunt, outcome, patched, seeds, tensors
 
-from wan_patches.patches import preprocess as patch
+from wan_patches.bindings import preprocess as patch
 
 pytestmark = [pytest.mark.upstream, pytest.mark.usefixtures("one_thread", "any_size")]
 

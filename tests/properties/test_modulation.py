@@ -13,9 +13,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from strategies import FLOATS, Drawn, amounts, assert_same, hunt, outcome, patched, tensors
 
+from wan_patches.bindings.qk import qk_norm
 from wan_patches.ops import modulation
 from wan_patches.ops.dispatch import at_any_size
-from wan_patches.patches.qk import qk_norm
 
 pytestmark = [pytest.mark.upstream, pytest.mark.usefixtures("one_thread")]
 

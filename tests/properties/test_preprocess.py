@@ -16,9 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import amounts, assert_same, hunt, outcome, seeds
 
+from wan_patches.bindings import preprocess as patch
 from wan_patches.ops.images import on_device
 from wan_patches.ops.resize import supported
-from wan_patches.patches import preprocess as patch
 
 pytestmark = [pytest.mark.upstream, pytest.mark.usefixtures("one_thread", "any_size")]
 

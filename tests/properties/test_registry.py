@@ -28,7 +28,7 @@ from strategies import amounts
 import wan_patches
 from wan_patches import Fidelity, PatchError, Report
 from wan_patches.patching.fidelity import gate
-from wan_patches.patching.registry import ACTIVE, OFF
+from wan_patches.patching.status import ACTIVE, OFF
 
 NAMES = sorted({report.name for report in wan_patches.status().reports})
 

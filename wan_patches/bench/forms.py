@@ -23,7 +23,7 @@ from wan_patches.bench.measure import DTYPES, identical, in_turns, using_threads
 from wan_patches.ops import conditioning, frames, fused_norm, modulation, norm_silu, rms_norm, rope
 from wan_patches.ops import images as pictures
 from wan_patches.ops.dispatch import SMALL, Op
-from wan_patches.ops.modulation import RowPerToken, TwoRows
+from wan_patches.ops.modulation import RowPerToken, SegmentedModulation
 from wan_patches.patching.fidelity import Fidelity
 from wan_patches.testing.families import images
 
@@ -126,7 +126,9 @@ def samples(device: torch.device, dtype: torch.dtype, quick: bool = False) -> li
 
 _MODULATIONS: dict[str, Callable[..., Any]] = {
     "one row": lambda seq, dim, device, dtype: torch.randn(1, 1, dim, device=device),
-    "two rows": lambda seq, dim, device, dtype: TwoRows(torch.randn(1, 2, dim, device=device), seq // 2, seq),
+    "two rows": lambda seq, dim, device, dtype: SegmentedModulation(
+        torch.randn(1, 2, dim, device=device), seq // 2, seq
+    ),
     "a row per token": lambda seq, dim, device, dtype: RowPerToken(
         torch.randn(1, 1, dim, device=device), torch.randn(1, seq, dim).to(device, dtype)
     ),
@@ -256,7 +258,7 @@ def _to_floats(size: tuple[int, int, int]) -> Callable[[torch.device, torch.dtyp
 def _for_norm_silu(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
     from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm
 
-    from wan_patches.patches.vae import _normalizes_in_fp32, _plain_norm
+    from wan_patches.bindings.vae import _normalizes_in_fp32, _plain_norm
 
     norm = WanRMS_norm(shape[1], images=False).to(device, dtype)
     plain = functools.partial(_plain_norm, norm)

@@ -150,7 +150,7 @@ def _cases(quick: bool) -> list[Case]:
     blocks = [_block((1, 4095, 1536)), _block((1, 4095, 1536), "a row per token")]
     if _has("transformer_helios"):
         cases.append(_helios_rope((1, 4095, 40, 128)))
-        blocks.append(_block((1, 4095, 1536), "Helios, two rows", border=2559))
+        blocks.append(_block((1, 4095, 1536), "Helios, two rows", split_index=2559))
     return [
         *cases,
         *(blocks if quick else [_block((1, 4095, 5120)), *blocks]),
@@ -246,25 +246,25 @@ def _of_family(shape: tuple[int, int, int], family: str, name: str = "") -> Case
     return Case(f"block without its layers, {name or family}, as convolutions leave it", _by(shape), make)
 
 
-def _block(shape: tuple[int, int, int], kind: str = "", *, border: int | None = None) -> Case:
+def _block(shape: tuple[int, int, int], kind: str = "", *, split_index: int | None = None) -> Case:
     """A block whose attention and feed-forward layers do nothing: modulated norms, gated residuals and casts.
 
-    kind: of the modulation; one row for all tokens if empty. border: of two rows.
+    kind: of the modulation; one row for all tokens if empty. split_index: of two rows.
     """
 
     def make(device: torch.device, dtype: torch.dtype) -> tuple[Call, Call]:
-        from wan_patches.ops.modulation import TwoRows
+        from wan_patches.ops.modulation import SegmentedModulation
 
         _, seq, dim = shape
-        family = "Wan" if border is None else "Helios"
+        family = "Wan" if split_index is None else "Helios"
         module = importlib.import_module(f"diffusers.models.transformers.transformer_{family.lower()}")
         stock, patched = _both(lambda: _method(getattr(module, f"{family}TransformerBlock"), "forward"))
         around = block_without_layers(dim, device)
         x = torch.randn(shape).to(device, dtype)
         of_stock: Any = torch.randn(1, 6, dim).to(device, dtype)
         of_patched: Any = of_stock
-        if border is not None:
-            of_patched = TwoRows(torch.randn(1, 2, 6, dim).to(device, dtype), border, seq)
+        if split_index is not None:
+            of_patched = SegmentedModulation(torch.randn(1, 2, 6, dim).to(device, dtype), split_index, seq)
             of_stock = of_patched.dense()
         elif kind:
             of_patched = of_stock = torch.randn(1, seq, 6, dim).to(device, dtype)
@@ -335,7 +335,7 @@ class _NoVae(torch.nn.Module):
 
 
 def _preprocess(device: torch.device, dtype: torch.dtype) -> tuple[Call, Call]:
-    from wan_patches.patches.preprocess import preprocess
+    from wan_patches.bindings.preprocess import preprocess
 
     processor, (picture,) = VideoProcessor(vae_scale_factor=8), images(0, 1, (1280, 720))
     size = {"height": 480, "width": 832}
@@ -347,7 +347,7 @@ def _preprocess(device: torch.device, dtype: torch.dtype) -> tuple[Call, Call]:
 
 def _preprocess_video(count: int) -> Callable[[torch.device, torch.dtype], tuple[Call, Call]]:
     def make(device: torch.device, dtype: torch.dtype) -> tuple[Call, Call]:
-        from wan_patches.patches.preprocess import preprocess_video
+        from wan_patches.bindings.preprocess import preprocess_video
 
         processor, pictures = VideoProcessor(vae_scale_factor=8), images(0, count, (1280, 720))
         size = {"height": 480, "width": 832}

@@ -15,7 +15,7 @@ import torch
 from rich import box
 from rich.table import Table
 
-from wan_patches.bench.measure import machine
+from wan_patches.diagnostics.machine import machine
 from wan_patches.ops import rope
 from wan_patches.ops.dispatch import op
 

@@ -28,7 +28,8 @@ from rich import box
 from rich.console import Group
 from rich.table import Table
 
-from wan_patches.bench.measure import MeasurementError, machine, peak_extra_bytes
+from wan_patches.bench.measure import MeasurementError, peak_extra_bytes
+from wan_patches.diagnostics.machine import machine
 from wan_patches.executor.layouts import loading_sharded, place
 
 WAYS = ("whole", "divided after loading", "divided on load")

@@ -29,7 +29,8 @@ from rich import box
 from rich.console import Group
 from rich.table import Table
 
-from wan_patches.bench.measure import identical, machine, others_cpu_seconds
+from wan_patches.bench.measure import identical, others_cpu_seconds
+from wan_patches.diagnostics.machine import machine
 from wan_patches.executor import ParallelExecutor
 from wan_patches.executor.images import Frame
 from wan_patches.executor.transport import Channel, pack

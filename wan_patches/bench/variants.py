@@ -34,7 +34,7 @@ from wan_patches.bench.measure import (
 )
 from wan_patches.bench.ops import CALM, SLOWER
 from wan_patches.bench.shapes import Shape
-from wan_patches.patching.registry import ACTIVE
+from wan_patches.patching.status import ACTIVE
 
 STOCK, PATCHED, CLOSE = "stock", "patched", "patched, close"
 COMPILED_STOCK, COMPILED = "compiled stock", "compiled patched"

@@ -9,6 +9,9 @@ import functools
 from types import FunctionType, MethodType
 from typing import Any
 
+from torch import nn
+from torch.nn.modules import module as torch_module
+
 from wan_patches.bindings.originals import is_librarys
 from wan_patches.patching.objects import own_methods
 
@@ -24,7 +27,7 @@ _MOVING = {
 }
 
 
-def forward_of(module: Any) -> FunctionType | None:
+def forward_of(module: nn.Module) -> FunctionType | None:
     """The library's function that a call of `module` comes to with its arguments as they are.
 
     None where others' code may look at them first. Hooks of offloading and of layerwise casting, and decorators that
@@ -32,13 +35,14 @@ def forward_of(module: Any) -> FunctionType | None:
     """
     if is_hooked(module) or not _calls_forward(type(module)):
         return None
-    forward = module.forward
+    forward: Any = module.forward
     while type(forward) is functools.partial:
         forward = _behind_hook(module, forward)
     # exact types and identity: proxies answer as what they stand for
     is_method = type(forward) is MethodType and forward.__self__ is module
     function: Any = forward.__func__ if is_method else None
-    if function is not type(module).forward:
+    of_class: Any = type(module).forward
+    if function is not of_class:
         return None
     while is_librarys(function):
         if not hasattr(function, "__wrapped__"):
@@ -47,7 +51,7 @@ def forward_of(module: Any) -> FunctionType | None:
     return None
 
 
-def hands_on(module: Any) -> bool:
+def hands_on(module: nn.Module) -> bool:
     """Whether nobody's code sees what `module` and the modules in it are called with.
 
     Hooks that move and cast tensors are nobody's.
@@ -55,13 +59,13 @@ def hands_on(module: Any) -> bool:
     return all(part._compiled_call_impl is None and forward_of(part) is not None for part in module.modules())
 
 
-def runs(module: Any, *names: str) -> bool:
+def runs(module: nn.Module, *names: str) -> bool:
     """Whether `forward_of(module)` is a function that calls one of these names."""
     function = forward_of(module)
     return function is not None and not set(names).isdisjoint(function.__code__.co_names)
 
 
-def is_untouched(module: Any) -> bool:
+def is_untouched(module: nn.Module) -> bool:
     """Whether a call of `module` is its class's forward as the library has it, without hooks of any kind."""
     return not (
         is_hooked(module)
@@ -71,40 +75,36 @@ def is_untouched(module: Any) -> bool:
     )
 
 
-def is_hooked(module: Any) -> bool:
+def is_hooked(module: nn.Module) -> bool:
     """Whether torch calls something before or after the forward of `module`."""
     return bool(module._forward_hooks or module._forward_pre_hooks) or has_global_hooks()
 
 
 def has_global_hooks() -> bool:
     """Whether torch calls something before or after the forward of every module."""
-    from torch.nn.modules import module
-
     return bool(
-        module._global_forward_hooks
-        or module._global_forward_pre_hooks
-        or module._global_backward_hooks
-        or module._global_backward_pre_hooks
+        torch_module._global_forward_hooks
+        or torch_module._global_forward_pre_hooks
+        or torch_module._global_backward_hooks
+        or torch_module._global_backward_pre_hooks
     )
 
 
-def _calls_forward(cls: Any) -> bool:
+def _calls_forward(cls: type[nn.Module]) -> bool:
     """Whether objects of a class are called as torch calls modules, or as this package does to watch or divide them."""
-    from torch.nn import Module
-
     return (
-        (cls.__call__ is Module.__call__ or _is_ours(cls.__call__))
-        and cls._call_impl is Module._call_impl
-        and is_librarys(Module.__call__)
-        and is_librarys(Module._call_impl)
+        (cls.__call__ is nn.Module.__call__ or _is_ours(cls.__call__))
+        and cls._call_impl is nn.Module._call_impl
+        and is_librarys(nn.Module.__call__)
+        and is_librarys(nn.Module._call_impl)
     )
 
 
-def _is_ours(function: Any) -> bool:
+def _is_ours(function: object) -> bool:
     return type(function) is FunctionType and function.__globals__["__name__"].startswith("wan_patches.")
 
 
-def _behind_hook(module: Any, forward: functools.partial[Any]) -> Any:
+def _behind_hook(module: nn.Module, forward: functools.partial[Any]) -> Any:
     """What is called by what a library has put in the place of a forward; None where its hook may look at tensors."""
     function: Any = forward.func
     if type(function) is not FunctionType or not forward.args or forward.args[0] is not module:

@@ -159,8 +159,8 @@ def residual_norm_kernel(
 
     modulations = (gate, scale, shift)
     gate_rows, factor, term = (None if modulation is None else exact.as_rows(modulation) for modulation in modulations)
-    border = next((exact.border_of(modulation) for modulation in modulations if modulation is not None), None)
-    return residual_layer_norm_modulate(x, y, gate_rows, norm.weight, norm.bias, factor, term, norm.eps, border)
+    split_index = next((exact.border_of(modulation) for modulation in modulations if modulation is not None), None)
+    return residual_layer_norm_modulate(x, y, gate_rows, norm.weight, norm.bias, factor, term, norm.eps, split_index)
 
 
 @rms_norm_rope.form(_KERNEL, device="cuda", smallest=exact.SMALL_ELSEWHERE)

@@ -9,7 +9,7 @@ Every operation is rounded in fp32, and the result once more to the dtype of `x`
 as stock's do, whatever the strides of the arguments.
 
 Hidden states are `(batch, seq, dim)`. A scale, a shift or a gate is fp32 and `(1 or batch, rows, dim)`: one row for all
-tokens, a row per token, `TwoRows`, or `RowPerToken`, which is one that has not been computed.
+tokens, a row per token, `SegmentedModulation`, or `RowPerToken`, which is one that has not been computed.
 """
 
 from __future__ import annotations
@@ -43,19 +43,19 @@ class LayerNorm(Protocol):
     def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
 
 
-class TwoRows(NamedTuple):
+class SegmentedModulation(NamedTuple):
     """A modulation for two kinds of tokens, as a value of its own: a tensor for each token cannot prove that it is one.
 
     Models hand it on as they do the tensor that it stands for, `(1 or batch, seq, ...)`. Stock code, where a patch goes
     away during a run, gets that tensor from `float`.
 
-    rows: `(1 or batch, 2, ...)`, what the tokens before `border` get, and what the others do. The rest is `(dim,)`, or
-        `(n, dim)` for `n` modulations in one.
-    border, seq: numbers of tokens.
+    rows: `(1 or batch, 2, ...)`: the row of the tokens before `split_index`, and that of the others. The rest is
+        `(dim,)`, or `(n, dim)` for `n` modulations in one.
+    split_index, seq: numbers of tokens.
     """
 
     rows: torch.Tensor
-    border: int
+    split_index: int
     seq: int
 
     @property
@@ -63,15 +63,15 @@ class TwoRows(NamedTuple):
         """Axes of the tensor."""
         return self.rows.dim()
 
-    def unflatten(self, dim: int, sizes: tuple[int, ...]) -> TwoRows:
+    def unflatten(self, dim: int, sizes: tuple[int, ...]) -> SegmentedModulation:
         """As of the tensor; `dim` is at least 2."""
         return self._replace(rows=self.rows.unflatten(dim, sizes))
 
-    def to(self, device: torch.device, non_blocking: bool = False) -> TwoRows:
+    def to(self, device: torch.device, non_blocking: bool = False) -> SegmentedModulation:
         """As of a tensor: hooks of offloading ask for it."""
         return self._replace(rows=self.rows.to(device, non_blocking=non_blocking))
 
-    def added_to(self, table: torch.Tensor) -> tuple[TwoRows, ...]:
+    def added_to(self, table: torch.Tensor) -> tuple[SegmentedModulation, ...]:
         """The `n` modulations in this one, after `table`, `(1, n, dim)`, was added to each row."""
         return tuple(self._replace(rows=rows) for rows in (table.unsqueeze(0) + self.rows).unbind(dim=2))
 
@@ -82,20 +82,20 @@ class TwoRows(NamedTuple):
     def dense(self) -> torch.Tensor:
         """The tensor, `(1 or batch, seq, ...)`."""
         batch, _, *rest = self.rows.shape
-        counts = (self.border, self.seq - self.border)
+        counts = (self.split_index, self.seq - self.split_index)
         return torch.cat([row.expand(batch, n, *rest) for row, n in zip(self.rows.split(1, dim=1), counts)], dim=1)
 
 
-class TwoTimesteps(NamedTuple):
+class SegmentedTimesteps(NamedTuple):
     """A timestep for each token, of which there are two.
 
-    values: `(2,)`: of the tokens before `border`, and of the others.
-    border: a number of tokens.
+    values: `(2,)`: of the tokens before `split_index`, and of the others.
+    split_index: a number of tokens.
     shape: `(batch, seq)`, of the tensor that this stands for, which stock code gets from `flatten`.
     """
 
     values: torch.Tensor
-    border: int
+    split_index: int
     shape: tuple[int, int]
 
     @property
@@ -103,7 +103,7 @@ class TwoTimesteps(NamedTuple):
         """Axes of the tensor."""
         return 2
 
-    def to(self, device: torch.device, non_blocking: bool = False) -> TwoTimesteps:
+    def to(self, device: torch.device, non_blocking: bool = False) -> SegmentedTimesteps:
         """As of a tensor: hooks of offloading ask for it."""
         return self._replace(values=self.values.to(device, non_blocking=non_blocking))
 
@@ -111,7 +111,7 @@ class TwoTimesteps(NamedTuple):
         """The tensor, `(batch * seq,)`."""
         batch, seq = self.shape
         first, rest = self.values.split(1)
-        return torch.cat((first.expand(self.border), rest.expand(seq - self.border))).repeat(batch)
+        return torch.cat((first.expand(self.split_index), rest.expand(seq - self.split_index))).repeat(batch)
 
 
 class RowPerToken(NamedTuple):
@@ -128,7 +128,7 @@ class RowPerToken(NamedTuple):
         return self.table + self.temb.float()
 
 
-Modulation = torch.Tensor | TwoRows | RowPerToken
+Modulation = torch.Tensor | SegmentedModulation | RowPerToken
 
 
 @op("modulated norm")
@@ -294,7 +294,7 @@ def _strides_of_sum(
 def _chunks(x: torch.Tensor, *modulations: Modulation | None) -> Iterator[tuple[int, slice]]:
     """Samples of the batch, and some tokens of each that are of one kind."""
     batch, seq, dim = x.shape
-    borders = {modulation.border for modulation in modulations if isinstance(modulation, TwoRows)}
+    borders = {modulation.split_index for modulation in modulations if isinstance(modulation, SegmentedModulation)}
     edges = sorted({0, seq, *borders})
     step = max(1, _CHUNK // dim)
     for b in range(batch):
@@ -305,9 +305,9 @@ def _chunks(x: torch.Tensor, *modulations: Modulation | None) -> Iterator[tuple[
 
 def _rows(modulation: Modulation, b: int, chunk: slice) -> torch.Tensor:
     """What `_chunks` needs of a modulation: `(1 or tokens, dim)`."""
-    if isinstance(modulation, TwoRows):
+    if isinstance(modulation, SegmentedModulation):
         of_sample = modulation.rows[b if modulation.rows.shape[0] > 1 else 0]
-        return of_sample[:1] if chunk.start < modulation.border else of_sample[1:]
+        return of_sample[:1] if chunk.start < modulation.split_index else of_sample[1:]
     if isinstance(modulation, RowPerToken):
         return modulation.table[0] + modulation.temb[b, chunk].float()
     of_sample = modulation[b if modulation.shape[0] > 1 else 0]
@@ -390,23 +390,23 @@ def residual_norm_in_place(
 
 
 def _kinds_of_tokens(modulation: Modulation) -> Iterator[tuple[slice, torch.Tensor]]:
-    if isinstance(modulation, TwoRows):
-        yield slice(modulation.border), modulation.rows[:, :1]
-        yield slice(modulation.border, None), modulation.rows[:, 1:]
+    if isinstance(modulation, SegmentedModulation):
+        yield slice(modulation.split_index), modulation.rows[:, :1]
+        yield slice(modulation.split_index, None), modulation.rows[:, 1:]
     else:
         yield slice(None), as_rows(modulation)
 
 
 def as_rows(modulation: Modulation) -> torch.Tensor:
     """A modulation as kernels take it."""
-    if isinstance(modulation, TwoRows):
+    if isinstance(modulation, SegmentedModulation):
         return modulation.rows
     return modulation.dense() if isinstance(modulation, RowPerToken) else modulation
 
 
 def border_of(modulation: Modulation) -> int | None:
     """How many tokens have the first of two rows; None where there are not two."""
-    return modulation.border if isinstance(modulation, TwoRows) else None
+    return modulation.split_index if isinstance(modulation, SegmentedModulation) else None
 
 
 # When
@@ -510,7 +510,7 @@ def _fits(modulation: Modulation, x: torch.Tensor) -> bool:
         table, temb = modulation
         return table.shape == (1, 1, dim) and temb.shape == x.shape and {table.dtype, temb.dtype} <= set(DTYPES)
     known: tuple[int, ...] = (1, seq)
-    if isinstance(modulation, TwoRows):
+    if isinstance(modulation, SegmentedModulation):
         known = (2,) if modulation.seq == seq else ()
         modulation = modulation.rows
     return (
@@ -523,6 +523,6 @@ def _fits(modulation: Modulation, x: torch.Tensor) -> bool:
 
 def _parts(modulation: Modulation) -> tuple[torch.Tensor, ...]:
     """The tensors that a modulation is made of."""
-    if isinstance(modulation, TwoRows):
+    if isinstance(modulation, SegmentedModulation):
         return (modulation.rows,)
     return tuple(modulation) if isinstance(modulation, RowPerToken) else (modulation,)

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from wan_patches.bindings.forwards import hands_on
-from wan_patches.bindings.originals import are_torchs, has_librarys, is_watched
 from wan_patches.patches.versions import since
-from wan_patches.patching import tally
 from wan_patches.patching.fingerprints import AUTOENCODER, relied_on
 from wan_patches.patching.registry import Patch, Target
 from wan_patches.patching.rewrite import Block, Replace
@@ -31,7 +26,7 @@ def _patch(module: str, *targets: Target, optional: bool = False) -> Patch:
         name="conditioning",
         module=f"diffusers.{module}",
         targets=targets,
-        calls={_CALL: f"{__name__}:condition_mask"},
+        calls={_CALL: "wan_patches.bindings.conditioning:condition_mask"},
         implementations={"all devices": "built in latent frames"},
         optional=optional,
         since=since(module),
@@ -49,7 +44,7 @@ def _video(module: str, qualname: str, last_frame: bool) -> Patch:
         name="conditioning",
         module=f"diffusers.{module}",
         targets=(Target(qualname, (first, last) if last_frame else (first,)),),
-        calls={_VIDEO: "wan_patches.patches.conditioning:condition_video"},
+        calls={_VIDEO: "wan_patches.bindings.conditioning:condition_video"},
         implementations={"all devices": "the encoder is given chunks of a video that is never built"},
         requires=_ENCODE,
         since=since(module),
@@ -82,56 +77,3 @@ PATCHES = (
     _video("pipelines.skyreels_v2.pipeline_skyreels_v2_i2v", "SkyReelsV2ImageToVideoPipeline.prepare_latents", True),
     _video("pipelines.chronoedit.pipeline_chronoedit", "ChronoEditPipeline.prepare_latents", False),
 )
-
-
-def condition_mask(
-    batch: int, frames: int, height: int, width: int, temporal: int, device: Any, last_frame: bool
-) -> Any:
-    """The mask of given frames; see `wan_patches.ops.conditioning`."""
-    import torch
-
-    from wan_patches.ops.conditioning import condition_mask as op
-
-    args = (batch, frames, height, width, temporal, torch.device(device), last_frame)
-    if not are_torchs(torch.repeat_interleave, torch.concat):
-        return op.stock("torch's functions are not its own", *args)
-    return op(*args)
-
-
-def condition_video(vae: Any, first: Any, last: Any, *zeros: int) -> Any:
-    """The given frames and `zeros`, the shape of those between: a `ConditionVideo` where `vae` takes slices of it.
-
-    That is an `AutoencoderKLWan` where nobody looks between `encode` and the encoder's last layer; any other gets the
-    tensor.
-    """
-    import torch
-
-    from wan_patches.ops.conditioning import ConditionVideo
-
-    if (reason := _reason_against(vae, first, last, *zeros)) is not None:
-        tally.note("condition video", "", reason)
-        return torch.cat([first, first.new_zeros(*zeros), *([] if last is None else [last])], dim=2)
-    tally.note("condition video", "never built")
-    return ConditionVideo(first, zeros[2], last)
-
-
-def _reason_against(vae: Any, first: Any, last: Any, *zeros: int) -> str | None:
-    """Why the condition video is built, as stock does; None where it need not be."""
-    import torch
-    from diffusers import AutoencoderKLWan
-
-    kind: type = type(vae)
-    if kind is not AutoencoderKLWan:
-        return "the VAE is not AutoencoderKLWan"
-    given = [frame for frame in (first, last) if frame is not None]
-    if any(type(frame) is not torch.Tensor or frame.requires_grad for frame in given):
-        return "the frames are not plain tensors"
-    if is_watched() or not are_torchs(torch.cat):
-        return "something looks into the operations"
-    if not has_librarys(vae, "encode", "_encode", "tiled_encode") or not hands_on(vae.encoder):
-        return "somebody looks on between encode and the encoder's layers"
-    batch, channels, frames, height, width = zeros
-    shape = (batch, channels, 1, height, width)
-    if frames < 0 or any(frame.shape != shape for frame in given):
-        return "the frames do not fit one another"
-    return None if vae.config.patch_size is None else "the VAE takes patches"

@@ -24,15 +24,14 @@ from packaging.version import Version
 
 from wan_patches.patching import tally
 from wan_patches.patching.codeswap import functions_behind, says, site, stock
-from wan_patches.patching.fidelity import Fidelity, Verdict, gate
+from wan_patches.patching.fidelity import Fidelity, gate
 from wan_patches.patching.rewrite import Edit, Unknown
+from wan_patches.patching.status import ACTIVE, OFF, SKIPPED, WAITING, Report, Status
 from wan_patches.patching.tally import Way
 
 logger = logging.getLogger("wan_patches")
 
 ENTRY_POINT_GROUP = "wan_patches.patches"
-
-ACTIVE, WAITING, SKIPPED, OFF = "active", "waiting for import", "skipped", "off"
 
 
 class PatchError(RuntimeError):
@@ -99,61 +98,6 @@ class Place:
     target: Target
     function: types.FunctionType
     stock: types.FunctionType
-
-
-@dataclass(frozen=True)
-class Report:
-    """The state of one patch: `active`, `waiting for import`, `skipped` (and why) or `off`.
-
-    ways: the calls so far, by the way that they took; `note` says what there is to say of them.
-    """
-
-    name: str
-    module: str
-    targets: tuple[str, ...]
-    state: str
-    reason: str = ""
-    fidelity: Fidelity = Fidelity.EXACT
-    implementations: Mapping[str, str] = field(default_factory=dict)
-    ways: Mapping[Way, int] = field(default_factory=dict)
-    note: str = ""
-
-    @property
-    def calls(self) -> int:
-        """Calls that were counted, which those of compiled code are not."""
-        return sum(self.ways.values())
-
-    @property
-    def fast(self) -> int:
-        """Those of them that took a form other than stock's."""
-        return sum(calls for way, calls in self.ways.items() if way.is_fast)
-
-
-@dataclass(frozen=True)
-class Status:
-    """What is patched and what is not; prints as a table. `advice`: sentences about this machine."""
-
-    reports: tuple[Report, ...]
-    verdicts: tuple[Verdict, ...] = ()
-    advice: tuple[str, ...] = ()
-
-    def of(self, name: str) -> tuple[Report, ...]:
-        """The reports of the patches called `name`."""
-        return tuple(report for report in self.reports if report.name == name)
-
-    def skipped(self) -> tuple[Report, ...]:
-        """The reports of wanted patches that could not be installed."""
-        return tuple(report for report in self.reports if report.state == SKIPPED)
-
-    def __str__(self) -> str:
-        from wan_patches.tables import status_table, text
-
-        return text(*status_table(self))
-
-    def _repr_html_(self) -> str:
-        from wan_patches.tables import html, status_table
-
-        return html(*status_table(self))
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,8 @@ from typing import Any
 import torch
 
 from wan_patches.bindings.originals import are_torchs, has_librarys, is_librarys, is_librarys_throughout, is_watched
-from wan_patches.patches.processors import POSTPROCESS, is_stock
+from wan_patches.bindings.processors import is_stock
+from wan_patches.patches.processors import POSTPROCESS
 from wan_patches.patching.codeswap import functions_behind, stock
 from wan_patches.patching.fingerprints import AUTOENCODER, DECODED, JOINED, JOINED_NAMES, STRAIGHT, is_known
 from wan_patches.patching.objects import exchange_class, own_methods
@@ -189,7 +190,7 @@ class _Stream:
         """In the place of the autoencoder's `_decode`: hands the frames over, and gives a video without pixels."""
         from diffusers.models.autoencoders.vae import DecoderOutput
 
-        from wan_patches.patches.vae import chunks
+        from wan_patches.bindings.vae import chunks
 
         reason = self._reason_against_pieces or _reason_against_now(vae, z)
         if reason is None:

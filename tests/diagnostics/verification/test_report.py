@@ -38,7 +38,7 @@ def found():
     torch.set_num_threads(1)
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("wan_patches.patches.frames._to_pil", _to_pil(wrong))
+            patch.setattr("wan_patches.bindings.frames._to_pil", _to_pil(wrong))
             return verify(family.build(), **family.inputs(frames=9, steps=1, prompt=PROMPT, output_type="pil"))
     finally:
         torch.set_num_threads(before)

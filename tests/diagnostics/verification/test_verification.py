@@ -26,7 +26,7 @@ from wan_patches.diagnostics.verification.report import page
 from wan_patches.diagnostics.verification.trials import Event, Subject, Trial, ops_of
 from wan_patches.ops import frames as frames_op
 from wan_patches.ops import rope as rope_op
-from wan_patches.ops.modulation import TwoRows
+from wan_patches.ops.modulation import SegmentedModulation
 from wan_patches.patching.registry import Registry
 from wan_patches.testing.families import FAMILIES, available
 
@@ -125,8 +125,10 @@ def test_everything_is_left_as_it_was(pipe):
 
 @pytest.mark.skipif("helios" not in available(), reason="this diffusers has none")
 def test_watched_blocks_are_handed_what_others_are(any_size, monkeypatch):
-    handed, added_to = [], TwoRows.added_to
-    monkeypatch.setattr(TwoRows, "added_to", lambda rows, table: handed.append(rows) or added_to(rows, table))
+    handed, added_to = [], SegmentedModulation.added_to
+    monkeypatch.setattr(
+        SegmentedModulation, "added_to", lambda rows, table: handed.append(rows) or added_to(rows, table)
+    )
     subject = Subject(FAMILIES["helios"].build(), FAMILIES["helios"].inputs(output_type="latent"), str)
     with wan_patches.enabled():
         run = subject.observe([], "patched")

@@ -27,13 +27,13 @@ def test_what_is_compiled_for_a_gpu_rounds_as_stock_and_reads_rows_once(ptx, row
     """Of four tokens, one row for all is read once, two are read once each, and each token's own is."""
     from wan_patches.ops.triton import modulation
 
-    border = 4 if rows == 2 else None
+    split_index = 4 if rows == 2 else None
     normed, x = torch.randn(2, 9, 5120), torch.randn(2, 9, 5120).to(dtype)
     scale, shift = torch.randn(2, rows, 6, 5120)[:, :, :2].unbind(2)
-    text = ptx(modulation, "_modulate", lambda: modulation.modulate(normed, scale, shift, dtype, border))
+    text = ptx(modulation, "_modulate", lambda: modulation.modulate(normed, scale, shift, dtype, split_index))
     check(text, dtype, loads=2 * (4 + 2 * read), stores=4)
     assert "st.shared" not in text
-    text = ptx(modulation, "_gated_residual", lambda: modulation.gated_residual(x, x, scale, border))
+    text = ptx(modulation, "_gated_residual", lambda: modulation.gated_residual(x, x, scale, split_index))
     check(text, dtype, loads=4 + 4 + 2 * read, stores=4)
     assert "st.shared" not in text
 

@@ -28,7 +28,7 @@ from wan_patches.diagnostics.preflight import check_file
 from wan_patches.diagnostics.profiling.transfers import Crossing, count_crossings, has_accelerator, recorder
 from wan_patches.diagnostics.profiling.watch import Observer, OpProfile, PipelineProfile
 from wan_patches.patching import tally
-from wan_patches.patching.registry import ACTIVE
+from wan_patches.patching.status import ACTIVE
 from wan_patches.pipelines.stages import CALL, STAGES
 
 Value = TypeVar("Value")
@@ -87,7 +87,7 @@ class Profile:
         """All of it, and the machine's facts. Times are seconds, memory is bytes."""
         import torch
 
-        from wan_patches.bench.measure import machine
+        from wan_patches.diagnostics.machine import machine
 
         device = torch.device(self.pipelines[0].device if self.pipelines else "cpu")
         content = {

@@ -47,7 +47,8 @@ from wan_patches.diagnostics.verification.pictures import Strips, Video, compare
 from wan_patches.diagnostics.verification.trials import Choice, Measured, Subject, copied, message, ops_of
 from wan_patches.patching import tally
 from wan_patches.patching.fidelity import Fidelity
-from wan_patches.patching.registry import ACTIVE, SKIPPED, WAITING, Patch, Status
+from wan_patches.patching.registry import Patch
+from wan_patches.patching.status import ACTIVE, SKIPPED, WAITING, Status
 from wan_patches.pipelines.stages import CALL, POSTPROCESS, STAGES
 
 #: What `Verification.verdict` says.

@@ -20,7 +20,8 @@ from wan_patches.diagnostics.call_tracing import observing
 from wan_patches.diagnostics.memory import watching_memory
 from wan_patches.diagnostics.verification.bits import digest
 from wan_patches.patching.fidelity import Fidelity
-from wan_patches.patching.registry import Patch, Place, Registry, Status
+from wan_patches.patching.registry import Patch, Place, Registry
+from wan_patches.patching.status import Status
 from wan_patches.pipelines.stages import watching
 
 __all__ = ["Choice", "Event", "Measured", "Op", "Subject", "Trial", "copied", "message", "ops_of"]

@@ -23,19 +23,19 @@ MAX_DIM = 8192  # channels that a program keeps in registers
 
 
 @triton.jit
-def _row(rows, batch_stride, row_stride, batch, token, border, place, inside, KIND: tl.constexpr):
+def _row(rows, batch_stride, row_stride, batch, token, split_index, place, inside, KIND: tl.constexpr):
     """What a token has of scales, shifts or gates."""
     row = batch * batch_stride
     if KIND == "each":
         row += token * row_stride
     if KIND == "two":
-        row += (token >= border).to(tl.int64) * row_stride
+        row += (token >= split_index).to(tl.int64) * row_stride
     return tl.load(rows + row + place, mask=inside, other=0.0)
 
 
-@triton.jit(do_not_specialize=["seq", "border"])  # which change from chunk to chunk
+@triton.jit(do_not_specialize=["seq", "split_index"])  # which change from chunk to chunk
 def _layer_norm_modulate(
-    x, y, gate, weight, bias, scale, shift, h, out, eps, seq, dim, border,
+    x, y, gate, weight, bias, scale, shift, h, out, eps, seq, dim, split_index,
     x_batch, x_token, y_batch, y_token, gate_batch, gate_row, scale_batch, scale_row, shift_batch, shift_row,
     RESIDUAL: tl.constexpr, GATE: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
     SCALE: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr,
@@ -49,7 +49,7 @@ def _layer_norm_modulate(
     if RESIDUAL:
         added = tl.load(y + batch * y_batch + token * y_token + place, mask=inside, other=0.0).to(tl.float32)
         if GATE is not None:
-            added *= _row(gate, gate_batch, gate_row, batch, token, border, place, inside, GATE)
+            added *= _row(gate, gate_batch, gate_row, batch, token, split_index, place, inside, GATE)
         rounded = (value + added).to(h.dtype.element_ty)
         tl.store(h + at, rounded, mask=inside)
         value = rounded.to(tl.float32)
@@ -62,8 +62,8 @@ def _layer_norm_modulate(
         term = tl.load(bias + place, mask=inside, other=0.0).to(tl.float32) if BIAS else 0.0
         value = tl.fma(value, factor, term)
     if SCALE is not None:
-        factor = 1.0 + _row(scale, scale_batch, scale_row, batch, token, border, place, inside, SCALE)
-        term = _row(shift, shift_batch, shift_row, batch, token, border, place, inside, SHIFT)
+        factor = 1.0 + _row(scale, scale_batch, scale_row, batch, token, split_index, place, inside, SCALE)
+        term = _row(shift, shift_batch, shift_row, batch, token, split_index, place, inside, SHIFT)
         value = tl.fma(value, factor, term)
     tl.store(out + at, value.to(out.dtype.element_ty), mask=inside)
 
@@ -101,7 +101,7 @@ def layer_norm_modulate(
     scale: torch.Tensor | None,
     shift: torch.Tensor | None,
     eps: float,
-    border: int | None = None,
+    split_index: int | None = None,
 ) -> torch.Tensor:
     """`layer_norm(x, weight, bias) * (1 + scale) + shift`.
 
@@ -110,7 +110,7 @@ def layer_norm_modulate(
         weight, bias: `dim` values of any of these dtypes, contiguous, or None.
         scale, shift: rows, or None for both.
         eps: added to the variance.
-        border: how many tokens have the first of two rows; None where there are not two.
+        split_index: how many tokens have the first of two rows; None where there are not two.
 
     Returns:
         A new contiguous tensor of the dtype of `x`.
@@ -118,7 +118,7 @@ def layer_norm_modulate(
     Raises:
         ValueError: for more channels, or rows that do not fit.
     """
-    return _launch(x, None, None, weight, bias, scale, shift, eps, border)[1]
+    return _launch(x, None, None, weight, bias, scale, shift, eps, split_index)[1]
 
 
 def residual_layer_norm_modulate(
@@ -130,20 +130,20 @@ def residual_layer_norm_modulate(
     scale: torch.Tensor | None,
     shift: torch.Tensor | None,
     eps: float,
-    border: int | None = None,
+    split_index: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The residual sum `h = x + y * gate`, and `layer_norm_modulate(h, ...)`.
 
     Args:
         x, y: `(batch, seq, dim)`, as in `layer_norm_modulate`, each of its own dtype.
         gate: rows; None leaves it out.
-        weight, bias, scale, shift, eps, border: as in `layer_norm_modulate`.
+        weight, bias, scale, shift, eps, split_index: as in `layer_norm_modulate`.
 
     Returns:
         `h`, rounded to the dtype of `x` with the very bits of `gated_residual` (of `x + y` without a gate), and its
         norm, of the dtype of `x`; both contiguous.
     """
-    return _launch(x, y, gate, weight, bias, scale, shift, eps, border)
+    return _launch(x, y, gate, weight, bias, scale, shift, eps, split_index)
 
 
 def rms_norm_rope(
@@ -187,7 +187,7 @@ def _launch(
     scale: torch.Tensor | None,
     shift: torch.Tensor | None,
     eps: float,
-    border: int | None,
+    split_index: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     batch, seq, dim = x.shape
     if dim > MAX_DIM:
@@ -195,7 +195,7 @@ def _launch(
     out = torch.empty((batch, seq, dim), dtype=x.dtype, device=x.device)
     h = out if y is None else torch.empty_like(out)
     kinds = {
-        name: None if rows is None else kind_of(rows, seq, border)
+        name: None if rows is None else kind_of(rows, seq, split_index)
         for name, rows in (("GATE", gate), ("SCALE", scale), ("SHIFT", shift))
     }
     given = [x if tensor is None else tensor for tensor in (y, gate, weight, bias, scale, shift)]
@@ -204,7 +204,7 @@ def _launch(
     launch: Any = _layer_norm_modulate[(batch * seq,)]
     with launching_on(x.device):
         launch(
-            x, *given, h, out, eps, seq, dim, border or 0, *x.stride()[:2], *given[0].stride()[:2], *strides,
+            x, *given, h, out, eps, seq, dim, split_index or 0, *x.stride()[:2], *given[0].stride()[:2], *strides,
             RESIDUAL=y is not None, WEIGHT=weight is not None, BIAS=bias is not None, **kinds, BLOCK=block,
             num_warps=_warps(block), enable_fp_fusion=False,
         )  # fmt: skip

@@ -1,7 +1,7 @@
 """What stands between attention, feed-forward and norms of a transformer block: elementwise, one pass over memory each.
 
 Scales, shifts and gates ("rows" below) are fp32, `(1 or batch, rows, dim)`, any strides with the last one 1: one row
-for all tokens, one for each token, or two with a `border`: the first for the tokens before it, the second for the
+for all tokens, one for each token, or two with a `split_index`: the first for the tokens before it, the second for the
 rest. Every operation is rounded in fp32, as ATen rounds, and the result once more to its own dtype.
 """
 
@@ -30,18 +30,18 @@ def load_shared(rows, row_stride, place, inside, KIND: tl.constexpr):
 
 
 @triton.jit
-def load_own(shared, rows, row_stride, token, border, place, inside, KIND: tl.constexpr):
+def load_own(shared, rows, row_stride, token, split_index, place, inside, KIND: tl.constexpr):
     """The row of one token; `shared` are those that many tokens have."""
     if KIND == "each":
         return tl.load(rows + token * row_stride + place, mask=inside, other=0.0)
     if KIND == "two":
-        return tl.where(token < border, shared[0], shared[1])
+        return tl.where(token < split_index, shared[0], shared[1])
     return shared[0]
 
 
-@triton.jit(do_not_specialize=["seq", "border"])  # which change from chunk to chunk
+@triton.jit(do_not_specialize=["seq", "split_index"])  # which change from chunk to chunk
 def _modulate(
-    normed, scale, shift, out, seq, dim, border, scale_batch, scale_row, shift_batch, shift_row,
+    normed, scale, shift, out, seq, dim, split_index, scale_batch, scale_row, shift_batch, shift_row,
     SCALE: tl.constexpr, SHIFT: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(2).to(tl.int64)
@@ -55,15 +55,15 @@ def _modulate(
         token = tl.program_id(0).to(tl.int64) * TOKENS + i
         inside = place < tl.where(token < seq, dim, 0)
         at = (batch * seq + token) * dim + place
-        factor = 1.0 + load_own(scales, scale, scale_row, token, border, place, inside, SCALE)
-        term = load_own(shifts, shift, shift_row, token, border, place, inside, SHIFT)
+        factor = 1.0 + load_own(scales, scale, scale_row, token, split_index, place, inside, SCALE)
+        term = load_own(shifts, shift, shift_row, token, split_index, place, inside, SHIFT)
         value = tl.load(normed + at, mask=inside, other=0.0) * factor + term
         tl.store(out + at, value.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["seq", "border"])  # which change from chunk to chunk
+@triton.jit(do_not_specialize=["seq", "split_index"])  # which change from chunk to chunk
 def _gated_residual(
-    x, y, gate, out, seq, dim, border, y_batch, y_token, gate_batch, gate_row,
+    x, y, gate, out, seq, dim, split_index, y_batch, y_token, gate_batch, gate_row,
     GATE: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(2).to(tl.int64)
@@ -77,7 +77,7 @@ def _gated_residual(
         at = (batch * seq + token) * dim + place
         value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
         added = tl.load(y + batch * y_batch + token * y_token + place, mask=inside, other=0.0).to(tl.float32)
-        value += added * load_own(gates, gate, gate_row, token, border, place, inside, GATE)
+        value += added * load_own(gates, gate, gate_row, token, split_index, place, inside, GATE)
         tl.store(out + at, value.to(out.dtype.element_ty), mask=inside)
 
 
@@ -93,7 +93,7 @@ def _add_and_cast(x, y, out, wide, size, BLOCK: tl.constexpr):
 
 
 def modulate(
-    normed: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, dtype: torch.dtype, border: int | None = None
+    normed: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, dtype: torch.dtype, split_index: int | None = None
 ) -> torch.Tensor:
     """`(normed * (1 + scale) + shift).to(dtype)`.
 
@@ -101,7 +101,7 @@ def modulate(
         normed: `(batch, seq, dim)`, fp32, contiguous.
         scale, shift: rows (see above), each of its own kind.
         dtype: fp32, bf16 or fp16.
-        border: how many tokens have the first of two rows; None where there are not two.
+        split_index: how many tokens have the first of two rows; None where there are not two.
 
     Returns:
         A new tensor of `dtype`, contiguous.
@@ -111,21 +111,23 @@ def modulate(
     launch: Any = _modulate[_grid(batch, seq, dim)]
     with launching_on(normed.device):
         launch(
-            normed, scale, shift, out, seq, dim, border or 0, *row_strides(scale), *row_strides(shift),
-            SCALE=kind_of(scale, seq, border), SHIFT=kind_of(shift, seq, border), TOKENS=_TOKENS, BLOCK=_BLOCK,
-            num_warps=4, enable_fp_fusion=False,  # product and sum are rounded each
+            normed, scale, shift, out, seq, dim, split_index or 0, *row_strides(scale), *row_strides(shift),
+            SCALE=kind_of(scale, seq, split_index), SHIFT=kind_of(shift, seq, split_index),
+            TOKENS=_TOKENS, BLOCK=_BLOCK, num_warps=4, enable_fp_fusion=False,  # product and sum are rounded each
         )  # fmt: skip
     return out
 
 
-def gated_residual(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor, border: int | None = None) -> torch.Tensor:
+def gated_residual(
+    x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor, split_index: int | None = None
+) -> torch.Tensor:
     """`(x.float() + y.float() * gate).to(x.dtype)`.
 
     Args:
         x: `(batch, seq, dim)`, contiguous; fp32, bf16 or fp16.
         y: as `x`, with a dtype of its own and any strides with the last one 1.
         gate: rows (see above).
-        border: how many tokens have the first of two rows; None where there are not two.
+        split_index: how many tokens have the first of two rows; None where there are not two.
 
     Returns:
         A new tensor like `x`.
@@ -135,8 +137,8 @@ def gated_residual(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor, border:
     launch: Any = _gated_residual[_grid(batch, seq, dim)]
     with launching_on(x.device):
         launch(
-            x, y, gate, out, seq, dim, border or 0, y.stride(0), y.stride(1), *row_strides(gate),
-            GATE=kind_of(gate, seq, border), TOKENS=_TOKENS, BLOCK=_BLOCK,
+            x, y, gate, out, seq, dim, split_index or 0, y.stride(0), y.stride(1), *row_strides(gate),
+            GATE=kind_of(gate, seq, split_index), TOKENS=_TOKENS, BLOCK=_BLOCK,
             num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     return out
@@ -159,14 +161,14 @@ def add_and_cast(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.
     return out, wide
 
 
-def kind_of(rows: torch.Tensor, seq: int, border: int | None) -> str:
+def kind_of(rows: torch.Tensor, seq: int, split_index: int | None) -> str:
     """`"one"` row for all tokens, `"each"` its own, or `"two"`. Raises ValueError for any other number of rows."""
     found = rows.shape[1]
     if found == 1:
         return "one"
-    if found == (seq if border is None else 2):
-        return "each" if border is None else "two"
-    raise ValueError(f"{found} rows for {seq} tokens, and a border of {border}")
+    if found == (seq if split_index is None else 2):
+        return "each" if split_index is None else "two"
+    raise ValueError(f"{found} rows for {seq} tokens, and a split_index of {split_index}")
 
 
 def row_strides(rows: torch.Tensor) -> tuple[int, int]:

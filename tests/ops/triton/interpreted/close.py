@@ -113,23 +113,25 @@ def test_weight_and_bias_are_optional(given):
 def test_rows_and_strides(dim, kind, batch):
     seq = 7
     rows = {"one": 1, "each": seq}.get(kind, 2)
-    border = None if rows != 2 else 0 if "start" in kind else 3
+    split_index = None if rows != 2 else 0 if "start" in kind else 3
     gate, scale, shift = (torch.randn(batch if "sample" in kind else 1, rows, 6, dim)[:, :, i] for i in range(3))
 
     def dense(given):
         return (
             given
             if rows != 2
-            else torch.cat((given[:, :1].expand(-1, border, -1), given[:, 1:].expand(-1, seq - border, -1)), 1)
+            else torch.cat(
+                (given[:, :1].expand(-1, split_index, -1), given[:, 1:].expand(-1, seq - split_index, -1)), 1
+            )
         )
 
     wide = torch.randn(2, batch, seq, 3 * dim)
     x, y = wide[0, :, :, dim : 2 * dim], wide[1, :, :, :dim]
     expected = x + y * dense(gate)
-    h, normed = residual_layer_norm_modulate(x, y, gate, None, None, scale, shift, EPS, border)
+    h, normed = residual_layer_norm_modulate(x, y, gate, None, None, scale, shift, EPS, split_index)
     assert torch.equal(h, expected)
     torch.testing.assert_close(normed, modulated(h, None, None, dense(scale), dense(shift)))
-    torch.testing.assert_close(layer_norm_modulate(h, None, None, scale, shift, EPS, border), normed)
+    torch.testing.assert_close(layer_norm_modulate(h, None, None, scale, shift, EPS, split_index), normed)
 
 
 @pytest.mark.parametrize(("heads", "dim"), [(3, 6), (5, 44), (1, 2), (2, 96)])

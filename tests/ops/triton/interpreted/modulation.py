@@ -13,16 +13,18 @@ KINDS = ["one", "one for a sample", "each", "each for a sample", "two", "two for
 
 
 def rows(kind, shape, strided=True):
-    """Rows of one kind (a view of all six of a block, as in stock), the border, and the same for every token."""
+    """Rows of one kind (a view of all six of a block, as in stock), the split_index, and the same for every token."""
     batch, seq, dim = shape
     of_batch = batch if "sample" in kind else 1
     count = {"one": 1, "eac": seq, "two": 2}[kind[:3]]
     all_rows = torch.randn(of_batch, count, 6, dim)[:, :, 3] if strided else torch.randn(of_batch, count, dim)
     if count != 2 or kind.startswith("each"):
         return all_rows, None, all_rows
-    border = 0 if "start" in kind else seq // 2
-    dense = torch.cat((all_rows[:, :1].expand(-1, border, -1), all_rows[:, 1:].expand(-1, seq - border, -1)), dim=1)
-    return all_rows, border, dense
+    split_index = 0 if "start" in kind else seq // 2
+    dense = torch.cat(
+        (all_rows[:, :1].expand(-1, split_index, -1), all_rows[:, 1:].expand(-1, seq - split_index, -1)), dim=1
+    )
+    return all_rows, split_index, dense
 
 
 def same(ours, theirs):
@@ -45,10 +47,10 @@ def special(x):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_modulate(shape, kind, dtype):
     normed = special(torch.randn(shape))
-    scale, border, dense_scale = rows(kind, shape)
+    scale, split_index, dense_scale = rows(kind, shape)
     shift, _, dense_shift = rows(kind, shape, strided=False)
     stock = (normed * (1 + dense_scale) + dense_shift).to(dtype)
-    same(modulate(normed, scale, shift, dtype, border), stock)
+    same(modulate(normed, scale, shift, dtype, split_index), stock)
 
 
 def test_scale_and_shift_of_different_kinds():
@@ -62,10 +64,10 @@ def test_scale_and_shift_of_different_kinds():
 @pytest.mark.parametrize("shape", SHAPES)
 def test_gated_residual(shape, kind, of_y, dtype):
     x, y = special(torch.randn(shape)).to(dtype), torch.randn(shape).to(of_y)
-    gate, border, dense = rows(kind, shape)
+    gate, split_index, dense = rows(kind, shape)
     stock = (x.float() + y.float() * dense).to(dtype)
     wide = torch.randn(shape[0], shape[1], 2 * shape[2]).to(of_y)
-    same(gated_residual(x, wide.chunk(2, dim=-1)[1].copy_(y), gate, border), stock)
+    same(gated_residual(x, wide.chunk(2, dim=-1)[1].copy_(y), gate, split_index), stock)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -79,8 +81,8 @@ def test_add_and_cast(shape, dtype):
 
 def test_rows_that_do_not_fit_are_refused():
     normed, row = torch.randn(1, 5, 8), torch.randn(1, 1, 8)
-    for wrong, border in ((2, None), (4, None), (5, 2), (3, 2)):
+    for wrong, split_index in ((2, None), (4, None), (5, 2), (3, 2)):
         with pytest.raises(ValueError, match=f"{wrong} rows for 5 tokens"):
-            modulate(normed, torch.randn(1, wrong, 8), row, torch.bfloat16, border)
+            modulate(normed, torch.randn(1, wrong, 8), row, torch.bfloat16, split_index)
         with pytest.raises(ValueError, match=f"{wrong} rows for 5 tokens"):
-            gated_residual(normed, normed, torch.randn(1, wrong, 8), border)
+            gated_residual(normed, normed, torch.randn(1, wrong, 8), split_index)

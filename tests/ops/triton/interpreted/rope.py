@@ -96,8 +96,8 @@ def test_dispatch_and_gate(dtype, as_on_cuda, monkeypatch):
     from diffusers.models.transformers import transformer_wan
 
     import wan_patches
+    from wan_patches.bindings.qk import rotate_both
     from wan_patches.ops import rope
-    from wan_patches.patches.qk import rotate_both
     from wan_patches.patching.fidelity import gate
 
     q, k = torch.randn(2, 1, 8, 4, 64).to(dtype)

@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import wan_patches
 from wan_patches import Fidelity, Report, Status
-from wan_patches.tables import status_table, text
+from wan_patches.patching.status import table
+from wan_patches.tables import text
 
 
 def _lines(*reports):
-    return [line.strip() for line in text(*status_table(Status(reports)), width=200).splitlines()]
+    return [line.strip() for line in text(*table(Status(reports)), width=200).splitlines()]
 
 
 def _report(state, fidelity, **implementations):

@@ -1,0 +1,200 @@
+"""adaLN modulation and gated residuals, as the blocks of Wan, Helios and their relatives call them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.normalization import FP32LayerNorm
+from torch import nn
+
+from wan_patches.bindings.forwards import has_global_hooks, is_untouched, runs
+from wan_patches.bindings.originals import are_torchs
+from wan_patches.ops import fused_norm
+from wan_patches.ops import modulation as ops
+from wan_patches.ops.dispatch import SMALL, Op
+from wan_patches.ops.modulation import Modulation, RowPerToken, SegmentedModulation
+from wan_patches.ops.tracing import is_observed, is_transformed
+from wan_patches.patches.modulation import CLOSE_PREFIX, NORM, OF_BLOCK, PREFIX
+from wan_patches.patching import tally
+
+
+def modulated_norm(norm: nn.Module, x: torch.Tensor, scale: Modulation, shift: Modulation) -> torch.Tensor:
+    """`(norm(x.float()) * (1 + scale) + shift).type_as(x)`; see `wan_patches.ops.modulation`."""
+    return _around(norm, ops.modulated_norm, x, norm, scale, shift)
+
+
+def gated_residual(x: torch.Tensor, y: torch.Tensor, gate: Modulation, cast: bool = False) -> torch.Tensor:
+    """`(x.float() + y * gate).type_as(x)`; see `wan_patches.ops.modulation`."""
+    return ops.gated_residual(x, y, gate, cast)
+
+
+def residual_norm(
+    norm: nn.Module,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    gate: Modulation | None = None,
+    scale: Modulation | None = None,
+    shift: Modulation | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A residual sum and its norm; see `wan_patches.ops.modulation`."""
+    return _around(norm, ops.residual_norm, x, y, gate, norm, scale, shift)
+
+
+def cast_norm(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """`norm(x.float()).type_as(x)`; see `wan_patches.ops.modulation`."""
+    return _around(norm, ops.cast_norm, x, norm)
+
+
+def close_modulated_norm(norm: nn.Module, x: torch.Tensor, scale: Modulation, shift: Modulation) -> torch.Tensor:
+    """`modulated_norm`, with rounding that moves; see `wan_patches.ops.fused_norm`."""
+    return _around(norm, fused_norm.modulated_norm, x, norm, scale, shift)
+
+
+def close_residual_norm(
+    norm: nn.Module,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    gate: Modulation | None = None,
+    scale: Modulation | None = None,
+    shift: Modulation | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`residual_norm`, with rounding that moves; see `wan_patches.ops.fused_norm`."""
+    return _around(norm, fused_norm.residual_norm, x, y, gate, norm, scale, shift)
+
+
+def close_cast_norm(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """`cast_norm`, with rounding that moves; see `wan_patches.ops.fused_norm`."""
+    return _around(norm, fused_norm.cast_norm, x, norm)
+
+
+def _around(norm: nn.Module, op: Op, *args: Any) -> Any:
+    """What `op` gives, whose first argument are the hidden states; stock's operations where `norm` asks for them."""
+    if torch.compiler.is_compiling():
+        return op(*args)
+    # of few elements the norm is called as stock calls it, whatever it is
+    reason = op.why_small(args[0]) or _reason_against_norm(norm)
+    if reason is None:
+        return op(*args)
+    tally.count(op.name, "", reason)
+    return op.reference(*args)
+
+
+def modulations(table: torch.Tensor, temb: torch.Tensor | SegmentedModulation) -> Sequence[Modulation]:
+    """Adds a block's table to the embedded timestep of each token: the six modulations of the block.
+
+    temb: `(batch, seq, 6, dim)`, or its `SegmentedModulation`.
+
+    Returns:
+        Six of `(batch, rows, dim)`, without the third axis of stock's: each a `SegmentedModulation`, one row where all
+        tokens share one, else a `RowPerToken`. Stock's tensors where something looks into the operations.
+    """
+    if isinstance(temb, SegmentedModulation):
+        return temb._replace(rows=temb.rows.float()).added_to(table)
+    if not (is_observed(table, temb) or _are_few(temb.numel() // 6, temb)):
+        if not _is_repeated(temb, 1):
+            return tuple(map(RowPerToken, table.split(1, dim=1), temb.unbind(dim=2)))
+        temb = temb[:, :1]
+    return tuple(modulation.squeeze(2) for modulation in (table.unsqueeze(0) + temb.float()).chunk(6, dim=2))
+
+
+def segmented_modulation(
+    model: Any, history: torch.Tensor, current: torch.Tensor
+) -> torch.Tensor | SegmentedModulation:
+    """Joins the modulations of Helios' history and current tokens.
+
+    A `SegmentedModulation`, or stock's `(batch, 6, seq, dim)` where others' code may look at it.
+
+    history, current: `(batch, 6, tokens, dim)` of the tokens before and of those that are generated.
+    """
+    reason = _reason_against_rows(model, history, current)
+    if reason is None and not (_is_repeated(history, 2) and _is_repeated(current, 2)):
+        reason = "tokens of one kind have several rows"
+    if reason is not None:
+        tally.note("rows of two kinds", "", reason)
+        return torch.cat([history, current], dim=2)
+    tally.note("rows of two kinds", "one row for each kind of tokens")
+    if history.shape[2] == 0:
+        return current[:, :, 0]
+    split_index, seq = history.shape[2], history.shape[2] + current.shape[2]
+    return SegmentedModulation(torch.stack((history[:, :, 0], current[:, :, 0]), dim=1), split_index, seq)
+
+
+def tokens_first(temb: torch.Tensor | SegmentedModulation) -> torch.Tensor | SegmentedModulation:
+    """`(batch, 6, seq, dim)` to `(batch, seq, 6, dim)`, which `SegmentedModulation` stand for already."""
+    return temb if isinstance(temb, SegmentedModulation) else temb.permute(0, 2, 1, 3)
+
+
+def current_row(model: Any, history: torch.Tensor, current: torch.Tensor) -> torch.Tensor:
+    """What Helios hands its output norm, which looks at the tokens that are generated: one row, or stock's tensor.
+
+    history, current: `(batch, tokens, dim)`.
+    """
+    if _reason_against_rows(model, history, current) is not None or not _is_repeated(current, 1):
+        return torch.cat([history, current], dim=1)
+    return current[:, :1]
+
+
+def _is_repeated(tensor: torch.Tensor, dim: int) -> bool:
+    """Whether all that lies along `dim` is one and the same memory."""
+    return not torch.compiler.is_compiling() and (tensor.stride(dim) == 0 or tensor.shape[dim] == 0)
+
+
+def _reason_against_rows(model: Any, history: torch.Tensor, current: torch.Tensor) -> str | None:
+    """Why a Helios model hands its blocks and its output norm what stock does; None where it need not."""
+    if torch.compiler.is_compiling():
+        return "it is being compiled"
+    batch, dim = current.shape[0], current.shape[-1]
+    if _are_few(batch * (history.shape[-2] + current.shape[-2]) * dim, current):
+        return SMALL
+    if (reason := reason_against_segments(model, "HeliosTransformerBlock")) is not None:
+        return reason
+    if type(model.norm_out).__name__ != "HeliosOutputNorm" or not _is_patched(model.norm_out, NORM):
+        return "its output norm is another, or does not run what is patched here alone"
+    return None
+
+
+def _are_few(elements: int, like: torch.Tensor) -> bool:
+    """Whether hidden states of so many elements meet stock's operations, and stock's tensors do for them."""
+    return elements < ops.modulated_norm.least_for(like)
+
+
+def reason_against_segments(model: Any, block: str) -> str | None:
+    """Why the blocks of `model` need stock's tensors; None where a `SegmentedModulation` will do.
+
+    block: the name of the class that blocks must have.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return "it is being compiled"
+    if torch.is_grad_enabled():
+        return "gradients are enabled"
+    if has_global_hooks():
+        return "there are global module hooks"
+    if is_transformed():
+        return "a mode or a transform looks on"
+    if not are_torchs(torch.cat):
+        return "torch's functions are not its own"
+    for module in model.blocks:
+        if type(module).__name__ != block or not _is_patched(module, OF_BLOCK):
+            return "a block is another, or does not run what is patched here alone"
+    return None
+
+
+def _is_patched(module: nn.Module, name: str) -> bool:
+    """Whether a module runs what calls `name`, in one of its two forms."""
+    return runs(module, name, name.replace(PREFIX, CLOSE_PREFIX))
+
+
+def _reason_against_norm(norm: nn.Module) -> str | None:
+    """Why a norm has to be called as stock calls it; None where it can be asked about a few tokens at a time."""
+    if not are_torchs(F.layer_norm, torch.layer_norm):
+        return "torch's layer norm is not its own"
+    if type(norm) is not FP32LayerNorm:
+        return f"the norm is {type(norm).__name__}"
+    if not is_untouched(norm):
+        return "the norm has hooks, or a forward that is not diffusers'"
+    if norm.weight is not None and torch.is_grad_enabled():
+        return "gradients are enabled"
+    return None

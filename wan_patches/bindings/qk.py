@@ -1,0 +1,125 @@
+"""Queries and keys in attention: their RMS norms, and both rotated in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from wan_patches.bindings.forwards import is_untouched
+from wan_patches.bindings.originals import are_torchs
+from wan_patches.ops import rms_norm as ops
+from wan_patches.ops import triton
+from wan_patches.ops.fused_norm import rms_norm_rope
+from wan_patches.ops.npu.norms import rms_norm
+from wan_patches.ops.rope import apply_rotary_emb_qk
+from wan_patches.ops.tracing import is_observed
+from wan_patches.patches import rope
+from wan_patches.patching import tally
+
+#: diffusers' rotary embedding of one tensor, of a family.
+Rotate = Callable[..., torch.Tensor]
+
+
+def qk_norm(norm: nn.RMSNorm, x: torch.Tensor) -> torch.Tensor:
+    """`norm(x)` for `x` of `(batch, seq, dim)`: without the call where it is `torch.nn.RMSNorm` and nothing else."""
+    if torch.compiler.is_compiling():
+        return norm(x)
+    reason = ops.rms_norm.why_small(x) or _reason_against_norm(norm, x)
+    if reason is not None:
+        tally.count(ops.rms_norm.name, "", reason)
+        return norm(x)
+    return ops.rms_norm(x, norm.weight, norm.eps)
+
+
+def rotate_both(
+    rotate: Rotate, query: torch.Tensor, key: torch.Tensor, *tables: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`rotate(query, *tables), rotate(key, *tables)`, at once where a kernel takes both.
+
+    rotate: diffusers' function. What it computes is known while `rope` is in force in it, and only then.
+    query, key: `(batch, seq, heads, head_dim)`.
+    tables: cosines and sines, `(1 or batch, seq, 1, head_dim)` each, or both in one, `(1 or batch, seq, 2 * head_dim)`.
+    """
+    if _reason_against_both(rotate, query) is not None:
+        return rotate(query, *tables), rotate(key, *tables)
+    return apply_rotary_emb_qk(query, key, *_halves(tables))
+
+
+def close_qk_norm(norm: nn.RMSNorm, x: torch.Tensor, tables: object = None) -> torch.Tensor:
+    """`qk_norm`, with rounding that moves; `x` itself where `close_rotate_both` will do it."""
+    if tables is not None and _is_left_to_rotation(norm, x):
+        return x
+    if x.device.type != "npu" or not _is_torchs_own(norm, x):
+        return qk_norm(norm, x)
+    return rms_norm(x, norm.weight, norm.eps)
+
+
+def close_rotate_both(
+    rotate: Rotate,
+    norm_q: nn.RMSNorm,
+    norm_k: nn.RMSNorm,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    *tables: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`rotate_both`, after the norms that `close_qk_norm` has left to it."""
+    left_q, left_k = _is_left_to_rotation(norm_q, query), _is_left_to_rotation(norm_k, key)
+    if not left_q and not left_k:
+        return rotate_both(rotate, query, key, *tables)
+    return (
+        _normed_and_rotated(rotate, norm_q, query, tables) if left_q else rotate(query, *tables),
+        _normed_and_rotated(rotate, norm_k, key, tables) if left_k else rotate(key, *tables),
+    )
+
+
+def _normed_and_rotated(
+    rotate: Rotate, norm: nn.RMSNorm, x: torch.Tensor, tables: tuple[torch.Tensor, ...]
+) -> torch.Tensor:
+    if _reason_against_both(rotate, x) is not None:
+        return rotate(norm(x.flatten(2)).unflatten(2, x.shape[2:]), *tables)
+    assert norm.eps is not None  # or its rounding is not known: `_is_left_to_rotation` has asked
+    return rms_norm_rope(x, norm.weight, norm.eps, *_halves(tables))
+
+
+def _is_left_to_rotation(norm: nn.RMSNorm, x: torch.Tensor) -> bool:
+    """Whether a kernel takes norm and rotation; the same answer for `x` before and after it was split into heads."""
+    return (
+        triton.is_usable(x.device)
+        and _is_torchs_own(norm, x)
+        and norm.weight is not None
+        and norm.eps is not None
+        and not is_observed(x, norm.weight)
+    )
+
+
+def _reason_against_norm(norm: nn.RMSNorm, x: torch.Tensor) -> str | None:
+    if not x.is_cpu:
+        return "on other devices than CPUs the norm is torch's"
+    return None if _is_torchs_own(norm, x) else "the norm is another, is watched, or is being compiled"
+
+
+def _is_torchs_own(norm: nn.RMSNorm, x: torch.Tensor) -> bool:
+    """Whether a norm is `torch.nn.RMSNorm` of all that `x` has for a token, and nobody looks on."""
+    return not torch.compiler.is_compiling() and (
+        type(norm) is torch.nn.RMSNorm
+        and is_untouched(norm)
+        and norm.normalized_shape == (x.shape[2:].numel(),)
+        and are_torchs(F.rms_norm, torch.rms_norm)
+    )
+
+
+def _reason_against_both(rotate: Rotate, query: torch.Tensor) -> str | None:
+    if torch.compiler.is_compiling() or not triton.is_usable(query.device):
+        return "there is no kernel to take queries and keys together"
+    if rope.CALL not in getattr(getattr(rotate, "__code__", None), "co_names", ()):
+        return "`rope` is not in force in the function that is called"
+    return None
+
+
+def _halves(tables: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines for each pair of channels."""
+    cos, sin = tables if len(tables) > 1 else tables[0].unsqueeze(-2).chunk(2, dim=-1)
+    return cos[..., 0::2], sin[..., 1::2]

@@ -1,0 +1,27 @@
+"""The making of rotary tables, without waits for the device."""
+
+from __future__ import annotations
+
+import torch
+
+from wan_patches.bindings.step_loop import can_move, is_accelerator, noted
+from wan_patches.ops import step_loop
+from wan_patches.ops.tracing import is_observed
+
+
+def ends(rows: torch.Tensor) -> torch.Tensor:
+    """`rows[[0, -1]]`, for which stock uploads the two numbers."""
+    if not noted("ends", is_accelerator(rows.device) and not is_observed(rows) and len(rows) > 0):
+        return rows[[0, -1]]
+    return torch.stack((rows[0], rows[-1]))
+
+
+def frame_indices(rope: torch.nn.Module, indices: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """`indices.to(device=device, dtype=torch.float32)`, uploaded the first time that these values are seen.
+
+    The pipelines make them on the CPU, where comparing them is free.
+    """
+    if not noted("frame indices", can_move(rope, indices, device)):
+        return indices.to(device=device, dtype=torch.float32)
+    # a copy of the kept one, as it is handed on to methods that may be anybody's
+    return step_loop.on_device(rope, indices.to(dtype=torch.float32), torch.device(device)).clone()

@@ -1,0 +1,481 @@
+"""Passes of Wan's video autoencoder over a video, with what lies between its convolutions done the short way."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import logging
+from collections.abc import Callable, Generator, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.autoencoders import autoencoder_kl_wan as wan
+from diffusers.models.autoencoders.vae import DecoderOutput
+from torch import nn
+
+from wan_patches.bindings.forwards import has_global_hooks, is_hooked
+from wan_patches.bindings.originals import are_torchs, has_librarys, is_librarys, is_watched
+from wan_patches.ops.norm_silu import norm_silu
+from wan_patches.ops.vae import FrameCaches, in_steps, interleave, is_channels_last, upsample, upsampled_bands
+from wan_patches.ops.vae_division import ROWS, STEP, convolution, convolves_divided, resizes_divided
+from wan_patches.patching import tally
+from wan_patches.patching.fingerprints import AUTOENCODER, TEXTS
+from wan_patches.patching.objects import own_methods
+from wan_patches.patching.rewrite import fingerprint
+
+logger = logging.getLogger("wan_patches")
+
+_SHORT = "shared windows, no clones"
+
+
+# A pass over a video
+
+
+def clear_cache(stock: Callable[..., None], vae: Any) -> None:
+    """Begins a pass: gives the encoder and the decoder `FrameCaches` where they can use them, else stock's lists."""
+    stock(vae)
+    if torch.compiler.is_compiling():
+        return
+    for coder, caches in ((vae.decoder, "_feat_map"), (vae.encoder, "_enc_feat_map")):
+        reason = _reason_against(coder) if coder is not None else "there is none"
+        if reason is None:
+            setattr(vae, caches, FrameCaches(len(getattr(vae, caches))))
+        else:
+            _tell(type(vae).__name__, reason)
+
+
+def decode(stock: Callable[..., Any], vae: Any, z: torch.Tensor, return_dict: bool = True) -> Any:
+    """Stock's untiled decode, whose chunks are written where they belong in the video at once.
+
+    z: `(batch, channels, latent frames, height, width)`; the video is `(batch, 3, frames, height, width)` in [-1, 1].
+    """
+    if torch.compiler.is_compiling() or vae.use_tiling:
+        return stock(vae, z, return_dict)
+    if (reason := _reason_against_decode(vae, z)) is not None:
+        tally.count("decode", "", reason)
+        return stock(vae, z, return_dict)
+    tally.count("decode", "chunks written where they belong")
+    frames = z.shape[2]
+    video: Any = None
+    first: Any = None
+    end = 0
+    with contextlib.closing(chunks(vae, z)) as decoded:
+        for chunk in decoded:
+            if first is None:
+                first = chunk.clamp_(min=-1.0, max=1.0)
+                continue
+            if video is None:  # only the second chunk tells how many frames all others have
+                end = first.shape[2]
+                length = end + (frames - 1) * chunk.shape[2]
+                video = chunk.new_empty((*chunk.shape[:2], length, *chunk.shape[3:]))
+                video[:, :, :end] = first
+            start, end = end, end + chunk.shape[2]
+            torch.clamp(chunk, min=-1.0, max=1.0, out=video[:, :, start:end])
+    video = first if video is None else video
+    return DecoderOutput(sample=video) if return_dict else (video,)
+
+
+def chunks(vae: Any, z: torch.Tensor) -> Generator[torch.Tensor, None, None]:
+    """What stock's untiled decode joins and clamps: the frames of one latent frame of `z` after another. Close it."""
+    vae.clear_cache()
+    try:
+        latents = vae.post_quant_conv(z)
+        caches = vae._feat_map  # of this pass: between two chunks somebody may begin another
+        for i in range(latents.shape[2]):
+            vae._conv_idx = index = [0]
+            is_first = {"first_chunk": True} if i == 0 else {}
+            chunk = vae.decoder(latents[:, :, i : i + 1], feat_cache=caches, feat_idx=index, **is_first)
+            if vae.config.patch_size is not None:
+                chunk = wan.unpatchify(chunk, patch_size=vae.config.patch_size)
+            yield chunk
+            del chunk  # before the next is made
+    finally:
+        vae.clear_cache()  # also where a chunk was too much for the device
+
+
+def decode_chunk(
+    stock: Callable[..., Any], decoder: Any, x: torch.Tensor, feat_cache: Any, feat_idx: list[int], first_chunk: bool
+) -> torch.Tensor:
+    """One latent frame to its frames. What follows the last upsampling in time goes a few frames at a time."""
+    if not _begins_fast(feat_cache, decoder, x, _reason_against_latents):
+        return stock(decoder, x, feat_cache=feat_cache, feat_idx=feat_idx, first_chunk=first_chunk)
+    blocks = list(decoder.up_blocks)
+    temporal = [i for i, block in enumerate(blocks) if _changes_frames(block)]
+    split = temporal[-1] + 1 if temporal else 0
+
+    layers = [layer for block in blocks[split:] for layer in _layers(block)]
+
+    def tail(x: torch.Tensor, caches: FrameCaches, index: list[int]) -> torch.Tensor:
+        for layer in layers:
+            x = layer(x, feat_cache=caches, feat_idx=index)
+        return _causal(decoder.conv_out, caches, index, x, decoder.norm_out)
+
+    x = _causal(decoder.conv_in, feat_cache, feat_idx, x)
+    x = decoder.mid_block(x, feat_cache=feat_cache, feat_idx=feat_idx)
+    for block in blocks[:split]:
+        x = block(x, feat_cache=feat_cache, feat_idx=feat_idx, first_chunk=first_chunk)
+    return _in_steps(tail, (*blocks[split:], decoder.conv_out), x, 2 ** len(temporal), feat_cache, feat_idx)
+
+
+def encode_chunk(
+    stock: Callable[..., Any], encoder: Any, x: torch.Tensor, feat_cache: Any, feat_idx: list[int]
+) -> torch.Tensor:
+    """One or four frames to a latent frame. What precedes the first downsampling in time goes a few at a time."""
+    if not _begins_fast(feat_cache, encoder, x, _reason_against_video):
+        return stock(encoder, x, feat_cache=feat_cache, feat_idx=feat_idx)
+    blocks = list(encoder.down_blocks)
+    temporal = [i for i, block in enumerate(blocks) if _changes_frames(block)]
+    split = temporal[0] if temporal else 0
+
+    def run(blocks: list[Any], x: torch.Tensor, caches: FrameCaches, index: list[int]) -> torch.Tensor:
+        for block in blocks:
+            x = block(x) if _is_attention(block) else block(x, feat_cache=caches, feat_idx=index)
+        return x
+
+    x = _causal(encoder.conv_in, feat_cache, feat_idx, x)
+    x = _in_steps(functools.partial(run, blocks[:split]), blocks[:split], x, 2 ** len(temporal), feat_cache, feat_idx)
+    x = run(blocks[split:], x, feat_cache, feat_idx)
+    x = encoder.mid_block(x, feat_cache=feat_cache, feat_idx=feat_idx)
+    return _causal(encoder.conv_out, feat_cache, feat_idx, x, encoder.norm_out)
+
+
+def residual_block(
+    stock: Callable[..., Any], block: Any, x: torch.Tensor, feat_cache: Any, feat_idx: list[int]
+) -> torch.Tensor:
+    """Norm, SiLU, convolution, twice, and the shortcut added where the result lies."""
+    if not _noted("residual block", _reason_against_caches(feat_cache)):
+        return stock(block, x, feat_cache, feat_idx)
+    shortcut = x if block.in_dim == block.out_dim else convolution(block.conv_shortcut)(x)
+    y = _causal(block.conv1, feat_cache, feat_idx, x, norm=block.norm1)
+    return _causal(block.conv2, feat_cache, feat_idx, y, norm=block.norm2, add=shortcut, overwrite=True)
+
+
+def resample(
+    stock: Callable[..., Any], module: Any, x: torch.Tensor, feat_cache: Any, feat_idx: list[int]
+) -> torch.Tensor:
+    """Up or down by two in height and width, and in time where the mode says so."""
+    reason = "there is nothing to resample" if module.mode == "none" else _reason_against_caches(feat_cache)
+    if not _noted("resample", reason):
+        return stock(module, x, feat_cache, feat_idx)
+    frames = x.transpose(1, 2)
+    up = module.mode.startswith("up")
+    if module.mode == "upsample3d":
+        frames = _upsample_time(module.time_conv, x, feat_cache, feat_idx)
+    conv, images = module.resample[1], frames.flatten(0, -4)
+    divided = feat_cache.divided
+    if x.is_cpu and not divided and images.shape[0] > 1:
+        divided = resizes_divided(conv, tuple(images.shape), x.dtype, is_channels_last(images), up)
+    if divided:
+        y = _resize_divided(conv, images, up, feat_cache)
+    else:
+        y = conv((_upsample if up else _pad)(images, feat_cache))
+    y = y.unflatten(0, (x.shape[0], -1)).transpose(1, 2)
+    return _downsample_time(module.time_conv, y, feat_cache, feat_idx) if module.mode == "downsample3d" else y
+
+
+def unchanged(x: torch.Tensor, feat_cache: Any) -> torch.Tensor:
+    """What stock clones although nothing changes it."""
+    return x if _is_fast(feat_cache) else x.clone()
+
+
+# Layers
+
+
+def _causal(
+    conv: Any, caches: FrameCaches, index: list[int], x: torch.Tensor, norm: Any = None, **options: Any
+) -> torch.Tensor:
+    """A causal convolution of three taps in time, after a norm and SiLU where one is given."""
+    _, left, _, above, _, _ = conv._padding
+    activation = None if norm is None else functools.partial(_normed, norm)
+    index[0] += 1
+    return caches.convolve(index[0] - 1, x, convolution(conv), (above, left), activation=activation, **options)
+
+
+def _normed(norm: Any, x: torch.Tensor) -> torch.Tensor:
+    """`WanRMS_norm` and SiLU."""
+    if x.is_cpu:
+        return F.silu(norm(x), inplace=True)
+    bias = norm.bias if isinstance(norm.bias, torch.Tensor) else None
+    plain = functools.partial(_plain_norm, norm)
+    return norm_silu(x, plain, norm.scale, norm.gamma, bias, _normalizes_in_fp32())
+
+
+def _plain_norm(norm: Any, x: torch.Tensor, gamma: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """`norm(x)`, or with other weights, which the gate may want to try."""
+    if gamma is not norm.gamma:
+        norm = copy.copy(norm)  # another thread may be in this one
+        weights: dict[str, Any] = {"gamma": gamma, "bias": bias}
+        norm._parameters = {name: nn.Parameter(weights[name], False) for name in norm._parameters}
+    return norm(x)
+
+
+@functools.lru_cache(maxsize=1)
+def _normalizes_in_fp32() -> bool:
+    """Whether the installed `WanRMS_norm` takes lengths and quotients of half dtypes in fp32."""
+    forward: Any = wan.WanRMS_norm.forward
+    return TEXTS[AUTOENCODER]["WanRMS_norm.forward"].get(fingerprint(forward)) == "0.38"
+
+
+def _upsample_time(conv: Any, x: torch.Tensor, caches: FrameCaches, index: list[int]) -> torch.Tensor:
+    """`(batch, frames, 2, channels, height, width)`, or without the 2 in the first pass, which leaves time alone."""
+    if caches[index[0]] is None:
+        caches[index[0]] = "Rep"  # stock's word
+        index[0] += 1
+        return x.transpose(1, 2)
+    return interleave(_causal(conv, caches, index, x))
+
+
+def _upsample(frames: torch.Tensor, caches: FrameCaches) -> torch.Tensor:
+    *leading, height, width = frames.shape
+    return upsample(frames, caches.shared((*leading, 2 * height, 2 * width), frames, is_channels_last(frames)))
+
+
+def _resize_divided(conv: Any, images: torch.Tensor, up: bool, caches: FrameCaches) -> torch.Tensor:
+    """One image at a time, and up in bands of rows: `(images, channels, height, width)` to twice or half the size."""
+    if not up:
+        return torch.cat([conv(_pad(image, caches)) for image in images.split(1)])
+    count, _, height, width = images.shape
+    y = images.new_empty((count, conv.out_channels, 2 * height, 2 * width))
+    convolve = convolution(conv, (0, conv.padding[1]))  # rows have their neighbours above and below with them
+    for image, out in zip(images.split(1), y.split(1)):
+        for rows, band in upsampled_bands(image, ROWS, caches):
+            out[..., rows, :] = convolve(band)
+    return y
+
+
+def _pad(frames: torch.Tensor, caches: FrameCaches) -> torch.Tensor:
+    """A row of zeros below and a column to the right."""
+    *leading, height, width = frames.shape
+    padded = caches.shared((*leading, height + 1, width + 1), frames, is_channels_last(frames))
+    padded[..., height, :] = 0
+    padded[..., width] = 0
+    padded[..., :height, :width] = frames
+    return padded
+
+
+def _downsample_time(conv: Any, x: torch.Tensor, caches: FrameCaches, index: list[int]) -> torch.Tensor:
+    """Frames by a convolution with a stride of two over them and the last of the pass before; not in the first."""
+    before = caches[index[0]]
+    caches[index[0]] = (x if before is None else x[:, :, -1:]).clone()
+    index[0] += 1
+    return x if before is None else convolution(conv)(torch.cat([before[:, :, -1:], x], dim=2))
+
+
+def _layers(block: Any) -> list[Any]:
+    """What an up block runs one after another: called one by one, they leave its own input to be freed."""
+    if hasattr(block, "avg_shortcut"):
+        return [block]
+    return [*block.resnets, *(block.upsamplers or ())]
+
+
+def _changes_frames(block: Any) -> bool:
+    return any(hasattr(module, "time_conv") for module in block.modules())
+
+
+def _is_attention(block: Any) -> bool:
+    return hasattr(block, "to_qkv")
+
+
+# A few frames and rows at a time
+
+
+def _in_steps(
+    run: Callable[..., torch.Tensor],
+    modules: Iterable[Any],
+    x: torch.Tensor,
+    frames: int,
+    caches: FrameCaches,
+    index: list[int],
+) -> torch.Tensor:
+    """`run(x, caches, index)` of modules that keep the frames, divided where that gives the same bits.
+
+    frames: of `x` in every pass but the first, which has one.
+    """
+    first, is_first_pass = index[0], caches[index[0]] is None
+    # asked in the first pass already: there is room for what is tried, as most caches are empty
+    divided = _can_be_divided(modules, x, frames if is_first_pass else x.shape[2])
+    if is_first_pass or not divided:
+        return run(x, caches, index)
+
+    def rewind() -> None:
+        index[0], caches.continues = first, True
+
+    caches.divide()
+    try:
+        return in_steps(lambda x: run(x, caches, index), x, STEP, rewind)
+    finally:
+        caches.unite()
+
+
+def _can_be_divided(modules: Iterable[Any], x: torch.Tensor, frames: int) -> bool:
+    """Whether so many frames and rows of `x` as are taken at a time have the bits of the whole.
+
+    On a CPU a convolution's way of adding up mostly does not depend on how many frames and rows there are, as long as
+    ATen gives both to the same library; tried here for each convolution and shape. On accelerators libraries
+    choose an algorithm by the shape: there nothing is divided.
+    """
+    if not x.is_cpu or frames <= STEP or frames % STEP:
+        return False
+    batch, _, _, height, width = x.shape
+    formats = {False, is_channels_last(x)}  # of some windows no more than a part is in channels-last memory
+    for module in (part for block in modules for part in block.modules()):
+        if _is_attention(module):
+            return False
+        if hasattr(module, "resample"):
+            up, conv = module.mode.startswith("up"), module.resample[1]
+            shape = (batch * frames, conv.in_channels, height, width)
+            if not all(resizes_divided(conv, shape, x.dtype, channels_last, up) for channels_last in formats):
+                return False
+            height, width = (2 * height, 2 * width) if up else (height // 2, width // 2)
+        elif isinstance(module, nn.Conv3d):
+            shape = (batch, frames, height, width)
+            if not all(convolves_divided(module, shape, x.dtype, channels_last) for channels_last in formats):
+                return False
+    return True
+
+
+# Who takes the short way
+
+
+def _noted(op: str, reason: str | None) -> bool:
+    """Counts a call that takes the short way unless there is a reason; says whether it does."""
+    tally.note(op, "" if reason else _SHORT, reason or "")
+    return reason is None
+
+
+def _is_fast(feat_cache: Any) -> bool:
+    return _reason_against_caches(feat_cache) is None
+
+
+def _reason_against_caches(feat_cache: Any) -> str | None:
+    """Why layers that are handed these frame caches take stock's way; None where they need not."""
+    if torch.compiler.is_compiling():
+        return "it is being compiled"
+    if type(feat_cache) is not FrameCaches:
+        return "the frame caches are stock's, or somebody's own"
+    return "the pass began as stock's" if feat_cache.declined else _reason_against_now()
+
+
+def _begins_fast(
+    feat_cache: Any, coder: Any, x: torch.Tensor, reason_against_input: Callable[[torch.Tensor], str | None]
+) -> bool:
+    """Whether a chunk `x` goes the short way; if not, what follows it in the same pass does not either."""
+    reason = _reason_against_caches(feat_cache)
+    if reason is None:
+        reason = reason_against_input(x) or _reason_against(coder)
+        if reason is not None:
+            feat_cache.declined = True
+            _tell("A pass over a video", reason)
+    elif not torch.compiler.is_compiling():
+        reason = _reason_against(coder) or reason  # why the caches are stock's
+    return _noted(type(coder).__name__, reason)
+
+
+def _reason_against_video(x: torch.Tensor) -> str | None:
+    return None if type(x) is torch.Tensor else f"it is a {type(x).__name__}"
+
+
+def _reason_against_latents(z: torch.Tensor) -> str | None:
+    if (reason := _reason_against_video(z)) is not None:
+        return reason
+    # stock goes on in that memory format to the first upsampling in time, and in the usual one after it
+    return "its channels lie next to each other" if is_channels_last(z) else None
+
+
+def _reason_against_decode(vae: Any, z: torch.Tensor) -> str | None:
+    """Why this decode is stock's from the beginning; None where it need not be."""
+    if vae.decoder is None:
+        return "there is no decoder"
+    if not has_librarys(vae, "clear_cache"):
+        return "somebody looks at the beginnings of passes"
+    if not is_librarys(wan.unpatchify):
+        return "`unpatchify` is not the library's own"
+    return _reason_against_latents(z) or _peculiarity(vae.post_quant_conv) or _reason_against(vae.decoder)
+
+
+def _reason_against_now() -> str | None:
+    """Why nothing can take the short way at the moment, whatever it is; None where it can."""
+    if torch.is_grad_enabled():
+        return "gradients are enabled"
+    if torch.is_autocast_enabled() or torch.is_autocast_enabled("cpu"):
+        return "autocast is on"
+    if has_global_hooks():
+        return "there are global module hooks"
+    return "a compiler, a mode or a transform looks on" if is_watched() else None
+
+
+def _reason_against(coder: Any) -> str | None:
+    """Why this encoder or decoder takes stock's way now; None where it need not."""
+    reason = _reason_against_now()
+    if reason is not None:
+        return reason
+    for owner, name in _passed_over():
+        function = getattr(owner, name)
+        if not (is_librarys(function) if isinstance(owner, type) else are_torchs(function)):
+            return f"{owner.__name__}.{name} is not the library's own"
+    dtypes: set[Any] = set()
+    for module in coder.modules():
+        reason = _peculiarity(module)
+        if reason is not None:
+            return reason
+        dtypes.update(parameter.dtype for parameter in filter(_is_given, module._parameters.values()))
+    return "its weights are of several dtypes" if len(dtypes) > 1 else None
+
+
+def _peculiarity(module: nn.Module) -> str | None:
+    """What makes a module of an encoder or decoder other than diffusers builds it."""
+    name = type(module).__name__
+    if type(module) not in _kinds():
+        return f"it has a {name} in it"
+    if own_methods(module) or is_hooked(module):
+        return f"a {name} has hooks or methods of its own"
+    if module._compiled_call_impl is not None:
+        return f"a {name} is compiled"
+    if isinstance(module, nn.Dropout) and module.training and module.p:
+        return "dropout is on"
+    if getattr(module, "padding_mode", "zeros") != "zeros":
+        return f"a {name} pads otherwise than with zeros"
+    for parameter in filter(_is_given, module._parameters.values()):
+        if type(parameter) is not torch.nn.Parameter:
+            return f"the weights of a {name} are not plain tensors"
+        if parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16):  # stock upsamples others in fp32
+            return f"the weights of a {name} are {parameter.dtype}"
+        if parameter.dim() > 3 and (parameter.stride(-1) != 1 or not parameter.is_contiguous()):
+            return f"the weights of a {name} lie in another order"
+    return None
+
+
+def _is_given(parameter: nn.Parameter | None) -> bool:
+    return parameter is not None
+
+
+@functools.lru_cache(maxsize=1)
+def _passed_over() -> tuple[tuple[Any, str], ...]:
+    """What stock calls and the short way does not, or with other tensors: whoever replaces it means stock's way."""
+    return (
+        *((cls, "forward") for cls in _kinds() if "forward" in vars(cls)),
+        *((cls, "_conv_forward") for cls in (nn.Conv2d, nn.Conv3d)),
+        *((cls, "forward") for cls in (nn.Conv3d, nn.Upsample)),
+        (nn.Module, "__call__"),
+        (nn.Module, "_call_impl"),
+        *((F, name) for name in ("conv2d", "conv3d", "dropout", "interpolate", "normalize", "pad", "silu")),
+        *((torch, name) for name in ("cat", "clamp", "stack")),
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def _kinds() -> frozenset[type]:
+    own = (
+        *("WanDecoder3d", "WanEncoder3d", "WanMidBlock", "WanUpBlock", "WanResidualUpBlock", "WanResidualDownBlock"),
+        *("WanResidualBlock", "WanAttentionBlock", "WanResample", "WanUpsample", "WanCausalConv3d", "WanRMS_norm"),
+        *("AvgDown3D", "DupUp3D"),
+    )
+    plain = (nn.Conv2d, nn.Dropout, nn.Identity, nn.ModuleList, nn.Sequential, nn.SiLU, nn.ZeroPad2d)
+    return frozenset((*(getattr(wan, name) for name in own), *plain))
+
+
+@functools.lru_cache(maxsize=64)
+def _tell(name: str, reason: str) -> None:
+    logger.info("%s runs stock code: %s", name, reason)

@@ -1,0 +1,45 @@
+"""The overlaps in which tiles of Wan's video autoencoder fade into one another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from wan_patches.ops import tiling
+from wan_patches.ops.tracing import is_observed
+from wan_patches.patching import tally
+
+
+def blend(stock: Callable[..., Any], vae: Any, a: torch.Tensor, b: torch.Tensor, blend_extent: int, dim: int) -> Any:
+    """What stock's method returns: `b`, with the end of `a` faded into it in place.
+
+    Tiles of shape `(batch, channels, frames, height, width)` in fp32, bf16 or fp16 take the fast way, but not while
+    something looks into the operations (autograd, a compiler); everything else is stock's.
+    """
+    if (reason := _reason_against(a, b, blend_extent, dim)) is not None:
+        tally.note("tile blend", "", reason)
+        return stock(vae, a, b, blend_extent)
+    return tiling.blend(a, b, blend_extent, dim)
+
+
+def _reason_against(a: torch.Tensor, b: torch.Tensor, blend_extent: object, dim: int) -> str | None:
+    """Why these tiles take stock's way; None where they need not."""
+    if torch.compiler.is_compiling():
+        return "it is being compiled"
+    if is_observed(a, b) or a.is_meta or b.is_meta:
+        return "something looks into the operations on a tile"
+    if type(blend_extent) is not int:
+        return "the overlap is not a whole number"
+    if a.dtype != b.dtype or a.dtype not in tiling.DTYPES or a.device != b.device:
+        return "the dtypes or devices of the tiles"
+    if a.dim() != 5 or b.dim() != 5:
+        return "the tiles are not five-dimensional"
+    if any(sizes[0] != sizes[1] for axis, sizes in enumerate(zip(a.shape, b.shape), -5) if axis != dim):
+        return "the tiles do not fit one another"
+    if a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr():  # row by row, a row could read another
+        return "the tiles share memory"
+    if 0 in b.stride():  # stock writes row after row to the same place, or refuses to
+        return "elements of a tile are one in memory"
+    return None

@@ -1,0 +1,56 @@
+"""Facts about the machine that a measurement depends on."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import re
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What a measurement depends on: processor, threads, device, versions. No names, no paths."""
+    facts: dict[str, Any] = {
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": device.type,
+        "python": platform.python_version(),
+    }
+    if device.type != "cpu" and hasattr(getattr(torch, device.type), "get_device_name"):
+        facts["device"] = getattr(torch, device.type).get_device_name()
+    if device.type == "cuda":
+        facts |= _cuda()
+    for package in ("wan-patches", "torch", "torch-npu", "triton", "diffusers", "pillow", "numpy"):
+        with contextlib.suppress(PackageNotFoundError):
+            facts[package] = version(package)
+    return facts
+
+
+def _cuda() -> dict[str, Any]:
+    """The toolkit that torch was built with, and the driver: its own version, or else the newest CUDA it bears."""
+    facts: dict[str, Any] = {"cuda": torch.version.cuda, "hip": torch.version.hip}
+    with contextlib.suppress(OSError), open("/proc/driver/nvidia/version") as file:
+        if found := re.search(r"\s(\d+(?:\.\d+)+)\s", file.readline()):
+            facts["driver"] = found[1]
+    if "driver" not in facts and hasattr(torch._C, "_cuda_getDriverVersion"):
+        number = torch._C._cuda_getDriverVersion()
+        facts["driver"] = f"for CUDA {number // 1000}.{number % 1000 // 10}"
+    return {name: value for name, value in facts.items() if value}
+
+
+def _cpu() -> str:
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
+        for key, value in map(_pairs, file):
+            if key.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def _pairs(line: str) -> tuple[str, str]:
+    key, _, rest = line.partition(":")
+    return key, rest

@@ -1,0 +1,150 @@
+"""Convolutions of a few frames and rows at a time, where a trial shows that they have the bits of the whole.
+
+On a CPU a convolution's way of adding up mostly does not depend on how many frames and rows there are, as long as ATen
+gives both to the same library. Each convolution is tried once for each shape.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+
+from wan_patches.ops.vae import bands, least_rows
+
+STEP = 2  # frames at a time in the largest layers: half of stock's
+ROWS = 16  # that are upsampled at a time there
+
+
+class Convolution(Protocol):
+    """What a convolution computes with: `torch.nn.Conv2d`, `Conv3d`, and what is tried in their place."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    stride: tuple[int, ...]
+    padding: Any
+    dilation: tuple[int, ...]
+    groups: int
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, ...]
+
+
+def convolution(conv: Convolution, padding: Any = 0) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The convolution itself, of what is joined and padded."""
+    convolve: Any = F.conv3d if conv.weight.dim() == 5 else F.conv2d
+    return lambda x: convolve(x, conv.weight, conv.bias, conv.stride, padding, conv.dilation, conv.groups)
+
+
+_divided: dict[tuple[object, ...], bool] = {}
+
+
+def _remembered(try_it: Callable[..., bool]) -> Callable[..., bool]:
+    """Tries once for a convolution's form, a shape and what else can change the algorithm."""
+
+    @functools.wraps(try_it)
+    def ask(conv: Convolution, shape: Sequence[int], dtype: torch.dtype, channels_last: bool, *more: Any) -> bool:
+        settings = (torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.backends.mkldnn.enabled)
+        form = (conv.weight.shape, conv.stride, conv.padding, conv.bias is None)
+        key = (try_it, form, tuple(shape), dtype, channels_last, *more, *settings)
+        if key not in _divided:
+            _divided[key] = try_it(conv, shape, dtype, channels_last, *more)
+        return _divided[key]
+
+    return ask
+
+
+@_remembered
+def convolves_divided(conv: Convolution, shape: Sequence[int], dtype: torch.dtype, channels_last: bool) -> bool:
+    """Whether a causal convolution to `(batch, frames, height, width)` has the same bits in steps and bands."""
+    batch, frames, height, width = shape
+    before, above, beside = (size - 1 for size in conv.kernel_size)
+    least = least_rows(batch * conv.in_channels * (before + STEP))
+    if height < least:
+        return False
+    size = (batch, conv.in_channels, before + frames, height + above, width + beside)
+    conv, window = _cancelling(conv, size, dtype)
+    window = _laid(window, channels_last)
+    convolve = convolution(conv)
+    whole = convolve(window)
+    edges = bands(height, least) if above else [0, height]
+    return _is_rounding(whole) and all(
+        torch.equal(
+            convolve(_laid(window[:, :, : before + STEP, top : bottom + above], channels_last)),
+            whole[:, :, :STEP, top:bottom],
+        )
+        for top, bottom in _of_each_size(edges)
+    )
+
+
+@_remembered
+def resizes_divided(conv: Convolution, shape: Sequence[int], dtype: torch.dtype, channels_last: bool, up: bool) -> bool:
+    """The same of resampling `(images, channels, height, width)`: one image at a time, and up in bands."""
+    images, channels, height, width = shape
+    rows, columns = (2 * min(height, ROWS), 2 * width) if up else (height + 1, width + 1)
+    if rows < least_rows(channels * columns):
+        return False
+    # up: twice as many rows, with zeros above and below them; down: one more row
+    size = (2 * height + 2, 2 * width) if up else (height + 1, width + 1)
+    conv, frames = _cancelling(conv, (images, channels, *size), dtype)
+    if not up:
+        convolve, frames = convolution(conv), _laid(frames, channels_last)
+        whole = convolve(frames)
+        return _is_rounding(whole) and torch.equal(whole[:1], convolve(frames[:1]))
+    frames[..., 0, :] = frames[..., -1, :] = 0
+    whole = convolution(conv, conv.padding)(_laid(frames[..., 1:-1, :], channels_last))
+    convolve = convolution(conv, (0, conv.padding[1]))
+    return _is_rounding(whole) and all(
+        torch.equal(
+            convolve(_laid(frames[:1, :, 2 * top : 2 * bottom + 2], channels_last)),
+            whole[:1, :, 2 * top : 2 * bottom],
+        )
+        for top, bottom in _of_each_size(bands(height, ROWS))
+    )
+
+
+def _laid(x: torch.Tensor, channels_last: bool) -> torch.Tensor:
+    """`x` without gaps, in that memory format."""
+    last = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+    return x.contiguous(memory_format=last if channels_last else torch.contiguous_format)
+
+
+def _of_each_size(edges: list[int]) -> list[tuple[int, int]]:
+    """Of bands with these borders, one of each height."""
+    return list({bottom - top: (top, bottom) for top, bottom in itertools.pairwise(edges)}.values())
+
+
+def _cancelling(conv: Convolution, shape: Sequence[int], dtype: torch.dtype) -> tuple[Convolution, torch.Tensor]:
+    """Such a convolution and its input, in which products cancel: what is left is rounding.
+
+    In bf16 another order of adding up changes one result in ten thousand; here it changes most. Which channels cancel
+    is drawn by lot, and they are of several magnitudes: some processors add up channels in blocks, and of two blocks
+    that mirror each other nothing is left.
+    """
+    generator = torch.Generator("cpu").manual_seed(0)  # the user's random state is not ours to move
+    half = conv.in_channels // 2
+
+    def random(*sizes: int) -> torch.Tensor:
+        return torch.randn(sizes, generator=generator, dtype=torch.float32, device="cpu").to(dtype)
+
+    weight, row = random(*conv.weight.shape), random(conv.in_channels, shape[-1])
+    lots = torch.randperm(conv.in_channels, generator=generator, device="cpu")
+    ones, others = lots[:half], lots[half : 2 * half]
+    row[ones] *= (2.0 ** torch.randint(-6, 7, (half, 1), generator=generator, device="cpu")).to(dtype)
+    weight[:, others] = -weight[:, ones]
+    row[others] = row[ones]
+    row[lots[2 * half :]] = 0
+    x = row.view(1, shape[1], *(1 for _ in shape[2:-1]), shape[-1]).expand(shape).contiguous()
+    bias = None if conv.bias is None else torch.zeros(conv.out_channels, dtype=dtype, device="cpu")
+    options = {name: getattr(conv, name) for name in ("stride", "padding", "dilation", "groups")}
+    return SimpleNamespace(weight=weight, bias=bias, **options), x
+
+
+def _is_rounding(result: torch.Tensor) -> bool:
+    """Whether anything is left of what cancels: zeros, which would be equal to zeros, tell nothing."""
+    return bool(4 * result.count_nonzero() > result.numel())
