@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from wan_patches.diagnostics.call_tracing import observing
+from wan_patches.diagnostics.call_tracing import tracing_calls
 
 
 def double(x):
@@ -23,7 +23,7 @@ def fail():
 
 def test_calls_and_returns_are_told_in_order():
     told = []
-    with observing(
+    with tracing_calls(
         [double.__code__, quadruple.__code__],
         on_call=lambda frame: told.append((frame.f_code.co_name, dict(frame.f_locals))),
         on_return=lambda frame, value: told.append((frame.f_code.co_name, value)),
@@ -41,7 +41,7 @@ def test_calls_and_returns_are_told_in_order():
 
 def test_what_is_not_asked_for_is_not_told():
     told = []
-    with observing([double.__code__], on_call=lambda frame: told.append(frame.f_code.co_name)):
+    with tracing_calls([double.__code__], on_call=lambda frame: told.append(frame.f_code.co_name)):
         quadruple(1)
     double(1)
     assert told == ["double", "double"]
@@ -54,7 +54,7 @@ def test_a_function_is_asked_once_about_each_code():
         asked.append(frame.f_code.co_name)
         return frame.f_code is double.__code__
 
-    with observing(wants, on_call=lambda frame: told.append(frame.f_locals["x"])):
+    with tracing_calls(wants, on_call=lambda frame: told.append(frame.f_locals["x"])):
         quadruple(1)
         quadruple(3)
     assert told == [1, 2, 3, 6]
@@ -65,7 +65,7 @@ def test_an_exception_is_told_and_goes_on():
     told = []
     with (
         pytest.raises(KeyError),
-        observing([fail.__code__], on_return=lambda frame, value: told.append(value)),
+        tracing_calls([fail.__code__], on_return=lambda frame, value: told.append(value)),
     ):
         fail()
     assert told == [None]
@@ -73,7 +73,7 @@ def test_an_exception_is_told_and_goes_on():
 
 def test_callbacks_do_not_watch_themselves():
     told = []
-    with observing([double.__code__], on_return=lambda frame, value: told.append(double(value))):
+    with tracing_calls([double.__code__], on_return=lambda frame, value: told.append(double(value))):
         double(1)
     assert told == [4]
 
@@ -85,7 +85,7 @@ def test_another_profiler_comes_back():
     before = sys.getprofile()
     sys.setprofile(other)
     try:
-        with observing([double.__code__]):
+        with tracing_calls([double.__code__]):
             assert sys.getprofile() is not other
         assert sys.getprofile() is other
     finally:
@@ -97,7 +97,7 @@ def test_cprofile_rests_and_comes_back():
     cprofile.enable()
     try:
         on = sys.getprofile()
-        with observing([double.__code__], on_return=lambda frame, value: told.append(value)) as observation:
+        with tracing_calls([double.__code__], on_return=lambda frame, value: told.append(value)) as trace:
             double(1)
         assert sys.getprofile() is on
         fail_quietly()
@@ -105,7 +105,7 @@ def test_cprofile_rests_and_comes_back():
         cprofile.disable()
         sys.setprofile(before)
     assert told == [2]
-    assert not observation.displaced
+    assert not trace.displaced
     seen = {name for _, _, name in pstats.Stats(cprofile).stats}
     assert "fail_quietly" in seen
     assert "double" not in seen or sys.version_info >= (3, 12)  # where cProfile needs no rest
@@ -122,7 +122,7 @@ def test_a_profiler_that_takes_over_is_told_of_and_stays():
 
     before, told = sys.getprofile(), []
     try:
-        with observing([double.__code__], on_return=lambda frame, value: told.append(value)) as observation:
+        with tracing_calls([double.__code__], on_return=lambda frame, value: told.append(value)) as trace:
             double(1)
             sys.setprofile(other)
             double(2)
@@ -130,23 +130,23 @@ def test_a_profiler_that_takes_over_is_told_of_and_stays():
     finally:
         sys.setprofile(before)
     assert told == [2]
-    assert observation.displaced
+    assert trace.displaced
 
 
 def test_a_cprofile_within_the_block_is_seen_or_told_of():
     told, cprofile = [], cProfile.Profile()
-    with observing([double.__code__], on_return=lambda frame, value: told.append(value)) as observation:
+    with tracing_calls([double.__code__], on_return=lambda frame, value: told.append(value)) as trace:
         cprofile.enable()
         cprofile.disable()
         double(1)
-    assert bool(told) is not observation.displaced
+    assert bool(told) is not trace.displaced
     assert sys.getprofile() is None
 
 
 def test_one_within_another_is_told_of():
     told = []
-    with observing([double.__code__], on_return=lambda frame, value: told.append(value)) as outer:
-        with observing([double.__code__]) as inner:
+    with tracing_calls([double.__code__], on_return=lambda frame, value: told.append(value)) as outer:
+        with tracing_calls([double.__code__]) as inner:
             double(1)
         double(2)
     assert told == [4]
@@ -155,9 +155,9 @@ def test_one_within_another_is_told_of():
 
 def test_one_after_another_is_not_displaced():
     for _ in range(2):
-        with observing([double.__code__]) as observation:
+        with tracing_calls([double.__code__]) as trace:
             double(1)
-        assert not observation.displaced
+        assert not trace.displaced
 
 
 def test_a_profiler_that_cannot_be_put_back_is_left_alone():
@@ -165,9 +165,9 @@ def test_a_profiler_that_cannot_be_put_back_is_left_alone():
     told = []
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], with_stack=True):
         on = sys.getprofile()
-        with observing([double.__code__], on_return=lambda frame, value: told.append(value)) as observation:
+        with tracing_calls([double.__code__], on_return=lambda frame, value: told.append(value)) as trace:
             double(1)
         assert sys.getprofile() is on
-    assert observation.displaced is (on is not None)
-    assert bool(told) is not observation.displaced
+    assert trace.displaced is (on is not None)
+    assert bool(told) is not trace.displaced
     assert sys.getprofile() is None

@@ -424,7 +424,7 @@ def test_json_has_all_of_it(found, tmp_path):
     assert rows["apply_rotary_emb"]["reasons"] == op(found, "apply_rotary_emb").reasons
     assert rows["decode"]["fast"] == 1
     assert content["machine"]["torch"]
-    assert content["crossings"] == []
+    assert content["transfers"] == []
 
 
 def test_it_prints_as_tables_and_as_html(found):

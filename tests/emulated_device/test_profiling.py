@@ -25,7 +25,7 @@ def call(pipe):
 
 def by_themselves(profile):
     """Without what this device, which has no operators of its own, copies inside of them."""
-    return {row.what: row for row in profile.crossings if not row.inside}
+    return {row.what: row for row in profile.transfers if not row.inside}
 
 
 def test_copies_and_reads_are_those_that_the_device_counts(device):
@@ -57,7 +57,7 @@ def test_an_operator_that_runs_on_the_host_is_named(device):
     x = torch.ones(4).to("npu")
     with wan_patches.profile() as profile:
         x * 2
-    inside = {row.what: row.count for row in profile.crossings if row.inside == "aten::mul"}
+    inside = {row.what: row.count for row in profile.transfers if row.inside == "aten::mul"}
     assert inside["copy to host"] >= 1
     assert inside["copy to device"] == 1
 
@@ -97,7 +97,7 @@ def test_first_sight_is_told_apart_and_the_gates_reason_is_given(pipe, device, m
     ((reason, calls),) = row.reasons.items()
     assert reason.endswith("stack + flatten differs from the stock formulation")
     assert calls == row.calls
-    assert wrong.crossings is None
+    assert wrong.transfers is None
     assert "were not counted" in str(wrong)
 
 

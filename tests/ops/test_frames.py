@@ -34,13 +34,13 @@ class Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.ops: list[str] = []
-        self.crossings: list[str] = []
+        self.transfers: list[str] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
         self.ops.append(name)
         if name in ("copy_", "_to_copy") and (kwargs or {}).get("device", args[-1].device) != args[0].device:
-            self.crossings.append(name)
+            self.transfers.append(name)
             return args[0]
         return func(*args, **(kwargs or {}))
 
@@ -221,8 +221,8 @@ def test_a_device_is_never_waited_for_and_copied_from_at_most_once(dtype):
         assert video_to_uint8(video, frames_per_chunk=2).device.type == "meta"
     with Recorder() as floats:
         assert video_to_float(video, frames_per_chunk=2).device.type == "cpu"
-    assert pixels.crossings == []
-    assert floats.crossings == ["copy_"]
+    assert pixels.transfers == []
+    assert floats.transfers == ["copy_"]
     assert not {*pixels.ops, *floats.ops} & {*WAITS}
 
 
@@ -234,7 +234,7 @@ def test_a_device_is_copied_from_once_to_the_memory_that_is_given(op, kind, dtyp
     out = torch.empty_strided(shape, strides, dtype=kind)
     with Recorder() as found:
         assert op(video, out, 2) is out
-    assert found.crossings == ["copy_"]
+    assert found.transfers == ["copy_"]
     assert not {*found.ops} & {*WAITS}
 
 

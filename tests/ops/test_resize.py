@@ -27,7 +27,7 @@ class Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.ops: list[str] = []
-        self.crossings: list[str] = []
+        self.transfers: list[str] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -35,9 +35,9 @@ class Recorder(TorchDispatchMode):
         self.ops.append(name)
         device = kwargs.get("device")
         if name == "_to_copy" and device is not None and torch.device(device) != args[0].device:
-            self.crossings.append(name)
+            self.transfers.append(name)
         if name == "copy_" and args[0].device != args[1].device:
-            self.crossings.append(name)
+            self.transfers.append(name)
             return args[0]
         return func(*args, **kwargs)
 
@@ -234,8 +234,8 @@ def test_resize_uploads_once_and_never_waits(no_tables):
     with second:
         out = lanczos_resize(images, 20, 30)
         normalize_uint8(out)
-    assert first.crossings == ["_to_copy"] * 2  # one table per axis
-    assert second.crossings == ["_to_copy"]  # the normalisation's
+    assert first.transfers == ["_to_copy"] * 2  # one table per axis
+    assert second.transfers == ["_to_copy"]  # the normalisation's
     assert not {*first.ops, *second.ops} & {*WAITS, *MATMULS}
     assert out.shape == (3, 20, 30, 3)
 

@@ -27,7 +27,7 @@ from rich.table import Table
 
 import wan_patches
 from wan_patches.bench.measure import MeasurementError, identical
-from wan_patches.diagnostics.call_tracing import observing
+from wan_patches.diagnostics.call_tracing import tracing_calls
 from wan_patches.ops.dispatch import at_any_size
 from wan_patches.patching import tally
 from wan_patches.testing.families import FAMILIES, Family, available
@@ -231,7 +231,7 @@ def _row(family: Family, production: bool) -> Row:
         def note(frame: FrameType) -> None:
             called.update(names[id(frame.f_code)])
 
-        with observing(codes, on_call=note):
+        with tracing_calls(codes, on_call=note):
             patched = _video(pipe, family, inputs)
         modules, status = _modules(pipe), wan_patches.status()
         skipped = {report.name: report.reason for report in status.skipped() if report.module in modules}

@@ -11,25 +11,25 @@ from typing import Any
 
 
 @dataclass
-class Observation:
+class CallTrace:
     """How the watching went. displaced: another profiler was set meanwhile, and what ran under it was not seen."""
 
     displaced: bool = False
 
 
 @contextlib.contextmanager
-def observing(
+def tracing_calls(
     codes: Collection[CodeType] | Callable[[FrameType], bool],
     *,
     on_call: Callable[[FrameType], None] | None = None,
     on_return: Callable[[FrameType, Any], None] | None = None,
-) -> Iterator[Observation]:
+) -> Iterator[CallTrace]:
     """Has each call of a function that runs one of `codes` told, in this thread and for the block.
 
     Code that a compiler has taken over does not run as Python and is not seen. There is one profiler at a time: one
     that was set before (`sys.setprofile`, cProfile) rests meanwhile. One that cannot be put back afterwards (of C code)
     is left where it is, and one that is set within the block stays: what runs under either is not seen, which the
-    observation says.
+    trace says.
 
     Args:
         codes: code objects, by identity: a function's own (`__code__`) and the one it had before it was patched
@@ -38,9 +38,9 @@ def observing(
         on_return: called with the frame and what it returns; None also where an exception leaves it.
 
     Yields:
-        An `Observation`, which is complete after the block.
+        An `CallTrace`, which is complete after the block.
     """
-    observation = Observation()
+    trace = CallTrace()
     is_wanted = codes if callable(codes) else lambda frame: False
     alive = [] if callable(codes) else list(codes)  # so that no other code object gets the id of one
     wanted = {id(code): True for code in alive}
@@ -49,7 +49,7 @@ def observing(
     def profiler(frame: FrameType, event: str, value: Any) -> None:
         nonlocal inside
         if event == "c_call" and value is sys.setprofile:  # it may put this one back, as those who nest do
-            observation.displaced = True
+            trace.displaced = True
         if inside or event not in ("call", "return"):
             return
         known = wanted.get(id(frame.f_code))
@@ -69,19 +69,19 @@ def observing(
 
     put_back = _pause(sys.getprofile())
     if put_back is None:
-        observation.displaced = True
-        yield observation
+        trace.displaced = True
+        yield trace
         return
     sys.setprofile(profiler)
     try:
-        yield observation
+        yield trace
     finally:
-        displaced = observation.displaced
+        displaced = trace.displaced
         if sys.getprofile() is profiler:
             put_back()
         else:
             displaced = True
-        observation.displaced = displaced  # putting back looks like displacing
+        trace.displaced = displaced  # putting back looks like displacing
         alive.clear()
 
 

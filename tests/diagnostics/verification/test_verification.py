@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 import wan_patches
 from wan_patches import Patch, Replace, Target, verify
 from wan_patches import __main__ as cli
-from wan_patches.diagnostics.verification.divergence import compare_calls, first_parting, smallest
+from wan_patches.diagnostics.verification.divergence import compare_calls, find_first_divergence, smallest
 from wan_patches.diagnostics.verification.report import page
 from wan_patches.diagnostics.verification.trials import Event, Subject, Trial, ops_of
 from wan_patches.ops import frames as frames_op
@@ -253,9 +253,9 @@ def test_a_broken_patch_is_named(pipe, broken_rope):
     assert names(found) == [["rope"]]
     (culprit,) = found.culprits
     assert culprit.patches[0].module == "diffusers.models.transformers.transformer_wan"
-    assert culprit.parting.kind == "op"
-    assert culprit.parting.name.endswith("WanAttnProcessor.__call__.apply_rotary_emb")
-    assert culprit.parting.call == 1
+    assert culprit.first_divergence.kind == "op"
+    assert culprit.first_divergence.name.endswith("WanAttnProcessor.__call__.apply_rotary_emb")
+    assert culprit.first_divergence.call == 1
     states = {stage.name: stage.difference.exact for stage in found.stages}
     assert states["text"]
     assert not states["denoise"]
@@ -267,7 +267,7 @@ def test_a_broken_patch_is_named(pipe, broken_rope):
 def test_a_broken_last_step_is_named_with_how_far_it_is_off(pipe, broken_frames):
     found = verify(pipe, repeat=0, **inputs(output_type="np"))
     assert names(found) == [["frames"]]
-    assert found.parting.name == "diffusers.video_processor.VideoProcessor.postprocess_video"
+    assert found.first_divergence.name == "diffusers.video_processor.VideoProcessor.postprocess_video"
     assert found.result.max_ulp == 1
     assert {stage.name for stage in found.stages if not stage.difference.exact} == {"postprocess"}
     assert 100 < min(found.video.psnr) < 200
@@ -284,7 +284,7 @@ def test_a_broken_patch_of_somebody_else_is_named(pipe, monkeypatch):
     found = verify(pipe, repeat=0, **inputs())
     assert names(found) == [["theirs"]]
     assert found.culprits[0].patches[0].targets == ("FP32LayerNorm.forward",)
-    assert found.parting.name == "diffusers.models.normalization.FP32LayerNorm.forward"
+    assert found.first_divergence.name == "diffusers.models.normalization.FP32LayerNorm.forward"
 
 
 def _active():
@@ -352,13 +352,13 @@ def test_work_in_other_portions_is_never_called_the_same():
     assert compared(trial(None), trial(None)).state == "not compared"
     assert compared(trial("a", "b"), trial("a", None)).state == "not compared"
     assert compared(trial("a", "b"), trial("a", "c")).state == "differs"
-    assert first_parting(trial("a"), trial("b", "c"), compare_calls(trial("a"), trial("b", "c"), [])) is None
+    assert find_first_divergence(trial("a"), trial("b", "c"), compare_calls(trial("a"), trial("b", "c"), [])) is None
 
 
 def test_blocks_and_stages_that_are_run_more_often_differ():
     stock, patched = (Trial([Event("block", "b", "a")] * calls) for calls in (2, 1))
-    assert first_parting(stock, patched, compare_calls(stock, patched, [])).call == 2
-    assert first_parting(patched, stock, compare_calls(patched, stock, [])).call == 2
+    assert find_first_divergence(stock, patched, compare_calls(stock, patched, [])).call == 2
+    assert find_first_divergence(patched, stock, compare_calls(patched, stock, [])).call == 2
 
 
 def test_the_code_that_is_watched_is_that_which_runs():

@@ -23,17 +23,18 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import wan_patches
-from wan_patches.diagnostics.call_tracing import Observation, observing
+from wan_patches.diagnostics.call_tracing import CallTrace, tracing_calls
 from wan_patches.diagnostics.preflight import check_file
-from wan_patches.diagnostics.profiling.transfers import Crossing, count_crossings, has_accelerator, recorder
+from wan_patches.diagnostics.profiling.transfers import Transfer, count_transfers, has_accelerator, recorder
 from wan_patches.diagnostics.profiling.watch import Observer, OpProfile, PipelineProfile
 from wan_patches.patching import tally
+from wan_patches.patching.renames import renamed
 from wan_patches.patching.status import ACTIVE
 from wan_patches.pipelines.stages import CALL, STAGES
 
 Value = TypeVar("Value")
 
-__all__ = ["Crossing", "OpProfile", "PipelineProfile", "Profile", "profile", "run"]
+__all__ = ["OpProfile", "PipelineProfile", "Profile", "Transfer", "profile", "run"]
 
 # What is found
 
@@ -44,7 +45,7 @@ class Profile:
     seconds: of the block, without what the preparation of its calls took.
     pipelines: a row for each class of pipeline and device.
     ops: a row for each operation of a patch that was called.
-    crossings: between host and device; None where torch's profiler was not on (`recorded`).
+    transfers: between host and device; None where torch's profiler was not on (`recorded`).
     active: the names of the patches that were in force.
     notes: what else there is to know.
     """
@@ -53,11 +54,13 @@ class Profile:
         self.seconds = 0.0
         self.pipelines: list[PipelineProfile] = []
         self.ops: list[OpProfile] = []
-        self.crossings: list[Crossing] | None = None
+        self.transfers: list[Transfer] | None = None
         self.active: tuple[str, ...] = ()
         self.notes: list[str] = []
         self._recorder: Any = None
         self._saved: Path | None = None
+
+    crossings = renamed("crossings", "transfers")
 
     @property
     def recorded(self) -> bool:
@@ -95,7 +98,7 @@ class Profile:
             "active": self.active,
             "pipelines": [asdict(row) for row in self.pipelines],
             "ops": [{**asdict(row), "fast": row.fast} for row in self.ops],
-            "crossings": None if self.crossings is None else [asdict(row) for row in self.crossings],
+            "transfers": None if self.transfers is None else [asdict(row) for row in self.transfers],
             "notes": self.notes,
             "machine": machine(device),
         }
@@ -173,13 +176,13 @@ def profile(pipe: Any = None, *, trace: bool | None = None) -> Iterator[Profile]
     torchs = recorder(found.notes, trace)
     observer = Observer(pipe, marks=torchs is not None)
     found.pipelines, found.ops = observer.pipelines, observer.ops
-    observation = Observation()
+    calls = CallTrace()
     try:
         with torchs or contextlib.nullcontext():
             start = time.perf_counter()
             try:
-                watched = observing(observer.wants, on_call=observer.enter, on_return=observer.leave)
-                with tally.listening(observer.count), watched as observation:
+                watched = tracing_calls(observer.wants, on_call=observer.enter, on_return=observer.leave)
+                with tally.listening(observer.count), watched as calls:
                     yield found
             finally:
                 found.seconds = time.perf_counter() - start - observer.preparing
@@ -191,8 +194,8 @@ def profile(pipe: Any = None, *, trace: bool | None = None) -> Iterator[Profile]
             row.seconds, row.peak_bytes = _in_order(row.seconds), _in_order(row.peak_bytes)
         if torchs is not None:
             found._recorder = torchs
-            found.crossings = count_crossings(torchs, found.notes)
-        _remark(found, pipe, observation.displaced)
+            found.transfers = count_transfers(torchs, found.notes)
+        _remark(found, pipe, calls.displaced)
 
 
 def run(
@@ -281,7 +284,7 @@ def _remark(found: Profile, pipe: Any, displaced: bool) -> None:
         found.notes.append("no patch is enabled: these are the times of stock (wan_patches.enable())")
     elif idle := sorted(set(found.active) - {row.patch for row in found.ops}):
         found.notes.append(f"enabled, and no call was seen (nor would be in compiled code): {', '.join(idle)}")
-    if found.crossings is None and not has_accelerator():
+    if found.transfers is None and not has_accelerator():
         found.notes.append("no accelerator: nothing is copied between host and device, and nobody waits")
-    elif found.crossings is None:
+    elif found.transfers is None:
         found.notes.append("copies between host and device were not counted: that takes torch's profiler (trace=True)")

@@ -8,7 +8,7 @@ from typing import Any
 
 
 @dataclass
-class Crossing:
+class Transfer:
     """What crossed between host and device, as torch's profiler saw it.
 
     what: `"copy to device"`, `"copy to host"`, `"copy between devices"`, or the operator that reads a value.
@@ -58,22 +58,22 @@ _COPYING = ("to", "_to_copy", "copy_", "contiguous", "clone", "type_as", "item",
 _READING = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "_unique2", "unique_dim")
 
 
-def count_crossings(recorder: Any, notes: list[str]) -> list[Crossing] | None:
+def count_transfers(recorder: Any, notes: list[str]) -> list[Transfer] | None:
     """What the recorded operators copied and read, by the devices of their inputs; None, and a note, if that fails."""
     try:
         events = [(event, "") for event in recorder.profiler.kineto_results.experimental_event_tree()]
-        rows: dict[tuple[str, str], Crossing] = {}
+        rows: dict[tuple[str, str], Transfer] = {}
         while events:
             event, inside = events.pop()
             name = event.name.removeprefix("aten::")
             if name != event.name:
                 tensors = [value for value in getattr(event.extra_fields, "inputs", ()) if hasattr(value, "device")]
-                crossing = _crossing(name, tensors, event, inside)
-                if crossing is not None:
-                    row = rows.setdefault((crossing.what, inside), Crossing(crossing.what, inside))
+                transfer = _transfer(name, tensors, event, inside)
+                if transfer is not None:
+                    row = rows.setdefault((transfer.what, inside), Transfer(transfer.what, inside))
                     row.count += 1
-                    row.bytes += crossing.bytes
-                    row.waits += crossing.waits
+                    row.bytes += transfer.bytes
+                    row.waits += transfer.waits
                     continue
                 inside = inside or ("" if name in _COPYING else event.name)
             events += [(child, inside) for child in event.children]
@@ -83,10 +83,10 @@ def count_crossings(recorder: Any, notes: list[str]) -> list[Crossing] | None:
     return sorted(rows.values(), key=lambda row: (row.inside, row.what))
 
 
-def _crossing(name: str, tensors: Sequence[Any], event: Any, inside: str) -> Crossing | None:
+def _transfer(name: str, tensors: Sequence[Any], event: Any, inside: str) -> Transfer | None:
     if name in _READING:
         away = any(tensor.device.type not in ("cpu", "meta") for tensor in tensors)
-        return Crossing(event.name, inside, waits=1) if away else None
+        return Transfer(event.name, inside, waits=1) if away else None
     if name not in ("copy_", "_copy_from_and_resize") or len(tensors) != 2:
         return None
     target, source = tensors if name == "copy_" else reversed(tensors)
@@ -101,4 +101,4 @@ def _crossing(name: str, tensors: Sequence[Any], event: Any, inside: str) -> Cro
     size = source.dtype.itemsize
     for length in source.sizes:
         size *= length
-    return Crossing(what, inside, bytes=size, waits=int(waits and what != "copy between devices"))
+    return Transfer(what, inside, bytes=size, waits=int(waits and what != "copy between devices"))

@@ -13,7 +13,7 @@ from wan_patches.pipelines.stages import CALL, STAGES
 
 if TYPE_CHECKING:
     from wan_patches.diagnostics.profiling import Profile
-    from wan_patches.diagnostics.profiling.transfers import Crossing
+    from wan_patches.diagnostics.profiling.transfers import Transfer
     from wan_patches.diagnostics.profiling.watch import OpProfile
 
 NO_MATPLOTLIB = 'matplotlib must be installed for charts: pip install "wan-patches[demo]"'
@@ -31,9 +31,9 @@ def tables(found: Profile) -> list[Any]:
         for row in found.ops:
             for reason, count in row.reasons.items():
                 parts.append(Text(f"  {row.patch}, {row.op}: {count} of {row.calls} took stock's way: {reason}"))
-    if found.crossings:
-        parts.append(_crossing_table(found.crossings))
-    elif found.crossings is not None:
+    if found.transfers:
+        parts.append(_transfer_table(found.transfers))
+    elif found.transfers is not None:
         parts.append(Text("  nothing was copied between host and device, and nobody waited"))
     return parts + [Text(f"  {note}") for note in found.notes]
 
@@ -75,9 +75,9 @@ def _op_table(found: Profile) -> Any:
     return table
 
 
-def _crossing_table(crossings: Sequence[Crossing]) -> Any:
+def _transfer_table(transfers: Sequence[Transfer]) -> Any:
     table = _table(("host and device", "inside"), ("times", "MiB", "waits"))
-    for row in crossings:
+    for row in transfers:
         size = f"{row.bytes / 2**20:,.2f}" if row.bytes else ""
         table.add_row(row.what, row.inside, f"{row.count:,}", size, f"{row.waits:,}")
     return table

@@ -126,7 +126,7 @@ class Observer:
         self._pipe, self._marks = pipe, marks
         self._has_accelerator = has_accelerator()
         self.preparing = 0.0
-        self._roles: dict[int, tuple[int, Any]] = {}  # by the id of a code object, which `observing` keeps alive
+        self._roles: dict[int, tuple[int, Any]] = {}  # by the id of a code object, which `tracing_calls` keeps alive
         self._rows: dict[tuple[str, str], OpProfile] = {}
         self._calls: list[_Call] = []
         self._running: list[_PipelineCall] = []

@@ -37,24 +37,25 @@ from wan_patches.diagnostics.verification.divergence import (
     NOTHING,
     Compared,
     Culprit,
-    Parting,
+    Divergence,
     Suspect,
     compare_calls,
     find_culprits,
-    first_parting,
+    find_first_divergence,
 )
 from wan_patches.diagnostics.verification.pictures import Strips, Video, compare_videos
 from wan_patches.diagnostics.verification.trials import Choice, Measured, Subject, copied, message, ops_of
 from wan_patches.patching import tally
 from wan_patches.patching.fidelity import Fidelity
 from wan_patches.patching.registry import Patch
+from wan_patches.patching.renames import renamed
 from wan_patches.patching.status import ACTIVE, SKIPPED, WAITING, Status
 from wan_patches.pipelines.stages import CALL, POSTPROCESS, STAGES
 
 #: What `Verification.verdict` says.
 SAME, DIFFERENT, UNKNOWN = "same", "different", "unknown"
 
-__all__ = ["Compared", "Culprit", "Parting", "Stage", "Strips", "Suspect", "Verification", "Video", "verify"]
+__all__ = ["Compared", "Culprit", "Divergence", "Stage", "Strips", "Suspect", "Verification", "Video", "verify"]
 
 logger = logging.getLogger("wan_patches")
 
@@ -97,7 +98,7 @@ class Verification:
     inputs: the arguments, in words.
     result: how far apart what the pipeline returns is.
     ops, blocks, stages, video: the same by patched function, block of a denoiser, stage and frame.
-    parting: where the runs first part; None if they do not. culprits: which patches make them.
+    first_divergence: where the runs first differ; None if they do not. culprits: the patches that make them.
     stock_repeats, patched_repeats: whether all runs of stock, and all patched ones, gave the same result.
     error: what patched code raised where stock did not.
     repeat: measured runs of each.
@@ -107,6 +108,8 @@ class Verification:
     undecided: why nothing can be said about the patches; empty where something can. Stock does not repeat itself, or no
         patch was in force, or no patched function was seen to run though nothing is compiled.
     """
+
+    parting = renamed("parting", "first_divergence")
 
     pipeline: str
     device: str
@@ -118,7 +121,7 @@ class Verification:
     blocks: tuple[Compared, ...]
     stages: tuple[Stage, ...]
     video: Video | None
-    parting: Parting | None
+    first_divergence: Divergence | None
     culprits: tuple[Culprit, ...]
     stock_repeats: bool
     patched_repeats: bool
@@ -153,7 +156,7 @@ class Verification:
         if self.undecided:
             return UNKNOWN
         same = all(stage.difference is None or stage.difference.exact for stage in self.stages)
-        same = same and self.result.exact and self.parting is None
+        same = same and self.result.exact and self.first_divergence is None
         return SAME if same and not self.error and self.patched_repeats else DIFFERENT
 
     def __str__(self) -> str:
@@ -304,7 +307,7 @@ def _verify(subject: Subject, choice: Choice, repeat: int) -> Verification:
 
     stock_repeats, patched_repeats = (len(set(digests[which])) <= 1 for which in (False, True))
     compared = compare_calls(stock, patched, ops)
-    parting = first_parting(stock, patched, compared)
+    first_divergence = find_first_divergence(stock, patched, compared)
     with choice.patched():
         status, calls = choice.registry.status(), choice.registry.calls(before)
     in_force = tuple(dict.fromkeys(report.name for report in status.reports if report.state == ACTIVE))
@@ -314,11 +317,11 @@ def _verify(subject: Subject, choice: Choice, repeat: int) -> Verification:
         undecided = "no patch was in force"
     elif not error and not stock_repeats:
         undecided = "runs of stock code differ from each other"
-    elif parting is None and not (_patched_calls(compared) or subject.compiled or displaced):
+    elif first_divergence is None and not (_patched_calls(compared) or subject.compiled or displaced):
         undecided = "no patched function was seen to run"
     culprits: list[Culprit] = []
-    if parting is not None and stock_repeats and not undecided:
-        culprits = find_culprits(subject, choice, ops, stock, patched, parting)
+    if first_divergence is not None and stock_repeats and not undecided:
+        culprits = find_culprits(subject, choice, ops, stock, patched, first_divergence)
     result = apart[POSTPROCESS][0] if patched.error is None else Difference(False, reason=error)
     video, strips = None, None
     if subject.inputs.get("output_type") != "latent" and patched.error is None:
@@ -334,7 +337,7 @@ def _verify(subject: Subject, choice: Choice, repeat: int) -> Verification:
         blocks=tuple(one for (kind, _), one in compared.items() if kind == "block"),
         stages=_stages(apart, measured),
         video=video,
-        parting=parting,
+        first_divergence=first_divergence,
         culprits=tuple(culprits),
         stock_repeats=stock_repeats,
         patched_repeats=patched_repeats,
@@ -346,7 +349,7 @@ def _verify(subject: Subject, choice: Choice, repeat: int) -> Verification:
             *_notes_on_runs(subject, stock_repeats, patched_repeats, displaced),
             *_notes_on_calls(subject, compared, displaced),
             *_notes_on_patches(choice, status),
-            *_notes_on_results(video, parting, culprits, undecided),
+            *_notes_on_results(video, first_divergence, culprits, undecided),
         ),
         calls=calls,
         undecided=undecided,
@@ -435,9 +438,9 @@ def _notes_on_patches(choice: Choice, status: Status) -> Iterator[str]:
 
 
 def _notes_on_results(
-    video: Video | None, parting: Parting | None, culprits: Sequence[Culprit], undecided: str
+    video: Video | None, first_divergence: Divergence | None, culprits: Sequence[Culprit], undecided: str
 ) -> Iterator[str]:
-    if parting is not None and not undecided and not culprits:
+    if first_divergence is not None and not undecided and not culprits:
         yield "No set of patches that makes results differ was found; what differs may not repeat."
     if video is not None and video.ssim is None and importlib.util.find_spec("skimage") is None:
         yield 'For SSIM by frame: pip install "wan-patches[verify]"'

@@ -9,15 +9,25 @@ from dataclasses import dataclass
 
 from wan_patches.diagnostics.verification.trials import Choice, Op, Subject, Trial, message
 from wan_patches.patching.registry import Patch
+from wan_patches.patching.renames import renamed
 
-__all__ = ["Compared", "Culprit", "Parting", "Suspect", "compare_calls", "find_culprits", "first_parting", "smallest"]
+__all__ = [
+    "Compared",
+    "Culprit",
+    "Divergence",
+    "Suspect",
+    "compare_calls",
+    "find_culprits",
+    "find_first_divergence",
+    "smallest",
+]
 
 #: Why calls are not compared that return no tensors, arrays or images.
 NOTHING = "it returns nothing to compare"
 
 
 @dataclass(frozen=True)
-class Parting:
+class Divergence:
     """Where two runs part: the first call, in the order in which calls end, whose results differ.
 
     kind: `"op"` (a patched function), `"block"` (of a denoiser), `"stage"`, `"result"` or `"error"`.
@@ -54,12 +64,14 @@ class Culprit:
     More than one where none of them does it alone.
     """
 
+    parting = renamed("parting", "first_divergence")
+
     patches: tuple[Suspect, ...]
-    parting: Parting
+    first_divergence: Divergence
 
     def __str__(self) -> str:
         several = "patches" if len(self.patches) > 1 else "patch"
-        return f"{several} {' together with '.join(map(str, self.patches))}: parts first at {self.parting}"
+        return f"{several} {' together with '.join(map(str, self.patches))}: first differs at {self.first_divergence}"
 
 
 @dataclass(frozen=True)
@@ -114,7 +126,9 @@ def _by_name(run: Trial) -> dict[tuple[str, str], list[str | None]]:
     return dict(found)
 
 
-def first_parting(stock: Trial, patched: Trial, compared: Mapping[tuple[str, str], Compared]) -> Parting | None:
+def find_first_divergence(
+    stock: Trial, patched: Trial, compared: Mapping[tuple[str, str], Compared]
+) -> Divergence | None:
     """The first call that gives other bits; an error, or calls that did not come, where there is none."""
     theirs, seen = _by_name(stock), Counter[tuple[str, str]]()
     for event in patched.events:
@@ -124,32 +138,32 @@ def first_parting(stock: Trial, patched: Trial, compared: Mapping[tuple[str, str
             continue
         before = theirs.get(key, [])
         if nth >= len(before):
-            return Parting(*key, nth + 1)
+            return Divergence(*key, nth + 1)
         if None not in (before[nth], event.digest) and before[nth] != event.digest:
-            return Parting(*key, nth + 1)
+            return Divergence(*key, nth + 1)
     if patched.error is not None:
-        return Parting("error", message(patched.error))
+        return Divergence("error", message(patched.error))
     missing = next((key for key, one in compared.items() if one.state == "differs"), None)  # called too seldom
-    return None if missing is None else Parting(*missing, seen[missing] + 1)
+    return None if missing is None else Divergence(*missing, seen[missing] + 1)
 
 
 def find_culprits(
-    subject: Subject, choice: Choice, ops: Sequence[Op], stock: Trial, patched: Trial, parting: Parting
+    subject: Subject, choice: Choice, ops: Sequence[Op], stock: Trial, patched: Trial, first_divergence: Divergence
 ) -> list[Culprit]:
     """The smallest sets of patches that make results differ by themselves."""
     called = {event.name for event in patched.events if event.kind == "op"}
-    by_suspicion = sorted(ops, key=lambda op: (op.name != parting.name, op.name not in called))
+    by_suspicion = sorted(ops, key=lambda op: (op.name != first_divergence.name, op.name not in called))
     suspects = {id(patch): patch for op in by_suspicion for patch in op.patches}
     used = {id(patch) for op in ops if op.name in called for patch in op.patches}
-    known: dict[frozenset[int], Parting | None] = {frozenset(suspects): parting}
+    known: dict[frozenset[int], Divergence | None] = {frozenset(suspects): first_divergence}
 
-    def parts(patches: Sequence[Patch]) -> Parting | None:
+    def parts(patches: Sequence[Patch]) -> Divergence | None:
         key = frozenset(map(id, patches))
         if key not in known:
             names = ", ".join(dict.fromkeys(patch.name for patch in patches))
             with choice.only(patches):
                 run = subject.observe(ops, f"only {names}, to find the patch")
-            known[key] = first_parting(stock, run, compare_calls(stock, run, ops))
+            known[key] = find_first_divergence(stock, run, compare_calls(stock, run, ops))
         return known[key]
 
     rest = [patch for key, patch in suspects.items() if key in used]

@@ -37,8 +37,8 @@ def renderables(found: Verification) -> list[object]:
     colour = {"same": "green", "different": "red", "unknown": "yellow"}[found.verdict]
     shown: list[object] = [Text(_verdict(found), style=f"bold {colour}")]
     shown += [Text(f"  {culprit}", style="red") for culprit in found.culprits]
-    if found.parting is not None and not found.culprits and not found.undecided:
-        shown.append(Text(f"  The first difference: {found.parting}", style="red"))
+    if found.first_divergence is not None and not found.culprits and not found.undecided:
+        shown.append(Text(f"  The first difference: {found.first_divergence}", style="red"))
     shown += [_stage_table(found), _table("patched function", found.ops, "patch")]
     if found.blocks:
         differing = _differing(found.blocks)

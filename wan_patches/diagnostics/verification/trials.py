@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 import wan_patches
-from wan_patches.diagnostics.call_tracing import observing
+from wan_patches.diagnostics.call_tracing import tracing_calls
 from wan_patches.diagnostics.memory import watching_memory
 from wan_patches.diagnostics.verification.bits import digest
 from wan_patches.patching.fidelity import Fidelity
@@ -102,8 +102,8 @@ class Subject:
         with contextlib.ExitStack() as stack:
             stack.enter_context(_watching_blocks(self.blocks, functools.partial(tell, "block")))
             stack.enter_context(watching(self.pipe, self.device, on_stage=stage))
-            observation = stack.enter_context(
-                observing(
+            trace = stack.enter_context(
+                tracing_calls(
                     [code for op in ops for code in op.codes()],
                     on_return=lambda frame, value: tell("op", names[id(frame.f_code)], value),
                 )
@@ -112,7 +112,7 @@ class Subject:
                 run.result = self._call()
             except Exception as error:
                 run.error = error
-        run.displaced = observation.displaced
+        run.displaced = trace.displaced
         if run.error is None:
             run.events.append(Event("result", "result", self._digest(run.result)))
         return run
