@@ -10,8 +10,9 @@ import torch
 from typer.testing import CliRunner
 
 import wan_patches
-from wan_patches import __main__ as cli
+from wan_patches import cli
 from wan_patches.bench import block, shapes, variants
+from wan_patches.cli.bench import Shape
 from wan_patches.ops import rope
 from wan_patches.ops.modulation import SegmentedModulation
 
@@ -144,7 +145,7 @@ def test_what_the_user_can_mend_is_said_before_anything_is_measured(name, argume
 
 
 def test_help_names_every_shape():
-    (info,) = cli._Shape.__metadata__
+    (info,) = Shape.__metadata__
     assert info.help.rstrip(".").replace(", or", ",").split(", ") == list(shapes.SHAPES)
 
 

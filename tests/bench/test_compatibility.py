@@ -11,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from wan_patches import __main__ as cli
+from wan_patches import cli
 from wan_patches.bench import compatibility
 from wan_patches.bench.compatibility import JUDGED, Row, markdown, measure, read_json
 from wan_patches.bench.measure import MeasurementError

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from wan_patches import __main__ as cli
+from wan_patches import cli
 from wan_patches.bench import demo, stages
 from wan_patches.bench.measure import MeasurementError, identical
 from wan_patches.testing.families import FAMILIES, available, images

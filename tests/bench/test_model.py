@@ -9,7 +9,7 @@ import torch
 import torch._dynamo
 from typer.testing import CliRunner
 
-from wan_patches import __main__ as cli
+from wan_patches import cli
 from wan_patches.bench import model, shapes, variants
 from wan_patches.tables import text
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from wan_patches import __main__ as cli
+from wan_patches import cli
 from wan_patches.bench import pipeline, shapes, variants
 
 CPU = torch.device("cpu")

@@ -12,19 +12,20 @@ import pytest
 from typer.testing import CliRunner
 
 import wan_patches
-from wan_patches import __main__ as cli
+from wan_patches import cli
+from wan_patches.cli import shared
 
 
 def _run(*arguments: str):
     return CliRunner().invoke(cli.app, arguments)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["demo", "--help"], ["bench", "--help"], ["bench", "ops", "--help"]])
+@pytest.mark.parametrize("arguments", [[], ["demo"], ["profile"], ["bench"], ["bench", "ops"]])
 def test_help_imports_neither_torch_nor_diffusers(arguments):
     code = f"""
 import sys
-from wan_patches.__main__ import app
-app({arguments!r}, standalone_mode=False)
+from wan_patches.cli import app
+app({[*arguments, "--help"]!r}, standalone_mode=False)
 assert not {{"torch", "diffusers"}} & set(sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
@@ -48,7 +49,7 @@ def test_status_prints_the_table():
 
 @pytest.mark.parametrize(("command", "extra"), [(["demo"], "demo"), (["bench", "ops"], "bench")])
 def test_a_missing_extra_is_named_in_one_sentence(command, extra, monkeypatch):
-    monkeypatch.setitem(cli._NEEDS, extra, ("transformers", "a_package_that_is_not_there"))
+    monkeypatch.setitem(shared.NEEDS, extra, ("transformers", "a_package_that_is_not_there"))
     done = _run(*command)
     assert done.exit_code == 2
     assert done.output.splitlines() == [
@@ -153,7 +154,7 @@ def test_a_broken_torch_is_said_in_one_line(command, autoload, what, broken_torc
     ],
 )
 def test_what_cannot_be_written_is_said_before_anything_runs(command, monkeypatch):
-    monkeypatch.setattr(cli, "_import", lambda *modules: pytest.fail("it has begun"))
+    monkeypatch.setattr(shared, "require", lambda *modules: pytest.fail("it has begun"))
     done = _run(*command)
     assert done.exit_code == 2, done.output
     assert done.output.startswith("Error: ")

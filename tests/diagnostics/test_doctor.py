@@ -10,7 +10,7 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from wan_patches import __main__ as cli
+from wan_patches import cli
 from wan_patches.diagnostics import doctor
 from wan_patches.diagnostics.doctor import OK, PROBLEM, TESTED, WARNING, Examination, Finding, probes
 from wan_patches.diagnostics.doctor.probes import Answer, ask

@@ -12,8 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 import wan_patches
-from wan_patches import Patch, Replace, Target
-from wan_patches import __main__ as cli
+from wan_patches import Patch, Replace, Target, cli
 from wan_patches.diagnostics.upstream import ABSENT, KNOWN, Source, compare
 from wan_patches.patching import fingerprints
 

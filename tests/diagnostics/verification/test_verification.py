@@ -19,8 +19,7 @@ import torch
 from typer.testing import CliRunner
 
 import wan_patches
-from wan_patches import Patch, Replace, Target, verify
-from wan_patches import __main__ as cli
+from wan_patches import Patch, Replace, Target, cli, verify
 from wan_patches.diagnostics.verification.divergence import compare_calls, find_first_divergence, smallest
 from wan_patches.diagnostics.verification.report import page
 from wan_patches.diagnostics.verification.trials import Event, Subject, Trial, ops_of

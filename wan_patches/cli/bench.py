@@ -1,0 +1,245 @@
+"""`wan-patches bench`: a command per table that `wan_patches.bench` measures."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from wan_patches.cli import options, shared
+from wan_patches.diagnostics.preflight import check_file, check_folder
+from wan_patches.tables import text
+
+app = typer.Typer(help="Measures what this package does against what was there before.", no_args_is_help=True)
+
+Rows = Annotated[Path | None, typer.Option(help="Write the rows and the machine's facts here.")]
+
+
+@app.command()
+def ops(
+    json: Rows = None,
+    device: options.Device = "cpu",
+    dtype: options.Dtype = "bf16",
+    quick: Annotated[bool, typer.Option("--quick", help="Smaller shapes, shorter runs.")] = False,
+    threads: options.Threads = None,
+) -> None:
+    """Each operation by itself: time, memory, equal bits. Exits with status 1 if a single bit differs."""
+    _operations("ops", json, device, dtype, quick, threads)
+
+
+@app.command()
+def forms(
+    json: Rows = None,
+    device: options.Device = "cpu",
+    dtype: options.Dtype = "bf16",
+    quick: Annotated[bool, typer.Option("--quick", help="The smallest sizes only, shorter runs.")] = False,
+    threads: options.Threads = None,
+) -> None:
+    """Each form beside the reference of its op, from the smallest size on. Exits with status 1 if a bit differs."""
+    _operations("forms", json, device, dtype, quick, threads)
+
+
+def _operations(name: str, json: Path | None, device: str, dtype: str, quick: bool, threads: int | None) -> None:
+    shared.preflight(check_file, json)
+    with shared.errors("bench"):
+        from wan_patches.bench.measure import device_of, dtype_of
+
+        run = importlib.import_module(f"wan_patches.bench.{name}")
+        rows = run.measure(device_of(device), dtype_of(dtype), quick=quick, threads=threads)
+        typer.echo(text(run.table(rows)))
+    different = [f"{row.op} {row.shape}" for row in rows if row.exact is False]
+    shared.end(different, (json, lambda path: run.write_json(path, rows, device_of(device), threads)))
+
+
+@app.command()
+def overhead(
+    json: Rows = None, repeats: Annotated[int, typer.Option(min=1, help="Fresh processes per row.")] = 5
+) -> None:
+    """What enable() costs, and the dispatch of one call."""
+    _costs("overhead", json, repeats)
+
+
+@app.command()
+def executor(
+    json: Rows = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Workers that are killed, per row.")] = 5,
+) -> None:
+    """A small request's way through an executor, and the time without a worker that has died."""
+    _costs("executor", json, repeats)
+
+
+def _costs(name: str, json: Path | None, repeats: int) -> None:
+    shared.preflight(check_file, json)
+    with shared.errors("bench"):
+        from wan_patches.bench import overhead as costs
+
+        rows = importlib.import_module(f"wan_patches.bench.{name}").measure(repeats)
+        typer.echo(text(costs.table(rows)))
+    shared.end([], (json, lambda path: costs.write_json(path, rows)))
+
+
+@app.command()
+def transport(
+    json: Rows = None,
+    quick: Annotated[bool, typer.Option("--quick", help="An eighth of the size, shorter runs.")] = False,
+) -> None:
+    """Results from one process to another. Exits with status 1 if a value does not arrive as it was."""
+    shared.preflight(check_file, json)
+    with shared.errors("bench"):
+        from wan_patches.bench import transport as run
+
+        rows = run.measure(quick=quick)
+        typer.echo(text(run.table(rows)))
+    different = [f"{row.case} through {row.transport}" for row in rows if not row.equal]
+    shared.end(different, (json, lambda path: run.write_json(path, rows)), finding="NOT what was sent")
+
+
+@app.command()
+def vae(
+    json: Rows = None,
+    device: options.Device = "cpu",
+    dtype: options.Dtype = "bf16",
+    quick: Annotated[bool, typer.Option("--quick", help="A tiny model.")] = False,
+    threads: options.Threads = None,
+    parallel: Annotated[bool, typer.Option(help="Also tiles shared by two processes, on two cores.")] = True,
+) -> None:
+    """The video autoencoder: time, memory, equal bits. Exits with status 1 if a single bit differs."""
+    shared.preflight(check_file, json)
+    with shared.errors("bench"):
+        from wan_patches.bench import vae as run
+        from wan_patches.bench.measure import device_of, dtype_of
+
+        on = device_of(device)
+        rows, tiles = run.measure(on, dtype_of(dtype), quick=quick, threads=threads, parallel=parallel)
+        typer.echo(text(run.table(rows, tiles)))
+    different = [f"{row.op} {row.shape}" for row in rows if not row.exact]
+    different += [f"{row.case.operation} in tiles" for row in tiles if not row.equal]
+    shared.end(different, (json, lambda path: run.write_json(path, rows, tiles, on, threads)))
+
+
+# `bench block`, `model` and `pipeline`
+
+Shape = Annotated[
+    str, typer.Option(help="14b-480p, 14b-720p, 1.3b-480p, ti2v-5b, helios, or tiny, tiny-ti2v, tiny-helios.")
+]
+Frames = Annotated[int | None, typer.Option(min=1, help="Of the video; on a CPU there are fewer by default.")]
+Size = Annotated[str | None, typer.Option(help="WIDTHxHEIGHT of the video; on a CPU smaller by default.")]
+Layers = Annotated[int | None, typer.Option(min=1, help="Blocks of the model; all by default.")]
+Compile = Annotated[
+    bool | None,
+    typer.Option("--compile/--no-compile", help="Also through torch.compile; by default on accelerators only."),
+]
+Regional = Annotated[bool, typer.Option("--regional", help="Compile the blocks, not the whole model.")]
+Attention = Annotated[
+    str | None,
+    typer.Option(help="Backend, as diffusers names it (native, _native_cudnn, flash, ...); by default its own choice."),
+]
+Seconds = Annotated[float, typer.Option(min=0, help="About how long is measured; each way three times at least.")]
+Result = Annotated[Path | None, typer.Option(help="Write the result and the machine's facts here.")]
+
+
+@app.command()
+def block(
+    shape: Shape = "14b-480p", device: options.Device = "auto", dtype: options.Dtype = "bf16", frames: Frames = None,
+    size: Size = None, attention: Attention = None, compiled: Compile = None, threads: options.Threads = None,
+    seconds: Seconds = 5.0, json: Result = None, chart: options.Chart = None,
+) -> None:  # fmt: skip
+    """One transformer block with random weights: stock, patched, compiled, and the floor under all of them.
+
+    Also the rotary embedding by itself. Exits with status 1 if a single bit differs.
+    """
+    wanted = {"name": shape, "frames": frames, "size": options.size(size), "attention": attention}
+    _ways("block", wanted, device, dtype, compiled, json, chart, threads=threads, seconds=seconds)
+
+
+@app.command()
+def model(
+    shape: Shape = "14b-480p", device: options.Device = "auto", dtype: options.Dtype = "bf16", frames: Frames = None,
+    size: Size = None, layers: Layers = None, attention: Attention = None, compiled: Compile = None,
+    regional: Regional = False, threads: options.Threads = None, seconds: Seconds = 10.0, json: Result = None,
+    chart: options.Chart = None,
+) -> None:  # fmt: skip
+    """One forward of a denoiser with random weights, in the same ways. Exits with status 1 if a single bit differs."""
+    wanted = {"name": shape, "frames": frames, "size": options.size(size), "layers": layers, "attention": attention}
+    _ways("model", wanted, device, dtype, compiled, json, chart, regional=regional, threads=threads, seconds=seconds)
+
+
+@app.command()
+def pipeline(
+    shape: Shape = "14b-480p", device: options.Device = "auto", dtype: options.Dtype = "bf16", frames: Frames = None,
+    size: Size = None, layers: Layers = None,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 4,
+    attention: Attention = None, compiled: Compile = None, regional: Regional = False,
+    threads: options.Threads = None, seconds: Seconds = 10.0, json: Result = None, chart: options.Chart = None,
+) -> None:  # fmt: skip
+    """A pipeline with random weights from noise to frames, likewise. Exits with status 1 if a single bit differs."""
+    wanted = {"name": shape, "frames": frames, "size": options.size(size), "layers": layers, "attention": attention}
+    others = {"regional": regional, "steps": steps, "threads": threads, "seconds": seconds}
+    _ways("pipeline", wanted, device, dtype, compiled, json, chart, **others)
+
+
+def _ways(
+    name: str, shape: dict[str, Any], device: str, dtype: str, compiled: bool | None, json: Path | None,
+    chart: Path | None, **others: Any,
+) -> None:  # fmt: skip
+    from wan_patches.diagnostics.profiling import obstacle
+
+    if wrong := obstacle(chart, json):
+        shared.fail(wrong)
+    with shared.errors("bench"):
+        from wan_patches.bench import variants
+        from wan_patches.bench.measure import device_of, dtype_of
+        from wan_patches.bench.shapes import shape_of
+
+        on, precision = device_of(device), dtype_of(dtype)
+        wanted = shape_of(device=on, **shape)
+        run = importlib.import_module(f"wan_patches.bench.{name}")
+        compiled = on.type != "cpu" if compiled is None else compiled
+        found = run.measure(wanted, on, precision, compiled=compiled, **others)
+        typer.echo(text(variants.table(found)))
+    shared.end(
+        found.different(),
+        (json, lambda path: variants.write_json(path, found, on, others["threads"])),
+        (chart, lambda path: variants.chart(found, on).savefig(path)),
+    )
+
+
+@app.command()
+def sharding(
+    json: Rows = None,
+    device: options.Device = "cpu",
+    dtype: options.Dtype = "bf16",
+    ranks: Annotated[int, typer.Option(min=2, help="Processes that share the weights.")] = 2,
+    quick: Annotated[bool, typer.Option("--quick", help="A tiny model.")] = False,
+) -> None:
+    """Memory of weights that are divided among ranks. Exits with status 1 if a single bit differs."""
+    shared.preflight(check_file, json)
+    with shared.errors("bench"):
+        from wan_patches.bench import sharding as run
+        from wan_patches.bench.measure import device_of, dtype_of
+
+        rows = run.measure(device_of(device), dtype_of(dtype), ranks=ranks, quick=quick)
+        typer.echo(text(run.table(rows)))
+    different = [row.way for row in rows if not row.exact]
+    shared.end(different, (json, lambda path: run.write_json(path, rows, device_of(device))))
+
+
+@app.command()
+def compatibility(
+    families: Annotated[list[str] | None, typer.Argument(help="By default all that this diffusers has.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Folder for a record, named after the versions.")] = None,
+    production: Annotated[
+        bool, typer.Option("--production", help="Forms are asked from the sizes on at which they are fast. Takes long.")
+    ] = False,
+) -> None:
+    """Each pipeline: its patches, how many calls took forms, equal bits. Exits with status 1 if a bit differs."""
+    shared.preflight(check_folder, json)
+    with shared.errors("bench"):
+        from wan_patches.bench import compatibility as run
+
+        rows = run.measure(families or (), production)
+        typer.echo(text(run.table(rows)))
+    different = [row.family for row in rows if not row.identical]
+    shared.end(different, (json, lambda path: run.write_json(path, rows)))

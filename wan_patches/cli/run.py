@@ -1,0 +1,24 @@
+"""`wan-patches run`."""
+
+from __future__ import annotations
+
+from wan_patches.cli import options, shared
+
+
+def run(
+    script: options.Script,
+    arguments: options.Arguments = None,
+    module: options.Module = False,
+    patches: options.Patches = None,
+    fidelity: options.Fidelity = "exact",
+    gate: options.Gate = True,
+) -> None:
+    """Run a Python script, unchanged, with the patches enabled.
+
+    As `python SCRIPT ARGUMENTS` does: same exit status, same tracebacks. A line on stderr says at the end what was
+    active. Also as `torchrun ... -m wan_patches run SCRIPT` and `accelerate launch ... -m wan_patches run SCRIPT`.
+    """
+    from wan_patches.diagnostics.script_runner import run as run_script
+
+    shared.enable(options.names(patches), fidelity, gate)
+    raise shared.Outside(lambda: run_script(script, arguments or (), module=module))

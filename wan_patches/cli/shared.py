@@ -1,0 +1,116 @@
+"""What commands share: errors and exit statuses, imports, files.
+
+Exit status 1 is a finding (bits differ, there is a problem); 2 means that the command could not do what was asked for,
+so that there is no finding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NoReturn
+
+import typer
+
+import wan_patches
+
+#: The packages of an extra that the commands need.
+NEEDS = {
+    "demo": ("transformers", "accelerate", "ftfy", "av"),
+    "bench": ("transformers", "accelerate", "ftfy", "psutil"),
+    "verify": ("transformers", "accelerate", "ftfy"),
+}
+
+
+class Outside(BaseException):
+    """Leaves typer, which would catch what a script raises, and has `main` run `action`."""
+
+    def __init__(self, action: Callable[[], None]) -> None:
+        self.action = action
+
+
+def fail(message: str, status: int = 2) -> NoReturn:
+    """Prints an error and ends the command with an exit status."""
+    typer.echo(f"Error: {message}", err=True)
+    raise typer.Exit(status)
+
+
+@contextlib.contextmanager
+def errors(extra: str) -> Iterator[None]:
+    """Turns errors that the user can fix into one sentence without a traceback.
+
+    Args:
+        extra: the extra of this package (a key of `NEEDS`) whose packages the block needs.
+    """
+    if missing := [package for package in NEEDS[extra] if importlib.util.find_spec(package) is None]:
+        fail(f'{" and ".join(missing)} must be installed for this: pip install "wan-patches[{extra}]"')
+    require("torch", "diffusers.pipelines.pipeline_utils")  # both import torch_npu where it is installed
+    from wan_patches.bench.measure import MeasurementError
+
+    try:
+        yield
+    except MeasurementError as error:
+        fail(str(error))
+
+
+def require(*modules: str) -> None:
+    """Imports modules; ends the command with the reason if one cannot be imported."""
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # not only ImportError: a backend that torch loads may raise anything
+            from wan_patches.diagnostics.doctor.probes import chain
+
+            reason = ", caused by ".join(line.rstrip(".") for line in chain(error))
+            fail(f"{module.partition('.')[0]} cannot be imported: {reason}; run `wan-patches doctor`")
+
+
+def enable(names: list[str] | None, fidelity: str, gate: bool) -> None:
+    """Enables patches; ends the command if a name or the fidelity is unknown."""
+    try:
+        wan_patches.enable(names, fidelity=fidelity, gate=gate)
+    except ValueError as error:
+        fail(str(error))
+
+
+def preflight(check: Callable[[Path], None], *paths: Path | None) -> None:
+    """Ends the command before long work if `check` refuses one of the paths."""
+    try:
+        for path in paths:
+            if path is not None:
+                check(path)
+    except OSError as error:
+        fail(str(error))
+
+
+def write(*files: tuple[Path | None, Callable[[Path], object]]) -> bool:
+    """Writes files, each by its function. Prints which cannot be written, and why; returns whether all were."""
+    written = True
+    for path, save in files:
+        try:
+            if path is not None:
+                save(path)
+        except (OSError, ValueError) as error:  # a full disk; a picture format that matplotlib does not know
+            typer.echo(f"Error: {path} was not written: {error}", err=True)
+            written = False
+    return written
+
+
+def end(
+    different: list[str], *files: tuple[Path | None, Callable[[Path], object]], finding: str = "NOT bit-identical"
+) -> None:
+    """Ends a measurement whose table has been printed: writes the files and sets the exit status.
+
+    Args:
+        different: the rows that are not as they should be.
+        files: paths, and functions that write them.
+        finding: what the rows in `different` are.
+    """
+    written = write(*files)
+    if different:
+        fail(f"{finding}: {'; '.join(different)}.", 1)
+    if not written:
+        raise typer.Exit(2)

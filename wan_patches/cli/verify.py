@@ -1,0 +1,67 @@
+"""`wan-patches verify`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import wan_patches
+from wan_patches.cli import options, shared
+from wan_patches.diagnostics.preflight import check_file
+
+
+def verify(
+    model: Annotated[str, typer.Argument(help="A folder, a name on the Hub, or tiny:FAMILY (such as tiny:wan_t2v).")],
+    prompt: options.Prompt = None,
+    image: Annotated[Path | None, typer.Option(help="The picture of image-to-video.")] = None,
+    size: options.Size = None,
+    frames: options.Frames = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps; few will do.")] = None,
+    seed: options.Seed = 0,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "bf16",
+    patches: options.Patches = None,
+    fidelity: options.Fidelity = "exact",
+    repeat: Annotated[int, typer.Option(min=0, help="Measured runs of each; 0 measures nothing.")] = 1,
+    json: Annotated[Path | None, typer.Option(help="Write what was found here.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Write a report in HTML here.")] = None,
+) -> None:
+    """Run a model stock and patched: equal bits of operations, blocks, stages and video; time and memory.
+
+    Exits with status 0 if every bit is the same, 1 if not (and names the patch), 2 if it could not be found out: an
+    error, stock code that does not repeat itself, or no patch in force.
+    """
+    width_height, names = options.size(size), options.names(patches)
+    shared.preflight(check_file, json, report)
+    with shared.errors("verify"):
+        from rich.console import Console
+
+        from wan_patches.bench.demo import open_image
+        from wan_patches.bench.measure import device_of, dtype_of
+        from wan_patches.bench.verification import subject
+
+        on, precision = device_of(device), dtype_of(dtype)
+        photo = None if image is None else open_image(image)
+        try:
+            with wan_patches.enabled(names, fidelity=fidelity):  # misspelt names end the command before a model loads
+                pass
+        except ValueError as error:
+            shared.fail(str(error))
+        choice: dict[str, Any] = {"prompt": prompt, "size": width_height, "frames": frames, "steps": steps}
+        with Console(stderr=True).status("loading") as shown:
+            found = subject(model, photo, on, precision, seed=seed, **choice)
+            try:
+                verification = wan_patches.verify(
+                    found.pipe, patches=names, fidelity=fidelity, repeat=repeat,
+                    on_run=lambda purpose: shown.update(purpose), **found.arguments(),
+                )  # fmt: skip
+            except Exception as error:  # of the pipeline itself, with stock code
+                shared.fail(f"{type(error).__name__}: {error}. Does this model run with these arguments at all?")
+    typer.echo(str(verification))
+    written = shared.write((json, verification.save_json), (report, verification.save_html))
+    if verification.verdict == "different":
+        raise typer.Exit(1)
+    if verification.undecided or not written:
+        raise typer.Exit(2)
