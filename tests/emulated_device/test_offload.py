@@ -173,7 +173,7 @@ def test_without_streams_of_the_device_there_is_none(whole, device):
 
 
 def test_diffusers_before_group_offloading_gets_sequential_offload(whole, device, monkeypatch):
-    monkeypatch.setattr(offload, "_has_groups", lambda: False)
+    monkeypatch.setattr(offload.plan, "group_offloading", None)
     pipe = build()
     plan = enable_offload(pipe, "npu", level="group")
     assert plan.level == "leaf"

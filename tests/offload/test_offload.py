@@ -14,6 +14,7 @@ from torch import nn
 
 from wan_patches import offload
 from wan_patches.offload import BLOCKS, DEVICE, LEAVES, MODEL, OffloadPlan, disable_offload, enable_offload
+from wan_patches.pipelines.components import has_hook
 from wan_patches.testing.families import FAMILIES
 
 pytest.importorskip("diffusers.hooks.group_offloading")
@@ -177,7 +178,7 @@ def test_a_named_level_is_taken_and_told_if_it_does_not_fit():
 
 
 def test_a_device_that_does_not_tell_gets_groups(monkeypatch):
-    monkeypatch.setattr(offload, "_room", lambda device: None)
+    monkeypatch.setattr(offload.plan, "_room", lambda device: None)
     found = plan()
     assert found.level == "group"
     assert found.fits is None
@@ -333,7 +334,7 @@ def test_a_device_that_is_not_there_leaves_the_pipeline_as_it_was():
             enable_offload(pipe, "cuda", level=level)
         for module in (part for part in pipe.components.values() if isinstance(part, nn.Module)):
             assert {parameter.device.type for parameter in module.parameters()} == {"cpu"}
-            assert not offload._grouped(module)
+            assert not has_hook(module, "group_offloading")
             assert not hasattr(module, "_hf_hook")
         with pytest.raises(ValueError, match="not offloaded"):
             disable_offload(pipe)

@@ -1,9 +1,9 @@
-"""Streams for diffusers' group offloading on devices that it does not make them for.
+"""Streams for diffusers' group offloading on devices for which it makes none.
 
 Up to 0.40 `apply_group_offloading(use_stream=True)` asks for CUDA, then for XPU, and raises. The rest of that module
 takes streams from whatever accelerator torch has, and its order of copies and waits is the one that later versions
 use on every device: only the two questions need another answer. They get it while `enable_offload` makes hooks for
-such a device, and not by `enable()`: nobody else asks them in vain.
+such a device, and not by `enable()`: no other code depends on the answer.
 """
 
 from __future__ import annotations
@@ -21,7 +21,12 @@ from wan_patches.patching.codeswap import functions_behind, says, site, stock
 from wan_patches.patching.fingerprints import GROUP_OFFLOADING, PRE_FORWARD_WITHOUT_WAIT, texts
 from wan_patches.patching.rewrite import Replace, Unknown, rewritten
 
-__all__ = ["Streams", "making", "streams_on"]
+try:
+    from diffusers.hooks import group_offloading
+except ImportError:  # before 0.33
+    group_offloading = None  # type: ignore[assignment]
+
+__all__ = ["Streams", "group_offloading", "making", "streams_on"]
 
 _AVAILABLE, _STREAM = "_wan_patches_stream_available", "_wan_patches_stream"
 
@@ -30,7 +35,7 @@ EDITS = (
     Replace("torch.cuda.Stream()", f"{_STREAM}(onload_device)"),
 )
 
-#: What runs with the stream later: takes it from `torch.accelerator`, waits for copies and for the computation.
+#: The functions that use the stream later: they take it from `torch.accelerator`, and wait for copies and computation.
 _REQUIRES = (
     "ModuleGroup.__init__",
     "ModuleGroup._onload_from_memory",
@@ -46,7 +51,7 @@ class Streams:
     """Whether group offloading can copy on a stream of a device, and why.
 
     usable: it can.
-    enabled_here: diffusers refuses, and `making` makes it.
+    enabled_here: diffusers refuses, and `making` overrules it.
     reason: a sentence about it.
     """
 
@@ -56,9 +61,8 @@ class Streams:
 
 
 def streams_on(device: torch.device) -> Streams:
-    """What the installed torch and diffusers can do for `device`. Imports diffusers' hooks."""
-    from diffusers.hooks import group_offloading as module
-
+    """Finds out what the installed torch and diffusers, which must have group offloading, can do for a device."""
+    module = group_offloading
     reason = _obstacle(device, module)
     if reason:
         return Streams(False, False, reason)
@@ -79,14 +83,12 @@ def streams_on(device: torch.device) -> Streams:
 
 @contextmanager
 def making(device: torch.device, streams: Streams) -> Iterator[None]:
-    """Inside, `apply_group_offloading(use_stream=True)` makes a stream of `device`; other devices get what they got."""
-    from diffusers.hooks import group_offloading as module
-
+    """Has `apply_group_offloading(use_stream=True)` make a stream of `device` in the block; other devices as before."""
     with _lock if streams.enabled_here else nullcontext():
         if not streams.enabled_here:
             yield
             return
-        place = site(_function(module))
+        place = site(_function(group_offloading))
         place.add(EDITS, {_AVAILABLE: _available, _STREAM: _stream})
         try:
             yield
@@ -95,12 +97,12 @@ def making(device: torch.device, streams: Streams) -> Iterator[None]:
 
 
 def _available(device: Any) -> bool:
-    """In place of `torch.cuda.is_available()`."""
+    """Stands in the place of `torch.cuda.is_available()`."""
     return torch.device(device).type not in ("cuda", "xpu") or torch.cuda.is_available()
 
 
 def _stream(device: Any) -> Any:
-    """In place of `torch.cuda.Stream()`."""
+    """Stands in the place of `torch.cuda.Stream()`."""
     device = torch.device(device)
     return torch.cuda.Stream() if device.type in ("cuda", "xpu") else _backend(device).Stream()
 
@@ -144,7 +146,7 @@ def _says(module: ModuleType, qualname: str, fingerprints: Container[str]) -> bo
 
 
 def _functions(module: ModuleType, qualname: str) -> list[FunctionType]:
-    """The functions behind the name that the module itself has defined."""
+    """Returns the functions behind a name that the module itself has defined."""
     value: Any = module
     for name in qualname.split("."):
         value = getattr(value, name, None)
