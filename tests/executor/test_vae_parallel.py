@@ -344,9 +344,9 @@ def test_other_pipelines_and_modes_are_refused():
 
 @pytest.mark.parametrize("mode", ["tiles", "spatial"])
 def test_unknown_code_is_refused_and_left_as_it_is(mode, monkeypatch):
-    from wan_patches.vae_parallel import slabs
+    from wan_patches.vae_parallel import parallelize
 
-    monkeypatch.setattr(slabs, "_Ranks", lambda group: None)
+    monkeypatch.setattr(parallelize, "Ranks", lambda group: None)
     method = {"tiles": "tiled_encode", "spatial": "_encode"}[mode]
     monkeypatch.setattr(autoencoders.AutoencoderKLWan, method, lambda self, x: x)
     model = ranks.vae()

@@ -14,6 +14,8 @@ The model is the installed one: its own modules and methods run, in stock's orde
 
 from __future__ import annotations
 
-from wan_patches.vae_parallel.slabs import MODES, ParallelVAE, balanced, is_wan_vae, parallelize_vae
+from wan_patches.vae_parallel.model import is_wan_vae
+from wan_patches.vae_parallel.parallelize import MODES, ParallelVAE, parallelize_vae
+from wan_patches.vae_parallel.tiles import balanced
 
 __all__ = ["MODES", "ParallelVAE", "balanced", "is_wan_vae", "parallelize_vae"]
