@@ -1,4 +1,4 @@
-"""Follows the calls of pipelines and of what patched code calls from outside; which way each took, the tally tells."""
+"""Follows the calls of pipelines and of patched operations from outside; the tally tells which way each took."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 class PipelineProfile:
     """The calls of pipelines of one class on one device, in sum.
 
-    calls: how many; `failed` of them ended with an exception. Those, and calls whose end was not seen, have the stages
-        that had ended.
+    calls: how many; `failed` of them ended with an exception. Those, and calls whose end was not seen, contribute the
+        stages that had ended.
     seconds: by stage, in the order in which a pipeline goes through them.
     peak_bytes: by stage, the most memory held beyond what was held when the call began: of torch's allocator on
-        accelerators, of the process on CPUs. None where nobody counts.
+        accelerators, of the process on CPUs. None if that is not counted.
     """
 
     pipeline: str
@@ -44,12 +44,12 @@ class PipelineProfile:
 
 @dataclass
 class OpProfile:
-    """The calls of what one patch calls in the code that it changes, as far as `wan_patches.patching.tally` counts.
+    """The calls of one operation of a patch, as far as `wan_patches.patching.tally` counts.
 
     calls: all of them. `stock` took stock's way; `first_sight` took both, because the first-sight gate compared them.
-    forms: what computed the others, and how many.
-    seconds: of the calls, the device waited for on both ends; `own_seconds` without those of other operations
-        that were called inside. first_seconds: of those at first sight alone, compilers of kernels among them.
+    forms: the forms that computed the others, and how many calls each took.
+    seconds: of the calls, with the device synchronised at both ends; `own_seconds` without other operations that were
+        called inside. first_seconds: of calls at first sight alone, compilation of kernels included.
     reasons: why calls took stock's way, and how many did.
     """
 
@@ -111,12 +111,12 @@ class _PipelineCall:
 
 
 class Observer:
-    """Recognises functions by the code that they run, and follows who calls whom.
+    """Recognises functions by their code, and follows their calls of one another.
 
-    What it finds is in `pipelines` and `ops`; `preparing` is the time that it took for itself, in seconds.
+    Its findings are in `pipelines` and `ops`; `preparing` is the time that it took for itself, in seconds.
 
     Args:
-        pipe: whose calls are watched; None is every pipeline of diffusers.
+        pipe: the pipeline whose calls are watched; None is every pipeline of diffusers.
         marks: whether calls get their names in the trace of torch's profiler.
     """
 
@@ -138,7 +138,7 @@ class Observer:
                     self._ops.setdefault(function, []).append(_Op(patch.name, name, module, function))
 
     def wants(self, frame: FrameType) -> bool:
-        """Whether calls of this code are to be told."""
+        """Whether calls of this code are to be told to `enter` and `leave`."""
         role = self._role(frame)
         if role is not None:
             self._roles[id(frame.f_code)] = role
@@ -164,17 +164,17 @@ class Observer:
             caller = frame.f_back
             names = caller.f_code.co_names if caller is not None else ()
             for op in self._named(frame) if value is None else value:
-                if op.name in names:  # not where somebody calls the function by another name
+                if op.name in names:  # other callers call the function by another name
                     self._enter_op(frame, op)
                     return
 
     def _named(self, frame: FrameType) -> list[_Op]:
-        """What patches call that is the op whose call begins."""
+        """Returns the names by which patches call the op whose call begins."""
         found = _first_argument(frame)
         return [op for op in self._ops.get(found.__name__, ()) if op.found() is found]
 
     def count(self, way: Way) -> None:
-        """Takes note of the way of a call, which is the one that was entered last."""
+        """Notes the way of the call that was entered last."""
         if self._calls:
             self._calls[-1].ways.append(way)
 
@@ -187,7 +187,7 @@ class Observer:
             self._leave_op(self._calls.pop())
 
     def close(self) -> None:
-        """Takes off what was put on pipelines whose calls were not seen to end, because another profiler was set."""
+        """Ends the watching of calls whose end was not seen, because another profiler was set."""
         while self._calls:
             call = self._calls.pop()
             if call.mark is not None:
@@ -211,7 +211,7 @@ class Observer:
         seconds = time.perf_counter() - call.start
         if call.mark is not None:
             call.mark.__exit__(None, None, None)
-        if not call.ways:  # it handed on what others compute
+        if not call.ways:  # it passed on the result of another operation
             if self._calls:
                 self._calls[-1].inner += call.inner
             return
@@ -235,7 +235,7 @@ class Observer:
             self._calls[-1].inner += seconds
 
     def _device(self, frame: FrameType) -> torch.device:
-        """Where a call computes: that of the pipeline around it, else of its arguments."""
+        """Returns the device of a call: of the pipeline around it, else of its arguments."""
         import torch
 
         if self._running:
@@ -251,13 +251,14 @@ class Observer:
 
     def _enter_pipeline(self, frame: FrameType) -> None:
         from wan_patches.diagnostics.memory import watching_memory
+        from wan_patches.pipelines.components import execution_device
 
         pipe = _first_argument(frame)
         if self._pipe is not None and pipe is not self._pipe:
             return
         if any(call.pipe is pipe for call in self._running):  # a class calls that of its base
             return
-        start, device = time.perf_counter(), _device_of(pipe)
+        start, device = time.perf_counter(), execution_device(pipe)
         row = self._pipeline_row(type(pipe).__name__, str(device))
         watched = contextlib.ExitStack()
         if self._marks:
@@ -278,7 +279,7 @@ class Observer:
         self._end_pipeline(call, whole=not failed)
 
     def _end_pipeline(self, call: _PipelineCall, whole: bool) -> None:
-        """With the stages that have ended, and if it is `whole`, with the last."""
+        """Adds the stages that have ended to the row, and if the call is `whole`, the last one too."""
         call.row.calls += 1
         if whole:
             call.watched.close()
@@ -306,17 +307,8 @@ def _first_argument(frame: FrameType) -> Any:
 
 
 def _is_pipeline(value: Any) -> bool:
-    """Whether it is one of diffusers', of which nothing needs to be imported."""
+    """Whether an object is a pipeline of diffusers, which need not be imported to tell."""
     return any(
         base.__name__ in ("DiffusionPipeline", "ModularPipeline") and _package(base.__module__) == "diffusers"
         for base in type(value).__mro__
     )
-
-
-def _device_of(pipe: Any) -> torch.device:
-    import torch
-
-    for name in ("_execution_device", "device"):  # the first is right for offloaded pipelines
-        with contextlib.suppress(Exception):
-            return torch.device(getattr(pipe, name))
-    return torch.device("cpu")

@@ -50,6 +50,7 @@ from wan_patches.patching.fidelity import Fidelity
 from wan_patches.patching.registry import Patch
 from wan_patches.patching.renames import renamed
 from wan_patches.patching.status import ACTIVE, SKIPPED, WAITING, Status
+from wan_patches.pipelines.components import modules
 from wan_patches.pipelines.stages import CALL, POSTPROCESS, STAGES
 
 #: What `Verification.verdict` says.
@@ -456,11 +457,9 @@ def _facts(subject: Subject) -> dict[str, str]:
     if subject.device.type != "cpu":
         with contextlib.suppress(Exception):  # not every backend tells
             facts["device"] = str(torch.get_device_module(subject.device.type).get_device_name())
-    components = getattr(subject.pipe, "components", None)
-    for name, component in components.items() if isinstance(components, Mapping) else ():
-        if isinstance(component, torch.nn.Module):
-            dtype = str(getattr(component, "dtype", "")).removeprefix("torch.")
-            facts[name] = f"{type(component).__name__} {dtype}".strip()
+    for name, module in modules(subject.pipe).items():
+        dtype = str(getattr(module, "dtype", "")).removeprefix("torch.")
+        facts[name] = f"{type(module).__name__} {dtype}".strip()
     return facts
 
 

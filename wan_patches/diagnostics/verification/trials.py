@@ -22,16 +22,15 @@ from wan_patches.diagnostics.verification.bits import digest
 from wan_patches.patching.fidelity import Fidelity
 from wan_patches.patching.registry import Patch, Place, Registry
 from wan_patches.patching.status import Status
+from wan_patches.pipelines.components import block_lists, denoisers, execution_device, is_compiled
 from wan_patches.pipelines.stages import watching
 
 __all__ = ["Choice", "Event", "Measured", "Op", "Subject", "Trial", "copied", "message", "ops_of"]
 
-_DENOISERS = ("diffusers.models.transformers.", "diffusers.models.unets.")
-
 
 @dataclass(frozen=True)
 class Event:
-    """A call that has ended: `digest` of what it gave, None where that is nothing to compare."""
+    """A call that has ended; `digest` is of its result, None if there is nothing to compare in it."""
 
     kind: str
     name: str
@@ -40,7 +39,7 @@ class Event:
 
 @dataclass
 class Trial:
-    """One watched call: what ended in it, in order, and what it returned or raised.
+    """One watched call: the calls that ended in it, in order, and its result or error.
 
     displaced: another profiler was set meanwhile, and patched functions that ran under it were not seen.
     """
@@ -53,7 +52,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Measured:
-    """One measured call: seconds and most bytes by stage, and a fingerprint of what it returned."""
+    """One measured call: seconds and most bytes by stage, and a fingerprint of the result."""
 
     seconds: Mapping[str, float]
     peaks: Mapping[str, int | None]
@@ -65,7 +64,7 @@ class Subject:
 
     def __init__(self, pipe: Any, inputs: Mapping[str, Any], on_run: Callable[[str], None]) -> None:
         self.pipe, self.inputs = pipe, inputs
-        self.device = _device(pipe)
+        self.device = execution_device(pipe)
         self.blocks, self.compiled = _blocks(pipe)
         self._on_run = on_run
         self._generators = [
@@ -76,17 +75,17 @@ class Subject:
         ]
 
     def put_back(self) -> None:
-        """The generators are as they were given."""
+        """Restores the states that the generators had when they were given."""
         for generator, state in self._generators:
             generator.set_state(state)
 
     def result(self, purpose: str) -> str | None:
-        """A fingerprint of what the pipeline returns."""
+        """Calls the pipeline, and returns a fingerprint of its result."""
         self._on_run(purpose)
         return self._digest(self._call())
 
     def observe(self, ops: Sequence[Op], purpose: str, on_stage: Callable[[str, Any], None] | None = None) -> Trial:
-        """Calls the pipeline with all eyes on it."""
+        """Calls the pipeline, and watches its operations, blocks and stages."""
         self._on_run(purpose)
         run = Trial()
         names = {id(code): op.name for op in ops for code in op.codes()}
@@ -118,7 +117,7 @@ class Subject:
         return run
 
     def measure(self, purpose: str) -> Measured:
-        """Calls the pipeline with nobody looking but a clock and a counter of bytes."""
+        """Calls the pipeline under nothing but a clock and a counter of bytes."""
         self._on_run(purpose)
         most: dict[str, int | None] = {}
         with watching_memory(self.device) as peak:
@@ -133,7 +132,7 @@ class Subject:
 
     def _call(self) -> Any:
         self.put_back()
-        # pipelines write into some of what they are given
+        # pipelines write into some of their arguments
         fresh = {
             name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in self.inputs.items()
         }
@@ -152,7 +151,7 @@ class Subject:
 
 @contextlib.contextmanager
 def _random_state(device: torch.device) -> Iterator[None]:
-    """Afterwards the global random states are what they were."""
+    """Restores the global random states after the block."""
     states = random.getstate(), np.random.get_state()
     backend: Any = None if device.type == "cpu" else torch.get_device_module(device.type)
     forks: dict[str, Any] = {"devices": []}
@@ -166,59 +165,26 @@ def _random_state(device: torch.device) -> Iterator[None]:
         np.random.set_state(states[1])
 
 
-def _device(pipe: Any) -> torch.device:
-    for name in ("_execution_device", "device"):  # the first is right for offloaded pipelines
-        with contextlib.suppress(Exception):
-            return torch.device(getattr(pipe, name))
-    return torch.device("cpu")
-
-
 def _blocks(pipe: Any) -> tuple[list[tuple[str, torch.nn.Module]], list[str]]:
-    """The transformer blocks of the denoisers by name, and the names of denoisers that are compiled.
+    """Returns the transformer blocks of the denoisers by name, and the names of denoisers that are compiled.
 
     Never modules of a VAE: there, stock's code runs in those with hooks.
     """
     found: list[tuple[str, torch.nn.Module]] = []
     compiled = []
-    components = getattr(pipe, "components", None)
-    for name, component in components.items() if isinstance(components, Mapping) else ():
-        model = getattr(component, "_orig_mod", component)
-        if not isinstance(model, torch.nn.Module) or not _is_denoiser(model):
-            continue
-        if model is not component or any(map(_is_compiled, model.modules())):
-            compiled.append(name)  # what compilers call is not seen
+    for name, model in denoisers(pipe).items():
+        if is_compiled(model):
+            compiled.append(name)  # calls within compiled code cannot be seen
         else:
-            found += [(f"{name}.{path}", block) for path, block in _blocks_of(model)]
+            found += [(f"{name}.{path}", block) for blocks in block_lists(model) for path, block in blocks.items()]
     return found, compiled
-
-
-def _blocks_of(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
-    """Blocks of the classes that the model names, or else all in its lists; none that is part of another."""
-    names = {*(getattr(model, "_repeated_blocks", None) or getattr(model, "_no_split_modules", None) or ())}
-    listed = [
-        (f"{path}.{nth}", block)
-        for path, part in model.named_modules()
-        if isinstance(part, torch.nn.ModuleList)
-        for nth, block in enumerate(part)
-    ]
-    chosen = [(path, block) for path, block in listed if type(block).__name__ in names] or listed
-    inner = {id(part) for _, block in chosen for part in block.modules() if part is not block}
-    return ((path, block) for path, block in chosen if id(block) not in inner)
-
-
-def _is_denoiser(model: torch.nn.Module) -> bool:
-    return any(cls.__module__.startswith(_DENOISERS) for cls in type(model).__mro__)
-
-
-def _is_compiled(module: torch.nn.Module) -> bool:
-    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
 
 
 @contextlib.contextmanager
 def _watching_blocks(
     blocks: Iterable[tuple[str, torch.nn.Module]], on_output: Callable[[str, Any], None]
 ) -> Iterator[None]:
-    """Tells what blocks give. Not by hooks: patches hand blocks that have some what stock does."""
+    """Tells the outputs of blocks. Not by hooks: patches treat blocks that have some as stock does."""
     kinds: dict[type, dict[int, str]] = defaultdict(dict)
     for name, block in blocks:
         kinds[type(block)][id(block)] = name
@@ -239,7 +205,7 @@ def _told(call: Callable[..., Any], names: Mapping[int, str], on_output: Callabl
 
 
 def copied(value: Any) -> Any:
-    """Tensors on the CPU, in memory of their own: pipelines go on working on some of them in place."""
+    """Copies tensors to the CPU, into memory of their own: pipelines go on working on some of them in place."""
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, Mapping):
@@ -251,7 +217,10 @@ def copied(value: Any) -> Any:
 
 
 class Choice:
-    """The patches to verify, and how to have them or not. `names`: of those that were asked for; None means all."""
+    """The patches to verify, and contexts with and without them.
+
+    names: of the patches that were asked for; None means all.
+    """
 
     def __init__(self, patches: Iterable[str | Patch] | None, fidelity: Fidelity | str) -> None:
         patches = [patches] if isinstance(patches, (str, Patch)) else None if patches is None else list(patches)
@@ -261,29 +230,29 @@ class Choice:
         self.registry = Registry(values) if values else wan_patches._registry
         self._names = None if patches is None or values else [str(name) for name in patches]
         self.names = [patch.name for patch in values] if values else self._names
-        with wan_patches.enabled((), fidelity=fidelity):  # tells what fidelities there are
+        with wan_patches.enabled((), fidelity=fidelity):  # raises for an unknown one
             self.fidelity = Fidelity(fidelity)
 
     def stock(self) -> contextlib.AbstractContextManager[Status]:
-        """No patch is in force."""
+        """Has no patch in force."""
         return wan_patches.enabled(())
 
     @contextlib.contextmanager
     def patched(self) -> Iterator[None]:
-        """Those that are to be verified are in force."""
+        """Has the patches in force that are to be verified."""
         with self.stock(), self.registry.enabled(self._names, fidelity=self.fidelity):
             yield
 
     @contextlib.contextmanager
     def only(self, patches: Iterable[Patch]) -> Iterator[None]:
-        """Those and no others are in force."""
+        """Has these patches in force and no others."""
         with self.stock(), Registry(patches).enabled(fidelity=self.fidelity):
             yield
 
 
 @dataclass(frozen=True)
 class Op:
-    """A function that patches are in, or one nested in it that they replace."""
+    """A function that patches change, or one nested in it that they replace."""
 
     name: str
     function: FunctionType
@@ -291,7 +260,7 @@ class Op:
     patches: tuple[Patch, ...]
 
     def codes(self) -> list[CodeType]:
-        """What it runs at the moment."""
+        """Returns the code objects that it runs at the moment."""
         code = self.function.__code__
         return [code] if self.nested is None else [inner for inner in _inner(code) if inner.co_name == self.nested]
 
@@ -304,7 +273,7 @@ def _inner(code: CodeType) -> Iterator[CodeType]:
 
 
 def ops_of(places: Iterable[Place]) -> list[Op]:
-    """What can be watched of the functions that patches are in."""
+    """Returns the operations to watch among the functions that patches change."""
     found: dict[tuple[FunctionType, str | None], list[Patch]] = defaultdict(list)
     for place in places:
         for nested in {getattr(edit, "nested", None) for edit in place.target.edits}:
@@ -321,5 +290,5 @@ def ops_of(places: Iterable[Place]) -> list[Op]:
 
 
 def message(error: BaseException) -> str:
-    """An error in one line."""
+    """Returns an error in one line."""
     return f"{type(error).__name__}: {error}"
