@@ -70,6 +70,7 @@ LONG = (
     "beside/test_traced.py",
     "beside/test_replaced_functions.py",
     "upstream/test_toggling.py",
+    "cli/test_bench.py",
     "cli/test_cli.py",
     "patches/test_vae_tiling.py",
     "test_soak.py",

@@ -12,7 +12,6 @@ from typer.testing import CliRunner
 import wan_patches
 from wan_patches import cli
 from wan_patches.bench import block, shapes, variants
-from wan_patches.cli.bench import Shape
 from wan_patches.ops import rope
 from wan_patches.ops.modulation import SegmentedModulation
 
@@ -102,51 +101,6 @@ def test_a_wrong_bit_is_found(monkeypatch):
     result = block.measure(shape, CPU, torch.float32, compiled=False, seconds=0.0)
     assert result.different() == ["patched", "rotary embedding"]
     assert 0 < result.row("patched").difference < 1e-3
-
-
-def test_the_command_prints_writes_and_draws(tmp_path):
-    pytest.importorskip("matplotlib")
-    arguments = ["bench", "block", "--shape", "tiny", "--device", "cpu", "--seconds", "0", "--threads", "1"]
-    files = ["--json", str(tmp_path / "block.json"), "--chart", str(tmp_path / "block.png")]
-    done = CliRunner().invoke(cli.app, [*arguments, *files])
-    assert done.exit_code == 0, done.output
-    assert "block tiny: 72 tokens, bf16" in done.output
-    found = variants.from_json(json.loads((tmp_path / "block.json").read_text()))
-    assert (found.bench, found.shape, found.dtype, found.tokens) == ("block", "tiny", "bf16", 72)
-    assert found.rope is not None
-    assert (tmp_path / "block.png").stat().st_size > 1000
-
-
-def test_the_command_fails_where_a_bit_differs(monkeypatch):
-    result = block.measure(shapes.shape_of("tiny", CPU), CPU, torch.float32, compiled=False, seconds=0.0)
-    rows = tuple(variants.Row(row.way, 1.0, 1.0, row.way == "stock", 1e-3) for row in result.rows)
-    monkeypatch.setattr(block, "measure", lambda *a, **k: variants.replace(result, rows=rows))
-    done = CliRunner().invoke(cli.app, ["bench", "block", "--shape", "tiny", "--device", "cpu"])
-    assert done.exit_code == 1
-    assert "NOT bit-identical: patched." in done.output
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--shape", "15b"], "Unknown shape '15b'"),
-        (["--shape", "tiny", "--frames", "8"], "8 frames of 96x64 do not suit tiny"),
-        (["--shape", "tiny", "--device", "toaster"], "The device 'toaster' cannot be used"),
-        (["--shape", "tiny", "--json", "no/such/folder/x.json"], "there is no folder"),
-    ],
-)
-@pytest.mark.parametrize("name", ["block", "model", "pipeline"])
-def test_what_the_user_can_mend_is_said_before_anything_is_measured(name, arguments, message):
-    done = CliRunner().invoke(
-        cli.app, ["bench", name, *(["--device", "cpu"] * ("--device" not in arguments)), *arguments]
-    )
-    assert done.exit_code == 2
-    assert message in done.output.replace("\n", " ")
-
-
-def test_help_names_every_shape():
-    (info,) = Shape.__metadata__
-    assert info.help.rstrip(".").replace(", or", ",").split(", ") == list(shapes.SHAPES)
 
 
 @pytest.mark.gpu

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 import torch._dynamo
-from typer.testing import CliRunner
 
-from wan_patches import cli
 from wan_patches.bench import model, shapes, variants
 from wan_patches.tables import text
 
@@ -30,16 +26,6 @@ def test_stock_and_patched_give_the_same(name, dtype):
     assert result.rope is None
     assert result.floor_ms > 0
     assert result.dtype == {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
-
-
-def test_the_command_takes_fewer_layers_and_another_video(tmp_path):
-    arguments = ["bench", "model", "--shape", "tiny", "--device", "cpu", "--dtype", "fp32", "--seconds", "0"]
-    more = ["--layers", "1", "--frames", "5", "--size", "64x32", "--json", str(tmp_path / "model.json")]
-    done = CliRunner().invoke(cli.app, [*arguments, *more])
-    assert done.exit_code == 0, done.output
-    assert "model tiny: 16 tokens, 1 of 2 layers, fp32" in done.output
-    found = variants.from_json(json.loads((tmp_path / "model.json").read_text()))
-    assert (found.video, found.layers, found.attentions) == ((2, 4, 8), 1, 2)
 
 
 @pytest.mark.slow
@@ -63,27 +49,3 @@ def test_blocks_are_compiled_where_that_is_asked_for(monkeypatch):
     assert [result.regional for result in results] == [False, True]
     assert all(result.row(variants.COMPILED).exact for result in results)
     assert "Compiled: the blocks" in text(variants.table(results[1]))
-
-
-def test_the_attention_backend_is_that_of_all_ways_and_of_the_floor():
-    arguments = ["bench", "model", "--shape", "tiny", "--device", "cpu", "--seconds", "0", "--attention"]
-    done = CliRunner().invoke(cli.app, [*arguments, "_native_math"])
-    assert done.exit_code == 0, done.output
-    assert "model tiny: 72 tokens, bf16, _native_math" in done.output
-    done = CliRunner().invoke(cli.app, [*arguments, "telepathy"])
-    assert done.exit_code == 2
-    assert "The attention backend 'telepathy' cannot be used: " in done.output
-
-
-def test_compiled_ways_are_asked_for_on_a_cpu(monkeypatch):
-    asked = []
-
-    def measure(shape, device, dtype, *, compiled, **_):
-        asked.append(compiled)
-        raise variants.MeasurementError("enough")
-
-    monkeypatch.setattr(model, "measure", measure)
-    for more in ([], ["--compile"], ["--no-compile"]):
-        done = CliRunner().invoke(cli.app, ["bench", "model", "--shape", "tiny", "--device", "cpu", *more])
-        assert "enough" in done.output
-    assert asked == [False, True, False]

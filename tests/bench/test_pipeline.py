@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 import torch
-from typer.testing import CliRunner
 
-from wan_patches import cli
-from wan_patches.bench import pipeline, shapes, variants
+from wan_patches.bench import pipeline, shapes
 
 CPU = torch.device("cpu")
 TINY = [name for name, shape in shapes.SHAPES.items() if name.startswith("tiny") and shape.available]
@@ -40,12 +36,3 @@ def test_videos_are_finite_of_the_size_and_the_same_for_every_call(name):
     assert np.isfinite(first).all()
     assert first.std() > 0
     assert np.array_equal(first, second)
-
-
-@pytest.mark.slow
-def test_the_command_takes_steps(tmp_path):
-    arguments = ["bench", "pipeline", "--shape", "tiny", "--device", "cpu", "--seconds", "0", "--steps", "1"]
-    done = CliRunner().invoke(cli.app, [*arguments, "--json", str(tmp_path / "pipeline.json")])
-    assert done.exit_code == 0, done.output
-    assert "pipeline tiny: 72 tokens, 1 step, bf16" in done.output
-    assert variants.from_json(json.loads((tmp_path / "pipeline.json").read_text())).steps == 1

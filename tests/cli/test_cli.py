@@ -1,9 +1,7 @@
-"""The command line: what it prints, how fast it starts, how it fails."""
+"""The command line as a whole: what it prints, how fast it starts, how it fails."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
 import subprocess
 import sys
@@ -79,26 +77,6 @@ def test_a_size_is_width_and_height(size):
     assert "WIDTHxHEIGHT" in done.output
 
 
-def test_bench_ops_writes_json(tmp_path, monkeypatch):
-    from wan_patches.bench import ops
-
-    monkeypatch.setattr(ops, "_cases", lambda quick: [ops._rope((1, 64, 2, 32))])
-    done = _run("bench", "ops", "--quick", "--dtype", "fp32", "--json", str(tmp_path / "rows.json"))
-    assert done.exit_code == 0, done.output
-    assert "1x64x2x32" in done.output
-    assert json.loads((tmp_path / "rows.json").read_text())["rows"][0]["exact"] is True
-
-
-def test_bench_ops_fails_where_a_bit_differs(monkeypatch):
-    from wan_patches.bench import ops
-
-    rows = [ops.Row("rope", "1x2", "bf16", 2.0, 1.0, None, None, exact=False)]
-    monkeypatch.setattr(ops, "measure", lambda *args, **kwargs: rows)
-    done = _run("bench", "ops")
-    assert done.exit_code == 1
-    assert "NOT bit-identical: rope 1x2." in done.output
-
-
 @pytest.fixture(scope="module")
 def broken_torch(tmp_path_factory):
     """What `pip install torch_npu` leaves on a machine without CANN: `import torch` fails."""
@@ -158,37 +136,6 @@ def test_what_cannot_be_written_is_said_before_anything_runs(command, monkeypatc
     done = _run(*command)
     assert done.exit_code == 2, done.output
     assert done.output.startswith("Error: ")
-
-
-def test_rows_that_cannot_be_written_are_printed_all_the_same(tmp_path, monkeypatch):
-    from wan_patches.bench import overhead
-
-    def measure(repeats):
-        (tmp_path / "folder").rmdir()
-        return [overhead.Row(*(["0"] * len(dataclasses.fields(overhead.Row))))]
-
-    (tmp_path / "folder").mkdir()
-    monkeypatch.setattr(overhead, "measure", measure)
-    monkeypatch.setattr(overhead, "table", lambda rows: f"{len(rows)} rows")
-    done = _run("bench", "overhead", "--json", str(tmp_path / "folder" / "rows.json"))
-    assert done.exit_code == 2
-    first, second = done.output.splitlines()
-    assert first == "1 rows"
-    assert second.startswith("Error: ")
-    assert "rows.json was not written: " in second
-
-
-def test_a_difference_counts_more_than_a_file(monkeypatch, tmp_path):
-    from wan_patches.bench import ops
-
-    rows = [ops.Row("rope", "1x2", "bf16", 2.0, 1.0, None, None, exact=False)]
-    monkeypatch.setattr(ops, "measure", lambda *args, **kwargs: rows)
-    monkeypatch.setattr(ops, "write_json", lambda path, *more: path.mkdir(exist_ok=False, parents=False))
-    (tmp_path / "rows.json").touch()
-    done = _run("bench", "ops", "--json", str(tmp_path / "rows.json"))
-    assert done.exit_code == 1
-    assert "was not written" in done.output
-    assert "NOT bit-identical: rope 1x2." in done.output
 
 
 @pytest.mark.parametrize("command", [["run", "script.py"], ["profile", "script.py"], ["verify", "tiny:wan_t2v"]])

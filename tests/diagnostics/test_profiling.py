@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import cProfile
 import json
 import subprocess
@@ -14,11 +13,9 @@ import types
 import numpy as np
 import pytest
 import torch
-from typer.testing import CliRunner
 
 import wan_patches
-from wan_patches import Body, Patch, Registry, Target, cli, fingerprint
-from wan_patches.cli.shared import Outside
+from wan_patches import Body, Patch, Registry, Target, fingerprint
 from wan_patches.diagnostics import profiling
 from wan_patches.ops import rope
 from wan_patches.ops.dispatch import SMALL as FEW
@@ -528,27 +525,6 @@ def test_the_first_rank_prints(monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize(
-    ("options", "trace"),
-    [([], None), (["--no-copies"], False), (["--trace", "t.json"], True), (["--trace", "t.json", "--no-copies"], True)],
-)
-def test_copies_are_counted_unless_asked_not_to(options, trace, monkeypatch, tmp_path):
-    given = []
-
-    @contextlib.contextmanager
-    def profile(pipe=None, *, trace=None):
-        given.append(trace)
-        yield profiling.Profile()
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(profiling, "profile", profile)
-    monkeypatch.setattr("wan_patches.diagnostics.script_runner.run", lambda *args, **kwargs: None)
-    with pytest.raises(Outside) as outside:
-        cli.app(["profile", *options, "script.py"], standalone_mode=False)
-    outside.value.action()
-    assert given == [trace]
-
-
 def test_a_file_that_cannot_be_written_does_not_hide_the_end_of_the_script(tmp_path, monkeypatch, capsys):
     def run(*args, **kwargs):
         raise SystemExit(3)
@@ -559,28 +535,6 @@ def test_a_file_that_cannot_be_written_does_not_hide_the_end_of_the_script(tmp_p
     assert "chart.png was not written: there is nothing to draw" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--json", "nowhere/p.json", "script.py"], "there is no folder"),
-        (["--json", ".", "script.py"], "is a folder"),
-        (["--patches", "rope,nope", "script.py"], "unknown patch nope"),
-        (["--fidelity", "near", "script.py"], "unknown fidelity 'near'"),
-    ],
-)
-def test_what_cannot_work_is_said_before_the_script_runs(arguments, message):
-    done = CliRunner().invoke(cli.app, ["profile", *arguments])
-    assert done.exit_code == 2
-    assert message in done.output
-
-
-def test_the_command_takes_what_run_takes(monkeypatch):
-    with pytest.raises(Outside):
-        cli.app(["profile", "--fidelity", "close", "--no-gate", "script.py"], standalone_mode=False)
-    choice = wan_patches._registry.chosen()
-    assert (choice.fidelity, choice.gate) == (wan_patches.Fidelity.CLOSE, False)
-
-
 def test_what_keeps_a_profile_from_beginning_is_raised(monkeypatch):
     def fail(*args):
         raise ImportError("no torch here")
@@ -588,10 +542,3 @@ def test_what_keeps_a_profile_from_beginning_is_raised(monkeypatch):
     monkeypatch.setattr(profiling, "recorder", fail)
     with pytest.raises(ImportError, match="no torch here"):
         profiling.run("script.py")
-
-
-def test_a_missing_matplotlib_is_said_before_the_script_runs(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: None)
-    done = CliRunner().invoke(cli.app, ["profile", "--chart", "p.png", "script.py"])
-    assert done.exit_code == 2
-    assert 'pip install "wan-patches[demo]"' in done.output

@@ -35,7 +35,7 @@ class Ranks:
 
     @torch.compiler.disable
     def fill(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
-        """Returns the tensor of rank `source`, into which `tensor` is turned in all other ranks."""
+        """Returns the tensor of rank `source` in every rank; in the others, `tensor` is a buffer for it."""
         tensor = tensor.contiguous()
         dist.broadcast(tensor, self._global(source), group=self.group)
         return tensor

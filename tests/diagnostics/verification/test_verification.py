@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import cProfile
-import dataclasses
 import itertools
 import json
 import random
-import re
 import shutil
 import sys
 import tempfile
@@ -16,10 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from typer.testing import CliRunner
 
 import wan_patches
-from wan_patches import Patch, Replace, Target, cli, verify
+from wan_patches import Patch, Replace, Target, verify
 from wan_patches.diagnostics.verification.divergence import compare_calls, find_first_divergence, smallest
 from wan_patches.diagnostics.verification.report import page
 from wan_patches.diagnostics.verification.trials import Event, Subject, Trial, ops_of
@@ -554,93 +551,3 @@ def test_json_has_it_all_and_is_json(pipe, broken_frames, tmp_path):
     assert read["stages"][0]["stock_seconds"] > 0
     assert "strips" not in read
     assert set(read["facts"]) >= {"torch", "diffusers", "device", "transformer"}
-
-
-# The command
-
-
-def run(*arguments):
-    return CliRunner().invoke(cli.app, ["verify", *arguments])
-
-
-TINY = ("tiny:wan_t2v", "--frames", "5", "--steps", "1", "--repeat", "0", "--device", "cpu", "--dtype", "fp32")
-
-
-def test_the_command_exits_with_0_where_all_is_the_same(tmp_path):
-    report, rows = tmp_path / "report.html", tmp_path / "rows.json"
-    done = run(*TINY, "--report", str(report), "--json", str(rows), "--patches", "rope,frames")
-    assert done.exit_code == 0, done.output
-    assert "Every bit is the same" in done.output
-    assert "Every bit is the same" in report.read_text()
-    assert set(json.loads(rows.read_text())["patches"]) == {"rope", "frames"}
-
-
-def test_the_command_exits_with_1_and_names_the_patch(broken_rope):
-    done = run(*TINY)
-    assert done.exit_code == 1
-    assert "patch 'rope' in diffusers.models.transformers.transformer_wan" in done.output
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["tiny:wan_t3v"], "Unknown tiny model 'wan_t3v'; known: wan_t2v, "),
-        (["no-such-folder"], "Cannot load the model no-such-folder"),
-        (["tiny:wan_t2v", "--patches", "rpoe"], "unknown patch rpoe"),
-        (["tiny:wan_t2v", "--fidelity", "near"], "unknown fidelity 'near'"),
-        (["tiny:wan_t2v", "--size", "47x"], "WIDTHxHEIGHT"),
-        (["tiny:wan_t2v", "--size", "47x31"], "Does this model run with these arguments at all?"),
-        (["tiny:wan_t2v", "--report", "no-such-folder/report.html"], "there is no folder no-such-folder"),
-        (["tiny:wan_t2v", "--json", "."], "is a folder"),
-        (["tiny:wan_t2v", "--dtype", "fp7"], "Unknown dtype 'fp7'"),
-        ([*TINY, "--patches", "timesteps"], "NOT verified: no patch was in force"),
-        (["tiny:wan22_i2v", "--image", "no-such-photo.png"], "Cannot read the image"),
-    ],
-)
-def test_the_command_exits_with_2_where_nothing_could_be_found_out(arguments, message):
-    done = run(*arguments, "--device", "cpu")
-    assert done.exit_code == 2
-    assert message in " ".join(done.output.replace("│", " ").split())
-
-
-def test_the_command_exits_with_2_where_stock_does_not_repeat_itself(monkeypatch):
-    from wan_patches.bench import verification
-
-    def subject(*args, **kwargs):
-        found, calls = build(*args, **kwargs), itertools.count(1)
-        given = {**found.arguments(), "callback_on_step_end": stateful(calls)}
-        return dataclasses.replace(found, arguments=lambda: given)
-
-    build = verification.subject
-    monkeypatch.setattr(verification, "subject", subject)
-    done = run(*TINY)
-    assert done.exit_code == 2
-    assert "NOT verified: runs of stock code differ from each other" in done.output
-
-
-def test_files_that_cannot_be_written_after_all_do_not_hide_what_was_found(monkeypatch, tmp_path):
-    def fail(found, path):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(wan_patches.Verification, "save_html", fail)
-    report, rows = tmp_path / "report.html", tmp_path / "rows.json"
-    done = run(*TINY, "--patches", "frames", "--report", str(report), "--json", str(rows))
-    assert done.exit_code == 2
-    assert "Every bit is the same" in done.output
-    assert "report.html was not written: [Errno 28] No space left on device" in done.output
-    assert json.loads(rows.read_text())["exact"] is True
-
-
-def test_the_command_takes_a_folder_and_says_what_else_it_needs(tmp_path):
-    from wan_patches.testing.families import images
-
-    folder, photo = tmp_path / "model", tmp_path / "photo.png"
-    FAMILIES["wan22_i2v"].build().save_pretrained(folder)
-    images()[0].save(photo)
-    rest = ("--size", "48x32", "--frames", "5", "--steps", "1", "--repeat", "0", "--device", "cpu", "--dtype", "fp32")
-    done = run(str(folder), *rest)
-    assert done.exit_code == 2
-    assert "WanImageToVideoPipeline also needs image: give one with --image." in done.output
-    done = run(str(folder), *rest, "--image", str(photo))
-    assert done.exit_code == 0, done.output
-    assert re.search(r"Every bit is the same, fast .*\(WanImageToVideoPipeline on cpu", done.output)
