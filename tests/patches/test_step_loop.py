@@ -44,7 +44,9 @@ def fast(monkeypatch):
         counted(ops, name)
     for name in ("solve", "solve_ex"):
         counted(torch.linalg, name)
-    monkeypatch.setattr(step_loop, "are_torchs", lambda function: True)  # what counts it is nobody's replacement
+    monkeypatch.setattr(
+        step_loop, "are_torch_functions", lambda function: True
+    )  # the call counter is not a user's replacement
     monkeypatch.setattr(step_loop, "is_accelerator", lambda device: True)
     return calls
 

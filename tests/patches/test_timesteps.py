@@ -96,7 +96,7 @@ def test_what_two_rows_stand_for_has_the_bits_of_a_row_per_token(kind, handed, a
         return torch.cat([linear(row[None]) for row in flat]).reshape(*rows.shape[:-1], -1)
 
     monkeypatch.setattr(project, "forward", each)
-    monkeypatch.setattr(patch, "hands_on", lambda module: True)  # although somebody looks
+    monkeypatch.setattr(patch, "runs_only_library_code", lambda module: True)  # although somebody looks
     stock = _latents(pipe, steps=1)
     with wan_patches.enabled(["modulation", "timesteps"], fidelity="close"):
         assert torch.equal(_latents(pipe, steps=1), stock)

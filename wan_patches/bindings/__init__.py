@@ -1,1 +1,1 @@
-"""What rewritten code calls: turns diffusers' objects into tensors, and hands them to ops or back to stock."""
+"""Functions that rewritten code calls: they pass tensors from diffusers' objects to ops, or fall back to stock."""

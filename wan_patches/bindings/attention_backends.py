@@ -1,4 +1,4 @@
-"""Attention for Ascend NPUs, under a name in the table of backends that diffusers keeps."""
+"""An attention backend for Ascend NPUs, registered by name in diffusers' table of backends."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from wan_patches.ops.npu import attention, function, problem, problems
 from wan_patches.patches.attention_backends import NAME
 from wan_patches.patching.rewrite import Unknown
 
-#: Where diffusers' enumeration keeps its members, and its registry what it knows of each backend.
+#: The attributes in which diffusers' enumeration stores its members and its registry stores the backends' data.
 _MEMBERS = ("_member_names_", "_member_map_", "_value2member_map_")
 _TABLES = ("_backends", "_constraints", "_supported_arg_names")
 
 
 class _Backend:
-    """One name more in diffusers' enumeration and table of attention backends, while it is put in.
+    """Adds one name to diffusers' enumeration and registry of attention backends while the patch is installed.
 
-    A model that was told to use it goes on doing so after it was taken out: that is its user's choice. Only the name
-    is not known any more.
+    A model that was set to this backend keeps using it after removal, because its user chose it. Only the name becomes
+    unknown.
     """
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class _Backend:
         self._is_used = False
 
     def put(self, module: types.ModuleType) -> None:
-        """Adds the name. Raises `Unknown` where diffusers keeps its backends in another way."""
+        """Adds the name. Raises `Unknown` if diffusers stores its backends differently."""
         names, table = _places(module)
         if self._module is not module:
             self._module, self._member, self._is_used = module, _new_member(names), False
@@ -45,7 +45,7 @@ class _Backend:
         table.register(self._member, constraints=list(table._constraints[names._NATIVE_NPU]))(_laser_on(module))
 
     def take(self) -> None:
-        """Takes the name out; the rest too if no model was told to use it."""
+        """Removes the name, and the registry entries too if no model was set to use the backend."""
         if self._module is None:
             return
         names, table = _places(self._module)
@@ -59,9 +59,9 @@ class _Backend:
                 getattr(table, kept).pop(self._member, None)
 
     def check(self, backend: object) -> bool:
-        """Called where diffusers asks whether a backend that was named can be used: raises if this one cannot.
+        """Raises if this backend is requested but cannot be used; diffusers calls it to check a named backend.
 
-        Returns False, so that diffusers goes on asking.
+        Returns False so that diffusers continues with its own checks.
 
         Raises:
             RuntimeError: torch_npu or MindIE-SD cannot be used.
@@ -80,7 +80,7 @@ check = backend.check
 
 
 def advice() -> list[str]:
-    """What `status()` says about attention on this machine: something where there is an NPU, else nothing."""
+    """Returns the notes of `status()` on attention on this machine: an empty list if there is no NPU."""
     npu = getattr(torch, "npu", None)
     if npu is None or not npu.is_available():
         return []
@@ -112,7 +112,10 @@ def _new_member(names: Any) -> Any:
 
 
 def _laser_on(module: types.ModuleType) -> Callable[..., Any]:
-    """The backend, which takes what the installed `_native_npu` takes, and refuses what that one would ignore."""
+    """Returns the backend, with the parameters of the installed `_native_npu`.
+
+    It rejects options that `_native_npu` would ignore.
+    """
     names, table = _places(module)
     fused_parameters = inspect.signature(table._backends[names._NATIVE_NPU]).parameters
 
@@ -121,7 +124,7 @@ def _laser_on(module: types.ModuleType) -> Callable[..., Any]:
         for name in ("attn_mask", "is_causal"):
             if name in given and name not in fused_parameters:
                 raise ValueError(f"Attention backend '{NAME}' takes no `{name}` in this version of diffusers.")
-        if "_parallel_config" in given:  # diffusers refuses it by itself, but for 0.36 in one order of calls
+        if "_parallel_config" in given:  # diffusers rejects it too, except 0.36 in one order of calls
             raise ValueError(f"Attention backend '{NAME}' does not support context parallelism.")
         if not given.get("dropout_p") and given.keys() <= {"scale", "dropout_p"} and attention.fits(query, key, value):
             return attention.laser_attention(query, key, value, given.get("scale"))

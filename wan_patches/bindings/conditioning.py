@@ -1,4 +1,4 @@
-"""The mask and the video of given frames, of image-to-video pipelines."""
+"""Condition mask and condition video of image-to-video pipelines."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
-from wan_patches.bindings.forwards import hands_on
-from wan_patches.bindings.originals import are_torchs, has_librarys, is_watched
+from wan_patches.bindings.forwards import runs_only_library_code
+from wan_patches.bindings.stock_functions import are_torch_functions, has_library_methods, is_watched
 from wan_patches.ops.conditioning import ConditionVideo
 from wan_patches.ops.conditioning import condition_mask as op
 from wan_patches.patching import tally
@@ -17,9 +17,9 @@ from wan_patches.patching import tally
 def condition_mask(
     batch: int, frames: int, height: int, width: int, temporal: int, device: torch.device | str, last_frame: bool
 ) -> torch.Tensor:
-    """The mask of given frames; see `wan_patches.ops.conditioning`."""
+    """Builds the condition mask; see `wan_patches.ops.conditioning`."""
     args = (batch, frames, height, width, temporal, torch.device(device), last_frame)
-    if not are_torchs(torch.repeat_interleave, torch.concat):
+    if not are_torch_functions(torch.repeat_interleave, torch.concat):
         return op.stock("torch's functions are not its own", *args)
     return op(*args)
 
@@ -27,10 +27,10 @@ def condition_mask(
 def condition_video(
     vae: Any, first: torch.Tensor, last: torch.Tensor | None, *zeros: int
 ) -> torch.Tensor | ConditionVideo:
-    """The given frames and `zeros`, the shape of those between: a `ConditionVideo` where `vae` takes slices of it.
+    """Joins the condition frames with zeros of shape `zeros`, as a `ConditionVideo` if `vae` can read it in slices.
 
-    That is an `AutoencoderKLWan` where nobody looks between `encode` and the encoder's last layer; any other gets the
-    tensor.
+    That requires an `AutoencoderKLWan` in which no foreign code runs between `encode` and the encoder's last layer. Any
+    other VAE gets the tensor.
     """
     if (reason := _reason_against(vae, first, last, *zeros)) is not None:
         tally.note("condition video", "", reason)
@@ -40,16 +40,16 @@ def condition_video(
 
 
 def _reason_against(vae: Any, first: torch.Tensor, last: torch.Tensor | None, *zeros: int) -> str | None:
-    """Why the condition video is built, as stock does; None where it need not be."""
+    """Why the condition video has to be built as in stock, or None."""
     kind: type = type(vae)
     if kind is not AutoencoderKLWan:
         return "the VAE is not AutoencoderKLWan"
     given = [frame for frame in (first, last) if frame is not None]
     if any(type(frame) is not torch.Tensor or frame.requires_grad for frame in given):
         return "the frames are not plain tensors"
-    if is_watched() or not are_torchs(torch.cat):
+    if is_watched() or not are_torch_functions(torch.cat):
         return "something looks into the operations"
-    if not has_librarys(vae, "encode", "_encode", "tiled_encode") or not hands_on(vae.encoder):
+    if not has_library_methods(vae, "encode", "_encode", "tiled_encode") or not runs_only_library_code(vae.encoder):
         return "somebody looks on between encode and the encoder's layers"
     batch, channels, frames, height, width = zeros
     shape = (batch, channels, 1, height, width)

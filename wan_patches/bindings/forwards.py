@@ -1,6 +1,6 @@
-"""What a call of a module runs, and whether anybody's code stands before it.
+"""Which function a call of a module runs, and whether foreign code can run before it.
 
-Patches ask here that call a module otherwise than stock does, or hand it another value.
+Bindings ask here before they call a module differently than stock does, or with different values.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import Any
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-from wan_patches.bindings.originals import is_librarys
+from wan_patches.bindings.stock_functions import is_library_function
 from wan_patches.patching.objects import own_methods
 
-#: Hooks that move and cast tensors, and look into none: modules, and classes that they define.
+#: Hooks that only move or cast tensors without reading their values: modules, and the hook classes they define.
 _MOVING = {
     "accelerate.hooks": ("AlignDevicesHook", "CpuOffload"),
     "diffusers.hooks.group_offloading": (
@@ -28,60 +28,60 @@ _MOVING = {
 
 
 def forward_of(module: nn.Module) -> FunctionType | None:
-    """The library's function that a call of `module` comes to with its arguments as they are.
+    """Returns the library function that a call of `module` reaches with its arguments unchanged.
 
-    None where others' code may look at them first. Hooks of offloading and of layerwise casting, and decorators that
-    the library itself has put on its function, do not.
+    None if foreign code may see the arguments first. Offloading hooks, layerwise-casting hooks and the library's own
+    decorators do not count as foreign code.
     """
     if is_hooked(module) or not _calls_forward(type(module)):
         return None
     forward: Any = module.forward
     while type(forward) is functools.partial:
         forward = _behind_hook(module, forward)
-    # exact types and identity: proxies answer as what they stand for
+    # exact types and identity, because proxies imitate the object they wrap
     is_method = type(forward) is MethodType and forward.__self__ is module
     function: Any = forward.__func__ if is_method else None
     of_class: Any = type(module).forward
     if function is not of_class:
         return None
-    while is_librarys(function):
+    while is_library_function(function):
         if not hasattr(function, "__wrapped__"):
             return function  # type: ignore[no-any-return]
         function = function.__wrapped__
     return None
 
 
-def hands_on(module: nn.Module) -> bool:
-    """Whether nobody's code sees what `module` and the modules in it are called with.
+def runs_only_library_code(module: nn.Module) -> bool:
+    """Whether no foreign code sees the inputs of `module` and its submodules.
 
-    Hooks that move and cast tensors are nobody's.
+    Hooks that only move or cast tensors are allowed.
     """
     return all(part._compiled_call_impl is None and forward_of(part) is not None for part in module.modules())
 
 
 def runs(module: nn.Module, *names: str) -> bool:
-    """Whether `forward_of(module)` is a function that calls one of these names."""
+    """Whether `forward_of(module)` is a function that refers to one of these names."""
     function = forward_of(module)
     return function is not None and not set(names).isdisjoint(function.__code__.co_names)
 
 
 def is_untouched(module: nn.Module) -> bool:
-    """Whether a call of `module` is its class's forward as the library has it, without hooks of any kind."""
+    """Whether a call of `module` runs its class's forward as the library defines it, without hooks of any kind."""
     return not (
         is_hooked(module)
         or module._compiled_call_impl is not None
         or ("forward" in vars(module) and "forward" in own_methods(module))
-        or not is_librarys(type(module).forward)
+        or not is_library_function(type(module).forward)
     )
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether torch calls something before or after the forward of `module`."""
+    """Whether torch runs a hook before or after the forward of `module`."""
     return bool(module._forward_hooks or module._forward_pre_hooks) or has_global_hooks()
 
 
 def has_global_hooks() -> bool:
-    """Whether torch calls something before or after the forward of every module."""
+    """Whether torch runs a hook before or after the forward of every module."""
     return bool(
         torch_module._global_forward_hooks
         or torch_module._global_forward_pre_hooks
@@ -91,12 +91,12 @@ def has_global_hooks() -> bool:
 
 
 def _calls_forward(cls: type[nn.Module]) -> bool:
-    """Whether objects of a class are called as torch calls modules, or as this package does to watch or divide them."""
+    """Whether instances are called by torch's `__call__`, or by this package's own that watches or divides modules."""
     return (
         (cls.__call__ is nn.Module.__call__ or _is_ours(cls.__call__))
         and cls._call_impl is nn.Module._call_impl
-        and is_librarys(nn.Module.__call__)
-        and is_librarys(nn.Module._call_impl)
+        and is_library_function(nn.Module.__call__)
+        and is_library_function(nn.Module._call_impl)
     )
 
 
@@ -105,7 +105,7 @@ def _is_ours(function: object) -> bool:
 
 
 def _behind_hook(module: nn.Module, forward: functools.partial[Any]) -> Any:
-    """What is called by what a library has put in the place of a forward; None where its hook may look at tensors."""
+    """Returns the function that a library's forward wrapper calls, or None if its hook may read tensors."""
     function: Any = forward.func
     if type(function) is not FunctionType or not forward.args or forward.args[0] is not module:
         return None

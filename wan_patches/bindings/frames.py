@@ -1,4 +1,4 @@
-"""Video tensors to frames, as every video pipeline asks `VideoProcessor` for them."""
+"""Converts video tensors to frames, for the `VideoProcessor` calls of all video pipelines."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from wan_patches.patching import tally
 def postprocess_video(
     stock: Callable[..., Any], processor: Any, video: torch.Tensor, output_type: str, **kwargs: Any
 ) -> Any:
-    """What stock's method returns for `video` of shape `(batch, channels, frames, height, width)`.
+    """Returns the result of the stock method for `video` of shape `(batch, channels, frames, height, width)`.
 
-    `"pil"` and `"np"` of RGB videos in a floating dtype take the fast way; everything else is stock's. What takes
-    it goes where `wan_patches.bindings.output_buffers` says: computed into the memory given there, or copied to it
-    once from an accelerator.
+    Takes the fast path for `"pil"` and `"np"` output of RGB videos in a floating dtype, and falls back to stock
+    otherwise. The fast path respects `wan_patches.bindings.output_buffers`: frames are computed directly into the
+    memory given there, or copied into it once from an accelerator.
     """
     if (reason := _reason_against(processor, video, output_type, kwargs)) is not None:
         tally.note("frames", "", reason)
@@ -36,7 +36,7 @@ def postprocess_video(
 
 
 def _reason_against(processor: Any, video: torch.Tensor, output_type: str, others: Mapping[str, Any]) -> str | None:
-    """Why this video takes stock's way; None where it need not."""
+    """Why this video falls back to the stock implementation, or None."""
     if output_type not in ("pil", "np"):
         return "the output type is neither pil nor np"
     if others:
@@ -63,7 +63,7 @@ def _to_pil(stock: Callable[..., Any], processor: Any, video: torch.Tensor, to: 
     total = torch.zeros((), dtype=torch.float32, device=video.device)
     op = functools.partial(frames.video_to_uint8, total=total)
     made = _made(frames.to_uint8, op, of_stock, video, torch.uint8, to)
-    if total.isnan():  # of which numpy warns, or raises, as it is told to
+    if total.isnan():  # numpy warns or raises, depending on its settings
         return stock(processor, video, "pil")
     image = PIL.Image.fromarray if to is None else to.image
     return [[image(frame) for frame in batch] for batch in made.numpy()]
@@ -84,8 +84,8 @@ def _made(
     dtype: torch.dtype,
     to: Delivery | None,
 ) -> torch.Tensor:
-    """The frames on the CPU: in the memory of `to` where there is one, behind the gate on accelerators."""
+    """Returns the frames on the CPU, in the memory of `to` if given; on accelerators the gate checks them first."""
     out = None if to is None else to.empty_strided(*frames.layout(video, dtype), dtype)
     made = op(video, make, of_stock, out)
-    # at first sight, and where ours is not exact, the gate gives what stock made, in memory of its own
+    # at first sight, and if the form is not exact, the gate returns stock's result in newly allocated memory
     return made if out is None or made is out else out.copy_(made)

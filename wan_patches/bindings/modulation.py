@@ -1,4 +1,4 @@
-"""adaLN modulation and gated residuals, as the blocks of Wan, Helios and their relatives call them."""
+"""adaLN modulation and gated residuals, as called by the transformer blocks of Wan, Helios and related models."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from diffusers.models.normalization import FP32LayerNorm
 from torch import nn
 
 from wan_patches.bindings.forwards import has_global_hooks, is_untouched, runs
-from wan_patches.bindings.originals import are_torchs
+from wan_patches.bindings.stock_functions import are_torch_functions
 from wan_patches.ops import fused_norm
 from wan_patches.ops import modulation as ops
 from wan_patches.ops.dispatch import SMALL, Op
@@ -22,12 +22,12 @@ from wan_patches.patching import tally
 
 
 def modulated_norm(norm: nn.Module, x: torch.Tensor, scale: Modulation, shift: Modulation) -> torch.Tensor:
-    """`(norm(x.float()) * (1 + scale) + shift).type_as(x)`; see `wan_patches.ops.modulation`."""
+    """Computes `(norm(x.float()) * (1 + scale) + shift).type_as(x)`; see `wan_patches.ops.modulation`."""
     return _around(norm, ops.modulated_norm, x, norm, scale, shift)
 
 
 def gated_residual(x: torch.Tensor, y: torch.Tensor, gate: Modulation, cast: bool = False) -> torch.Tensor:
-    """`(x.float() + y * gate).type_as(x)`; see `wan_patches.ops.modulation`."""
+    """Computes `(x.float() + y * gate).type_as(x)`; see `wan_patches.ops.modulation`."""
     return ops.gated_residual(x, y, gate, cast)
 
 
@@ -39,17 +39,17 @@ def residual_norm(
     scale: Modulation | None = None,
     shift: Modulation | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A residual sum and its norm; see `wan_patches.ops.modulation`."""
+    """Computes a residual sum and its norm; see `wan_patches.ops.modulation`."""
     return _around(norm, ops.residual_norm, x, y, gate, norm, scale, shift)
 
 
 def cast_norm(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """`norm(x.float()).type_as(x)`; see `wan_patches.ops.modulation`."""
+    """Computes `norm(x.float()).type_as(x)`; see `wan_patches.ops.modulation`."""
     return _around(norm, ops.cast_norm, x, norm)
 
 
 def close_modulated_norm(norm: nn.Module, x: torch.Tensor, scale: Modulation, shift: Modulation) -> torch.Tensor:
-    """`modulated_norm`, with rounding that moves; see `wan_patches.ops.fused_norm`."""
+    """Computes `modulated_norm` with different rounding; see `wan_patches.ops.fused_norm`."""
     return _around(norm, fused_norm.modulated_norm, x, norm, scale, shift)
 
 
@@ -61,20 +61,20 @@ def close_residual_norm(
     scale: Modulation | None = None,
     shift: Modulation | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`residual_norm`, with rounding that moves; see `wan_patches.ops.fused_norm`."""
+    """Computes `residual_norm` with different rounding; see `wan_patches.ops.fused_norm`."""
     return _around(norm, fused_norm.residual_norm, x, y, gate, norm, scale, shift)
 
 
 def close_cast_norm(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """`cast_norm`, with rounding that moves; see `wan_patches.ops.fused_norm`."""
+    """Computes `cast_norm` with different rounding; see `wan_patches.ops.fused_norm`."""
     return _around(norm, fused_norm.cast_norm, x, norm)
 
 
 def _around(norm: nn.Module, op: Op, *args: Any) -> Any:
-    """What `op` gives, whose first argument are the hidden states; stock's operations where `norm` asks for them."""
+    """Calls `op`, whose first argument is the hidden states, or its reference if `norm` requires stock's operations."""
     if torch.compiler.is_compiling():
         return op(*args)
-    # of few elements the norm is called as stock calls it, whatever it is
+    # for few elements the norm is called as in stock, so its type does not matter
     reason = op.why_small(args[0]) or _reason_against_norm(norm)
     if reason is None:
         return op(*args)
@@ -88,8 +88,9 @@ def modulations(table: torch.Tensor, temb: torch.Tensor | SegmentedModulation) -
     temb: `(batch, seq, 6, dim)`, or its `SegmentedModulation`.
 
     Returns:
-        Six of `(batch, rows, dim)`, without the third axis of stock's: each a `SegmentedModulation`, one row where all
-        tokens share one, else a `RowPerToken`. Stock's tensors where something looks into the operations.
+        Six modulations of `(batch, rows, dim)`, without the third axis of stock's tensors: each a
+        `SegmentedModulation`, a single row if all tokens share it, or a `RowPerToken`. If anything observes the
+        operations, stock's tensors.
     """
     if isinstance(temb, SegmentedModulation):
         return temb._replace(rows=temb.rows.float()).added_to(table)
@@ -103,11 +104,11 @@ def modulations(table: torch.Tensor, temb: torch.Tensor | SegmentedModulation) -
 def segmented_modulation(
     model: Any, history: torch.Tensor, current: torch.Tensor
 ) -> torch.Tensor | SegmentedModulation:
-    """Joins the modulations of Helios' history and current tokens.
+    """Joins the modulations of Helios' history tokens and current tokens.
 
-    A `SegmentedModulation`, or stock's `(batch, 6, seq, dim)` where others' code may look at it.
+    Returns a `SegmentedModulation`, or stock's `(batch, 6, seq, dim)` if foreign code may see the result.
 
-    history, current: `(batch, 6, tokens, dim)` of the tokens before and of those that are generated.
+    history, current: `(batch, 6, tokens, dim)`, of the preceding tokens and of the tokens being generated.
     """
     reason = _reason_against_rows(model, history, current)
     if reason is None and not (_is_repeated(history, 2) and _is_repeated(current, 2)):
@@ -123,12 +124,12 @@ def segmented_modulation(
 
 
 def tokens_first(temb: torch.Tensor | SegmentedModulation) -> torch.Tensor | SegmentedModulation:
-    """`(batch, 6, seq, dim)` to `(batch, seq, 6, dim)`, which `SegmentedModulation` stand for already."""
+    """Permutes `(batch, 6, seq, dim)` to `(batch, seq, 6, dim)`; a `SegmentedModulation` has that layout already."""
     return temb if isinstance(temb, SegmentedModulation) else temb.permute(0, 2, 1, 3)
 
 
 def current_row(model: Any, history: torch.Tensor, current: torch.Tensor) -> torch.Tensor:
-    """What Helios hands its output norm, which looks at the tokens that are generated: one row, or stock's tensor.
+    """Returns the embedding for Helios' output norm, which reads only the current tokens: one row, or stock's tensor.
 
     history, current: `(batch, tokens, dim)`.
     """
@@ -138,12 +139,12 @@ def current_row(model: Any, history: torch.Tensor, current: torch.Tensor) -> tor
 
 
 def _is_repeated(tensor: torch.Tensor, dim: int) -> bool:
-    """Whether all that lies along `dim` is one and the same memory."""
+    """Whether all elements along `dim` are the same memory."""
     return not torch.compiler.is_compiling() and (tensor.stride(dim) == 0 or tensor.shape[dim] == 0)
 
 
 def _reason_against_rows(model: Any, history: torch.Tensor, current: torch.Tensor) -> str | None:
-    """Why a Helios model hands its blocks and its output norm what stock does; None where it need not."""
+    """Why a Helios model has to pass stock's tensors to its blocks and its output norm, or None."""
     if torch.compiler.is_compiling():
         return "it is being compiled"
     batch, dim = current.shape[0], current.shape[-1]
@@ -157,14 +158,14 @@ def _reason_against_rows(model: Any, history: torch.Tensor, current: torch.Tenso
 
 
 def _are_few(elements: int, like: torch.Tensor) -> bool:
-    """Whether hidden states of so many elements meet stock's operations, and stock's tensors do for them."""
+    """Whether hidden states of this many elements use stock's operations, so that stock's tensors suffice."""
     return elements < ops.modulated_norm.least_for(like)
 
 
 def reason_against_segments(model: Any, block: str) -> str | None:
-    """Why the blocks of `model` need stock's tensors; None where a `SegmentedModulation` will do.
+    """Why the blocks of `model` need stock's tensors, or None if they accept a `SegmentedModulation`.
 
-    block: the name of the class that blocks must have.
+    block: the required class name of the blocks.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return "it is being compiled"
@@ -174,7 +175,7 @@ def reason_against_segments(model: Any, block: str) -> str | None:
         return "there are global module hooks"
     if is_transformed():
         return "a mode or a transform looks on"
-    if not are_torchs(torch.cat):
+    if not are_torch_functions(torch.cat):
         return "torch's functions are not its own"
     for module in model.blocks:
         if type(module).__name__ != block or not _is_patched(module, OF_BLOCK):
@@ -183,13 +184,13 @@ def reason_against_segments(model: Any, block: str) -> str | None:
 
 
 def _is_patched(module: nn.Module, name: str) -> bool:
-    """Whether a module runs what calls `name`, in one of its two forms."""
+    """Whether a module runs code that calls `name`, in its exact or its close form."""
     return runs(module, name, name.replace(PREFIX, CLOSE_PREFIX))
 
 
 def _reason_against_norm(norm: nn.Module) -> str | None:
-    """Why a norm has to be called as stock calls it; None where it can be asked about a few tokens at a time."""
-    if not are_torchs(F.layer_norm, torch.layer_norm):
+    """Why a norm has to be called as in stock, or None if it can be called on a few tokens at a time."""
+    if not are_torch_functions(F.layer_norm, torch.layer_norm):
         return "torch's layer norm is not its own"
     if type(norm) is not FP32LayerNorm:
         return f"the norm is {type(norm).__name__}"

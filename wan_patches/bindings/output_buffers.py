@@ -1,13 +1,13 @@
-"""Where finished frames go, for one who wants them elsewhere than in new memory and `PIL.Image.fromarray`.
+"""Lets a caller choose the memory that finished frames are written to, and how images are made from them.
 
-A worker process has the frames of a pipeline computed straight into shared memory, and leaves making images
-to the process that receives them:
+By default frames go to newly allocated memory and `PIL.Image.fromarray`. A worker process instead has the frames
+computed directly into shared memory, and leaves making images to the receiving process:
 
     with delivering(Delivery(empty_strided=shared_memory, image=lazy_image)):
         result = pipe(**arguments, output_type="pil")
 
-Only the "frames" patch asks (`wan_patches.patches.frames`), and only where it is in force: where stock's own code
-makes the frames (another dtype, another number of channels, patches off), they come as stock makes them.
+Only the "frames" patch (`wan_patches.patches.frames`) supports this, and only while it is active. When stock code makes
+the frames (another dtype, another number of channels, patches disabled), they are delivered as in stock.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ if TYPE_CHECKING:
 class Delivery:
     """How finished frames leave a pipeline.
 
-    empty_strided: makes the CPU tensor that a result is written to, from its shape, its strides in elements and
-        its dtype; called once per result, or chunk of one. What it raises, the pipeline call raises.
-    image: what `output_type="pil"` gives for one frame, a uint8 array `(height, width, channels)`, which lies
-        in memory that `empty_strided` gave.
+    empty_strided: allocates the CPU tensor for a result from its shape, its strides in elements and its dtype; called
+        once per result, or per chunk of one. Its exceptions propagate from the pipeline call.
+    image: makes the `output_type="pil"` result for one frame, a uint8 array `(height, width, channels)` in memory that
+        `empty_strided` allocated.
     """
 
     empty_strided: Callable[[Sequence[int], Sequence[int], torch.dtype], torch.Tensor]
     image: Callable[[np.ndarray], PIL.Image.Image]
 
 
-#: Where finished frames go; None: to new memory, as in stock.
+#: How finished frames are delivered; None: in newly allocated memory, as in stock.
 delivery: ContextVar[Delivery | None] = ContextVar("wan_patches.bindings.output_buffers", default=None)
 
 
 @contextlib.contextmanager
 def delivering(to: Delivery) -> Iterator[None]:
-    """Frames finished inside the block, in this thread or task, leave as `to` says."""
+    """Delivers the frames finished inside the block, in this thread or task, as `to` specifies."""
     token = delivery.set(to)
     try:
         yield

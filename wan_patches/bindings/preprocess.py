@@ -1,4 +1,4 @@
-"""PIL images and videos to tensors, as pipelines ask `VideoProcessor` for them."""
+"""Converts PIL images and videos to tensors, for the `VideoProcessor` calls of pipelines."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 import PIL.Image
 import torch
 
-from wan_patches.bindings.originals import are_torchs, has_librarys
 from wan_patches.bindings.processors import is_stock
+from wan_patches.bindings.stock_functions import are_torch_functions, has_library_methods
 from wan_patches.ops.images import preprocessed
 from wan_patches.patches.processors import PREPROCESS, PREPROCESS_VIDEO
 from wan_patches.patching import tally
@@ -26,7 +26,7 @@ _SETTINGS = {
 
 
 def preprocess(processor: Any, device: torch.device | str | None, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """`processor.preprocess(image, height, width)` on `device`: `(images, 3, height, width)`, fp32 in [-1, 1]."""
+    """Runs `processor.preprocess(image, height, width)` on `device`: `(images, 3, height, width)`, fp32 in [-1, 1]."""
 
     def stock() -> torch.Tensor:
         return processor.preprocess(*args, **kwargs)
@@ -45,7 +45,11 @@ def preprocess(processor: Any, device: torch.device | str | None, *args: Any, **
 
 
 def preprocess_video(processor: Any, device: torch.device | str | None, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """`processor.preprocess_video(video, height, width)` on `device`: `(videos, 3, frames, height, width)`, fp32."""
+    """Runs `processor.preprocess_video(video, height, width)` on `device`.
+
+    Returns:
+        `(videos, 3, frames, height, width)`, fp32.
+    """
     given = _arguments(processor, PREPROCESS_VIDEO, args, kwargs)
     if given is None:
         tally.note("preprocess", "", _NOT_STOCKS)
@@ -65,11 +69,11 @@ def preprocess_video(processor: Any, device: torch.device | str | None, *args: A
 
 
 def _arguments(processor: Any, methods: tuple[str, ...], args: Any, kwargs: Any) -> tuple[Any, Any, Any] | None:
-    """Pictures, height and width that a call gives to a processor that resizes by Lanczos and normalises.
+    """Returns images, height and width of a call, if the processor only resizes by Lanczos and normalises.
 
-    None of a processor that may do something else, or a call with other arguments.
+    None if the processor may do anything else, or if the call has other arguments.
     """
-    if not has_librarys(processor, "get_default_height_width") or not is_stock(processor, methods, **_SETTINGS):
+    if not has_library_methods(processor, "get_default_height_width") or not is_stock(processor, methods, **_SETTINGS):
         return None
     try:
         return _pictures_and_size(*args, **kwargs)
@@ -82,8 +86,8 @@ def _pictures_and_size(pictures: Any, /, height: Any = None, width: Any = None) 
 
 
 def _size_of_all(processor: Any, videos: list[Any], height: Any, width: Any) -> tuple[int, int] | str:
-    """The `(height, width)` that stock would resize these lists of images to, or the reason for stock's way."""
-    if not are_torchs(torch.from_numpy):
+    """Returns the `(height, width)` that stock would resize these lists to, or the reason for the fallback."""
+    if not are_torch_functions(torch.from_numpy):
         return "`torch.from_numpy` is not torch's own"
     if not all(isinstance(images, list) and len(images) == len(videos[0]) > 0 for images in videos):
         return "the input is not lists of images, as many in each"
@@ -95,17 +99,17 @@ def _size_of_all(processor: Any, videos: list[Any], height: Any, width: Any) -> 
 
 
 def _is_plain(image: object) -> bool:
-    """Whether it is an image in RGB that Pillow's own code resizes."""
+    """Whether `image` is an RGB image that Pillow's own code resizes."""
     return (
         isinstance(image, PIL.Image.Image)
         and image.mode == "RGB"
         and min(image.size) > 0
-        and has_librarys(image, "resize")
+        and has_library_methods(image, "resize")
     )
 
 
 def _size(processor: Any, images: list[PIL.Image.Image], height: Any, width: Any) -> tuple[int, int] | None:
-    """The `(height, width)` that stock would resize to; None where that is not a size."""
+    """Returns the `(height, width)` that stock would resize to, or None if that is not a valid size."""
     height, width = processor.get_default_height_width(images[0], height, width)
     whole = isinstance(height, int) and isinstance(width, int) and min(height, width) > 0
     return (height, width) if whole else None
@@ -117,5 +121,5 @@ def _tensor(
     device: torch.device | str | None,
     stock: Callable[[], torch.Tensor],
 ) -> torch.Tensor:
-    """`(images, 3, *size)` on `device`: what `stock()` uploads, in its strides (channels last, as arrays have them)."""
+    """Returns `stock()`, `(images, 3, *size)`, on `device` in the same strides (channels last, as arrays have them)."""
     return preprocessed(images, size, torch.device("cpu" if device is None else device), stock)

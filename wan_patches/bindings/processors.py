@@ -1,4 +1,4 @@
-"""Whether diffusers' image and video processors still do what is known of them."""
+"""Checks that diffusers' image and video processors still behave as known."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ from typing import Any
 
 from diffusers.configuration_utils import FrozenDict
 
-from wan_patches.bindings.originals import has_librarys
+from wan_patches.bindings.stock_functions import has_library_methods
 from wan_patches.patching.fingerprints import PROCESSOR, is_known
 
 _NONE = object()
 
 
 def is_stock(processor: object, methods: Iterable[str], **settings: Any) -> bool:
-    """Whether these methods are as known, with nobody's code around them, and the processor's settings are `settings`.
+    """Whether these methods have known texts and no wrappers, and the processor's configuration matches `settings`.
 
-    A processor may be any object with the methods that a pipeline calls; of one with others' methods nothing is read.
+    A processor may be any object with the methods that a pipeline calls. If its methods are not the library's, its
+    configuration is not read.
     """
     methods = tuple(methods)
-    if not has_librarys(processor, *methods) or not all(_is_known(type(processor), name) for name in methods):
+    if not has_library_methods(processor, *methods) or not all(_is_known(type(processor), name) for name in methods):
         return False
     config = getattr(processor, "config", None)
     return isinstance(config, FrozenDict) and all(

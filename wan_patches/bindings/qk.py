@@ -1,4 +1,4 @@
-"""Queries and keys in attention: their RMS norms, and both rotated in one call."""
+"""Queries and keys in attention: RMS norms, and the rotary embedding of both in one call."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from wan_patches.bindings.forwards import is_untouched
-from wan_patches.bindings.originals import are_torchs
+from wan_patches.bindings.stock_functions import are_torch_functions
 from wan_patches.ops import rms_norm as ops
 from wan_patches.ops import triton
 from wan_patches.ops.fused_norm import rms_norm_rope
@@ -19,12 +19,12 @@ from wan_patches.ops.tracing import is_observed
 from wan_patches.patches import rope
 from wan_patches.patching import tally
 
-#: diffusers' rotary embedding of one tensor, of a family.
+#: A family's rotary embedding function for one tensor, as diffusers defines it.
 Rotate = Callable[..., torch.Tensor]
 
 
 def qk_norm(norm: nn.RMSNorm, x: torch.Tensor) -> torch.Tensor:
-    """`norm(x)` for `x` of `(batch, seq, dim)`: without the call where it is `torch.nn.RMSNorm` and nothing else."""
+    """Returns `norm(x)` for `x` of `(batch, seq, dim)`; a plain `torch.nn.RMSNorm` is not called as a module."""
     if torch.compiler.is_compiling():
         return norm(x)
     reason = ops.rms_norm.why_small(x) or _reason_against_norm(norm, x)
@@ -37,9 +37,9 @@ def qk_norm(norm: nn.RMSNorm, x: torch.Tensor) -> torch.Tensor:
 def rotate_both(
     rotate: Rotate, query: torch.Tensor, key: torch.Tensor, *tables: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`rotate(query, *tables), rotate(key, *tables)`, at once where a kernel takes both.
+    """Returns `rotate(query, *tables), rotate(key, *tables)`, in one launch if a kernel handles both.
 
-    rotate: diffusers' function. What it computes is known while `rope` is in force in it, and only then.
+    rotate: diffusers' function. Its behaviour is known only while the `rope` patch is active in it.
     query, key: `(batch, seq, heads, head_dim)`.
     tables: cosines and sines, `(1 or batch, seq, 1, head_dim)` each, or both in one, `(1 or batch, seq, 2 * head_dim)`.
     """
@@ -49,7 +49,7 @@ def rotate_both(
 
 
 def close_qk_norm(norm: nn.RMSNorm, x: torch.Tensor, tables: object = None) -> torch.Tensor:
-    """`qk_norm`, with rounding that moves; `x` itself where `close_rotate_both` will do it."""
+    """Returns `qk_norm` with different rounding, or `x` unchanged if `close_rotate_both` will apply the norm."""
     if tables is not None and _is_left_to_rotation(norm, x):
         return x
     if x.device.type != "npu" or not _is_torchs_own(norm, x):
@@ -65,7 +65,7 @@ def close_rotate_both(
     key: torch.Tensor,
     *tables: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`rotate_both`, after the norms that `close_qk_norm` has left to it."""
+    """Applies `rotate_both` after any norms that `close_qk_norm` deferred to it."""
     left_q, left_k = _is_left_to_rotation(norm_q, query), _is_left_to_rotation(norm_k, key)
     if not left_q and not left_k:
         return rotate_both(rotate, query, key, *tables)
@@ -80,12 +80,12 @@ def _normed_and_rotated(
 ) -> torch.Tensor:
     if _reason_against_both(rotate, x) is not None:
         return rotate(norm(x.flatten(2)).unflatten(2, x.shape[2:]), *tables)
-    assert norm.eps is not None  # or its rounding is not known: `_is_left_to_rotation` has asked
+    assert norm.eps is not None  # a default eps has no known rounding; `_is_left_to_rotation` checked
     return rms_norm_rope(x, norm.weight, norm.eps, *_halves(tables))
 
 
 def _is_left_to_rotation(norm: nn.RMSNorm, x: torch.Tensor) -> bool:
-    """Whether a kernel takes norm and rotation; the same answer for `x` before and after it was split into heads."""
+    """Whether one kernel applies norm and rotation; splitting `x` into heads does not change the answer."""
     return (
         triton.is_usable(x.device)
         and _is_torchs_own(norm, x)
@@ -102,12 +102,12 @@ def _reason_against_norm(norm: nn.RMSNorm, x: torch.Tensor) -> str | None:
 
 
 def _is_torchs_own(norm: nn.RMSNorm, x: torch.Tensor) -> bool:
-    """Whether a norm is `torch.nn.RMSNorm` of all that `x` has for a token, and nobody looks on."""
+    """Whether `norm` is a plain `torch.nn.RMSNorm` over all features of a token in `x`, and nothing observes it."""
     return not torch.compiler.is_compiling() and (
         type(norm) is torch.nn.RMSNorm
         and is_untouched(norm)
         and norm.normalized_shape == (x.shape[2:].numel(),)
-        and are_torchs(F.rms_norm, torch.rms_norm)
+        and are_torch_functions(F.rms_norm, torch.rms_norm)
     )
 
 
@@ -120,6 +120,6 @@ def _reason_against_both(rotate: Rotate, query: torch.Tensor) -> str | None:
 
 
 def _halves(tables: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines for each pair of channels."""
+    """Returns cosines and sines, one value for each pair of channels."""
     cos, sin = tables if len(tables) > 1 else tables[0].unsqueeze(-2).chunk(2, dim=-1)
     return cos[..., 0::2], sin[..., 1::2]

@@ -1,4 +1,4 @@
-"""The making of rotary tables, without waits for the device."""
+"""Builds rotary tables without making the host wait for the device."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from wan_patches.ops.tracing import is_observed
 
 
 def ends(rows: torch.Tensor) -> torch.Tensor:
-    """`rows[[0, -1]]`, for which stock uploads the two numbers."""
+    """Returns `rows[[0, -1]]`, without uploading the two indices as stock does."""
     if not noted("ends", is_accelerator(rows.device) and not is_observed(rows) and len(rows) > 0):
         return rows[[0, -1]]
     return torch.stack((rows[0], rows[-1]))
 
 
 def frame_indices(rope: torch.nn.Module, indices: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    """`indices.to(device=device, dtype=torch.float32)`, uploaded the first time that these values are seen.
+    """Returns `indices.to(device=device, dtype=torch.float32)`, uploaded only the first time these values occur.
 
-    The pipelines make them on the CPU, where comparing them is free.
+    The pipelines create the indices on the CPU, where comparing them is cheap.
     """
     if not noted("frame indices", can_move(rope, indices, device)):
         return indices.to(device=device, dtype=torch.float32)
-    # a copy of the kept one, as it is handed on to methods that may be anybody's
+    # a copy of the cached tensor, because it is passed on to methods that may be overridden
     return step_loop.on_device(rope, indices.to(dtype=torch.float32), torch.device(device)).clone()

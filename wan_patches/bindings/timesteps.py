@@ -1,4 +1,4 @@
-"""Timesteps of tokens: two where stock embeds one for each token of Wan 2.2 TI2V."""
+"""Timesteps per token in Wan 2.2 TI2V: passes two distinct timesteps where stock embeds one for each token."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from wan_patches.bindings.forwards import hands_on, runs
+from wan_patches.bindings.forwards import runs, runs_only_library_code
 from wan_patches.bindings.modulation import reason_against_segments
-from wan_patches.bindings.originals import has_librarys
+from wan_patches.bindings.stock_functions import has_library_methods
 from wan_patches.ops.modulation import SegmentedModulation, SegmentedTimesteps
 from wan_patches.patches.timesteps import EMBED
 from wan_patches.patching import tally
@@ -18,7 +18,7 @@ from wan_patches.patching import tally
 def image_timesteps(
     pipe: Any, model: Any, of_tokens: torch.Tensor, latents: torch.Tensor
 ) -> torch.Tensor | SegmentedTimesteps:
-    """What the model gets where the tokens of the first latent frame have timestep 0, and the others another.
+    """Returns the model's timesteps if the first latent frame's tokens have timestep 0 and all others share another.
 
     of_tokens: `(seq,)`; latents: `(batch, channels, latent frames, height, width)`.
     """
@@ -34,7 +34,7 @@ def image_timesteps(
 def text_timesteps(
     pipe: Any, model: Any, of_tokens: torch.Tensor, latents: torch.Tensor
 ) -> torch.Tensor | SegmentedTimesteps:
-    """What the model gets where all tokens have one timestep: one for each sample."""
+    """Returns the model's timesteps if all tokens share one: one for each sample."""
     if (reason := _reason_against(pipe, model)) is not None:
         tally.note("timesteps of tokens", "", reason)
         return of_tokens.unsqueeze(0).expand(latents.shape[0], -1)
@@ -43,7 +43,7 @@ def text_timesteps(
 
 
 def flattened_timesteps(timestep: torch.Tensor | SegmentedTimesteps) -> torch.Tensor | SegmentedTimesteps:
-    """One timestep after another; `SegmentedTimesteps` remain what they are."""
+    """Flattens the timesteps; `SegmentedTimesteps` are returned unchanged."""
     return timestep if isinstance(timestep, SegmentedTimesteps) else timestep.flatten()
 
 
@@ -66,7 +66,7 @@ def embed_timesteps(
 def output_modulations(
     table: torch.Tensor, temb: torch.Tensor | SegmentedModulation
 ) -> tuple[torch.Tensor | SegmentedModulation, ...]:
-    """Shift and scale of the output norm, each like `temb`: `(batch, seq, dim)`, or its `SegmentedModulation`."""
+    """Returns shift and scale of the output norm, like `temb`: `(batch, seq, dim)`, or its `SegmentedModulation`."""
     if isinstance(temb, SegmentedModulation):
         return temb._replace(rows=temb.rows.unsqueeze(2)).added_to(table.to(temb.rows.device))
     modulations = (table.unsqueeze(0).to(temb.device) + temb.unsqueeze(2)).chunk(2, dim=2)
@@ -74,9 +74,13 @@ def output_modulations(
 
 
 def _reason_against(pipe: Any, model: Any) -> str | None:
-    """Why a pipeline gives each token its timestep, as stock does; None where it need not."""
+    """Why a pipeline has to pass one timestep for each token as in stock, or None."""
     known = type(pipe).__name__ in ("WanImageToVideoPipeline", "WanPipeline")
-    if not known or not type(pipe).__module__.startswith("diffusers.") or not has_librarys(pipe, "prepare_latents"):
+    if (
+        not known
+        or not type(pipe).__module__.startswith("diffusers.")
+        or not has_library_methods(pipe, "prepare_latents")
+    ):
         return "the pipeline is another, or makes latents in its own way"
     if type(model).__name__ != "WanTransformer3DModel" or model._compiled_call_impl is not None:
         return "the model is another, or is compiled"
@@ -84,6 +88,6 @@ def _reason_against(pipe: Any, model: Any) -> str | None:
         return "devices share the sequence"
     if (reason := reason_against_segments(model, "WanTransformerBlock")) is not None:
         return reason
-    if not runs(model, EMBED) or not hands_on(model.condition_embedder):
+    if not runs(model, EMBED) or not runs_only_library_code(model.condition_embedder):
         return "the model does not run what is patched here alone, or its embedder what diffusers has"
     return None

@@ -1,4 +1,4 @@
-"""Passes of Wan's video autoencoder over a video, with what lies between its convolutions done the short way."""
+"""Passes of Wan's video autoencoder over a video, with a fast path for the work between its convolutions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,12 @@ from diffusers.models.autoencoders.vae import DecoderOutput
 from torch import nn
 
 from wan_patches.bindings.forwards import has_global_hooks, is_hooked
-from wan_patches.bindings.originals import are_torchs, has_librarys, is_librarys, is_watched
+from wan_patches.bindings.stock_functions import (
+    are_torch_functions,
+    has_library_methods,
+    is_library_function,
+    is_watched,
+)
 from wan_patches.ops.norm_silu import norm_silu
 from wan_patches.ops.vae import FrameCaches, in_steps, interleave, is_channels_last, upsample, upsampled_bands
 from wan_patches.ops.vae_division import ROWS, STEP, convolution, convolves_divided, resizes_divided
@@ -34,7 +39,7 @@ _SHORT = "shared windows, no clones"
 
 
 def clear_cache(stock: Callable[..., None], vae: Any) -> None:
-    """Begins a pass: gives the encoder and the decoder `FrameCaches` where they can use them, else stock's lists."""
+    """Begins a pass: installs `FrameCaches` in the encoder and the decoder if they can use them, else stock's lists."""
     stock(vae)
     if torch.compiler.is_compiling():
         return
@@ -47,7 +52,7 @@ def clear_cache(stock: Callable[..., None], vae: Any) -> None:
 
 
 def decode(stock: Callable[..., Any], vae: Any, z: torch.Tensor, return_dict: bool = True) -> Any:
-    """Stock's untiled decode, whose chunks are written where they belong in the video at once.
+    """Runs stock's untiled decode, but writes each chunk directly to its place in the video.
 
     z: `(batch, channels, latent frames, height, width)`; the video is `(batch, 3, frames, height, width)` in [-1, 1].
     """
@@ -66,7 +71,7 @@ def decode(stock: Callable[..., Any], vae: Any, z: torch.Tensor, return_dict: bo
             if first is None:
                 first = chunk.clamp_(min=-1.0, max=1.0)
                 continue
-            if video is None:  # only the second chunk tells how many frames all others have
+            if video is None:  # the second chunk has the frame count of all later ones
                 end = first.shape[2]
                 length = end + (frames - 1) * chunk.shape[2]
                 video = chunk.new_empty((*chunk.shape[:2], length, *chunk.shape[3:]))
@@ -78,11 +83,14 @@ def decode(stock: Callable[..., Any], vae: Any, z: torch.Tensor, return_dict: bo
 
 
 def chunks(vae: Any, z: torch.Tensor) -> Generator[torch.Tensor, None, None]:
-    """What stock's untiled decode joins and clamps: the frames of one latent frame of `z` after another. Close it."""
+    """Yields what stock's untiled decode joins and clamps: the frames of each latent frame of `z` in turn.
+
+    Callers must close the generator.
+    """
     vae.clear_cache()
     try:
         latents = vae.post_quant_conv(z)
-        caches = vae._feat_map  # of this pass: between two chunks somebody may begin another
+        caches = vae._feat_map  # this pass's caches: another pass may begin between two chunks
         for i in range(latents.shape[2]):
             vae._conv_idx = index = [0]
             is_first = {"first_chunk": True} if i == 0 else {}
@@ -90,15 +98,15 @@ def chunks(vae: Any, z: torch.Tensor) -> Generator[torch.Tensor, None, None]:
             if vae.config.patch_size is not None:
                 chunk = wan.unpatchify(chunk, patch_size=vae.config.patch_size)
             yield chunk
-            del chunk  # before the next is made
+            del chunk  # frees it before the next chunk is decoded
     finally:
-        vae.clear_cache()  # also where a chunk was too much for the device
+        vae.clear_cache()  # also if a chunk ran out of device memory
 
 
 def decode_chunk(
     stock: Callable[..., Any], decoder: Any, x: torch.Tensor, feat_cache: Any, feat_idx: list[int], first_chunk: bool
 ) -> torch.Tensor:
-    """One latent frame to its frames. What follows the last upsampling in time goes a few frames at a time."""
+    """Decodes one latent frame. The layers after the last temporal upsampling process a few frames at a time."""
     if not _begins_fast(feat_cache, decoder, x, _reason_against_latents):
         return stock(decoder, x, feat_cache=feat_cache, feat_idx=feat_idx, first_chunk=first_chunk)
     blocks = list(decoder.up_blocks)
@@ -122,7 +130,10 @@ def decode_chunk(
 def encode_chunk(
     stock: Callable[..., Any], encoder: Any, x: torch.Tensor, feat_cache: Any, feat_idx: list[int]
 ) -> torch.Tensor:
-    """One or four frames to a latent frame. What precedes the first downsampling in time goes a few at a time."""
+    """Encodes one or four frames to a latent frame.
+
+    The blocks before the first temporal downsampling process a few frames at a time.
+    """
     if not _begins_fast(feat_cache, encoder, x, _reason_against_video):
         return stock(encoder, x, feat_cache=feat_cache, feat_idx=feat_idx)
     blocks = list(encoder.down_blocks)
@@ -144,7 +155,7 @@ def encode_chunk(
 def residual_block(
     stock: Callable[..., Any], block: Any, x: torch.Tensor, feat_cache: Any, feat_idx: list[int]
 ) -> torch.Tensor:
-    """Norm, SiLU, convolution, twice, and the shortcut added where the result lies."""
+    """Applies norm, SiLU and convolution twice, and adds the shortcut in place."""
     if not _noted("residual block", _reason_against_caches(feat_cache)):
         return stock(block, x, feat_cache, feat_idx)
     shortcut = x if block.in_dim == block.out_dim else convolution(block.conv_shortcut)(x)
@@ -155,7 +166,7 @@ def residual_block(
 def resample(
     stock: Callable[..., Any], module: Any, x: torch.Tensor, feat_cache: Any, feat_idx: list[int]
 ) -> torch.Tensor:
-    """Up or down by two in height and width, and in time where the mode says so."""
+    """Resamples by two in height and width, and in time if the mode says so."""
     reason = "there is nothing to resample" if module.mode == "none" else _reason_against_caches(feat_cache)
     if not _noted("resample", reason):
         return stock(module, x, feat_cache, feat_idx)
@@ -176,7 +187,7 @@ def resample(
 
 
 def unchanged(x: torch.Tensor, feat_cache: Any) -> torch.Tensor:
-    """What stock clones although nothing changes it."""
+    """Returns `x`, which stock clones although nothing modifies it."""
     return x if _is_fast(feat_cache) else x.clone()
 
 
@@ -186,7 +197,7 @@ def unchanged(x: torch.Tensor, feat_cache: Any) -> torch.Tensor:
 def _causal(
     conv: Any, caches: FrameCaches, index: list[int], x: torch.Tensor, norm: Any = None, **options: Any
 ) -> torch.Tensor:
-    """A causal convolution of three taps in time, after a norm and SiLU where one is given."""
+    """Applies a causal convolution of three taps in time, preceded by a norm and SiLU if given."""
     _, left, _, above, _, _ = conv._padding
     activation = None if norm is None else functools.partial(_normed, norm)
     index[0] += 1
@@ -194,7 +205,7 @@ def _causal(
 
 
 def _normed(norm: Any, x: torch.Tensor) -> torch.Tensor:
-    """`WanRMS_norm` and SiLU."""
+    """Applies `WanRMS_norm` and SiLU."""
     if x.is_cpu:
         return F.silu(norm(x), inplace=True)
     bias = norm.bias if isinstance(norm.bias, torch.Tensor) else None
@@ -203,9 +214,9 @@ def _normed(norm: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def _plain_norm(norm: Any, x: torch.Tensor, gamma: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """`norm(x)`, or with other weights, which the gate may want to try."""
+    """Returns `norm(x)`, with other weights if the gate tries some."""
     if gamma is not norm.gamma:
-        norm = copy.copy(norm)  # another thread may be in this one
+        norm = copy.copy(norm)  # another thread may be using the original
         weights: dict[str, Any] = {"gamma": gamma, "bias": bias}
         norm._parameters = {name: nn.Parameter(weights[name], False) for name in norm._parameters}
     return norm(x)
@@ -213,15 +224,15 @@ def _plain_norm(norm: Any, x: torch.Tensor, gamma: torch.Tensor, bias: torch.Ten
 
 @functools.lru_cache(maxsize=1)
 def _normalizes_in_fp32() -> bool:
-    """Whether the installed `WanRMS_norm` takes lengths and quotients of half dtypes in fp32."""
+    """Whether the installed `WanRMS_norm` computes norms and quotients of half dtypes in fp32."""
     forward: Any = wan.WanRMS_norm.forward
     return TEXTS[AUTOENCODER]["WanRMS_norm.forward"].get(fingerprint(forward)) == "0.38"
 
 
 def _upsample_time(conv: Any, x: torch.Tensor, caches: FrameCaches, index: list[int]) -> torch.Tensor:
-    """`(batch, frames, 2, channels, height, width)`, or without the 2 in the first pass, which leaves time alone."""
+    """Returns `(batch, frames, 2, channels, height, width)`; the first pass keeps the frame count and lacks the 2."""
     if caches[index[0]] is None:
-        caches[index[0]] = "Rep"  # stock's word
+        caches[index[0]] = "Rep"  # the marker that stock uses
         index[0] += 1
         return x.transpose(1, 2)
     return interleave(_causal(conv, caches, index, x))
@@ -233,12 +244,15 @@ def _upsample(frames: torch.Tensor, caches: FrameCaches) -> torch.Tensor:
 
 
 def _resize_divided(conv: Any, images: torch.Tensor, up: bool, caches: FrameCaches) -> torch.Tensor:
-    """One image at a time, and up in bands of rows: `(images, channels, height, width)` to twice or half the size."""
+    """Resizes one image at a time, and in bands of rows when upsampling.
+
+    `(images, channels, height, width)` becomes twice or half the size.
+    """
     if not up:
         return torch.cat([conv(_pad(image, caches)) for image in images.split(1)])
     count, _, height, width = images.shape
     y = images.new_empty((count, conv.out_channels, 2 * height, 2 * width))
-    convolve = convolution(conv, (0, conv.padding[1]))  # rows have their neighbours above and below with them
+    convolve = convolution(conv, (0, conv.padding[1]))  # each band contains its neighbouring rows
     for image, out in zip(images.split(1), y.split(1)):
         for rows, band in upsampled_bands(image, ROWS, caches):
             out[..., rows, :] = convolve(band)
@@ -246,7 +260,7 @@ def _resize_divided(conv: Any, images: torch.Tensor, up: bool, caches: FrameCach
 
 
 def _pad(frames: torch.Tensor, caches: FrameCaches) -> torch.Tensor:
-    """A row of zeros below and a column to the right."""
+    """Pads with a row of zeros below and a column of zeros on the right."""
     *leading, height, width = frames.shape
     padded = caches.shared((*leading, height + 1, width + 1), frames, is_channels_last(frames))
     padded[..., height, :] = 0
@@ -256,7 +270,7 @@ def _pad(frames: torch.Tensor, caches: FrameCaches) -> torch.Tensor:
 
 
 def _downsample_time(conv: Any, x: torch.Tensor, caches: FrameCaches, index: list[int]) -> torch.Tensor:
-    """Frames by a convolution with a stride of two over them and the last of the pass before; not in the first."""
+    """Convolves frames and the last frame of the previous pass with a stride of two; the first pass is unchanged."""
     before = caches[index[0]]
     caches[index[0]] = (x if before is None else x[:, :, -1:]).clone()
     index[0] += 1
@@ -264,7 +278,7 @@ def _downsample_time(conv: Any, x: torch.Tensor, caches: FrameCaches, index: lis
 
 
 def _layers(block: Any) -> list[Any]:
-    """What an up block runs one after another: called one by one, they leave its own input to be freed."""
+    """Returns the layers of an up block in order. Called one by one, they let the block's input be freed early."""
     if hasattr(block, "avg_shortcut"):
         return [block]
     return [*block.resnets, *(block.upsamplers or ())]
@@ -289,12 +303,12 @@ def _in_steps(
     caches: FrameCaches,
     index: list[int],
 ) -> torch.Tensor:
-    """`run(x, caches, index)` of modules that keep the frames, divided where that gives the same bits.
+    """Runs `run(x, caches, index)` of modules that keep the frame count, in steps if that gives the same bits.
 
-    frames: of `x` in every pass but the first, which has one.
+    frames: the frame count of `x` in every pass except the first, which has one.
     """
     first, is_first_pass = index[0], caches[index[0]] is None
-    # asked in the first pass already: there is room for what is tried, as most caches are empty
+    # tested in the first pass already: most caches are still empty, so there is memory for the trials
     divided = _can_be_divided(modules, x, frames if is_first_pass else x.shape[2])
     if is_first_pass or not divided:
         return run(x, caches, index)
@@ -310,16 +324,16 @@ def _in_steps(
 
 
 def _can_be_divided(modules: Iterable[Any], x: torch.Tensor, frames: int) -> bool:
-    """Whether so many frames and rows of `x` as are taken at a time have the bits of the whole.
+    """Whether processing a few frames and rows of `x` at a time gives the bits of the whole.
 
-    On a CPU a convolution's way of adding up mostly does not depend on how many frames and rows there are, as long as
-    ATen gives both to the same library; tried here for each convolution and shape. On accelerators libraries
-    choose an algorithm by the shape: there nothing is divided.
+    On a CPU the summation order of a convolution mostly does not depend on the number of frames and rows, as long as
+    ATen dispatches both to the same library. Each convolution and shape is tested. Accelerator libraries choose an
+    algorithm by shape, so nothing is divided there.
     """
     if not x.is_cpu or frames <= STEP or frames % STEP:
         return False
     batch, _, _, height, width = x.shape
-    formats = {False, is_channels_last(x)}  # of some windows no more than a part is in channels-last memory
+    formats = {False, is_channels_last(x)}  # some windows are only partly in channels-last memory
     for module in (part for block in modules for part in block.modules()):
         if _is_attention(module):
             return False
@@ -336,11 +350,11 @@ def _can_be_divided(modules: Iterable[Any], x: torch.Tensor, frames: int) -> boo
     return True
 
 
-# Who takes the short way
+# When the fast path applies
 
 
 def _noted(op: str, reason: str | None) -> bool:
-    """Counts a call that takes the short way unless there is a reason; says whether it does."""
+    """Counts a call, which takes the fast path if there is no reason against it; returns whether it does."""
     tally.note(op, "" if reason else _SHORT, reason or "")
     return reason is None
 
@@ -350,7 +364,7 @@ def _is_fast(feat_cache: Any) -> bool:
 
 
 def _reason_against_caches(feat_cache: Any) -> str | None:
-    """Why layers that are handed these frame caches take stock's way; None where they need not."""
+    """Why layers with these frame caches fall back to the stock implementation, or None."""
     if torch.compiler.is_compiling():
         return "it is being compiled"
     if type(feat_cache) is not FrameCaches:
@@ -361,7 +375,7 @@ def _reason_against_caches(feat_cache: Any) -> str | None:
 def _begins_fast(
     feat_cache: Any, coder: Any, x: torch.Tensor, reason_against_input: Callable[[torch.Tensor], str | None]
 ) -> bool:
-    """Whether a chunk `x` goes the short way; if not, what follows it in the same pass does not either."""
+    """Whether a chunk `x` takes the fast path; if not, neither does the rest of its pass."""
     reason = _reason_against_caches(feat_cache)
     if reason is None:
         reason = reason_against_input(x) or _reason_against(coder)
@@ -369,7 +383,7 @@ def _begins_fast(
             feat_cache.declined = True
             _tell("A pass over a video", reason)
     elif not torch.compiler.is_compiling():
-        reason = _reason_against(coder) or reason  # why the caches are stock's
+        reason = _reason_against(coder) or reason  # the reason why the caches are stock's
     return _noted(type(coder).__name__, reason)
 
 
@@ -380,23 +394,23 @@ def _reason_against_video(x: torch.Tensor) -> str | None:
 def _reason_against_latents(z: torch.Tensor) -> str | None:
     if (reason := _reason_against_video(z)) is not None:
         return reason
-    # stock goes on in that memory format to the first upsampling in time, and in the usual one after it
+    # stock keeps that memory format until the first temporal upsampling, and uses the default one after it
     return "its channels lie next to each other" if is_channels_last(z) else None
 
 
 def _reason_against_decode(vae: Any, z: torch.Tensor) -> str | None:
-    """Why this decode is stock's from the beginning; None where it need not be."""
+    """Why this decode falls back to the stock implementation from the beginning, or None."""
     if vae.decoder is None:
         return "there is no decoder"
-    if not has_librarys(vae, "clear_cache"):
+    if not has_library_methods(vae, "clear_cache"):
         return "somebody looks at the beginnings of passes"
-    if not is_librarys(wan.unpatchify):
+    if not is_library_function(wan.unpatchify):
         return "`unpatchify` is not the library's own"
     return _reason_against_latents(z) or _peculiarity(vae.post_quant_conv) or _reason_against(vae.decoder)
 
 
 def _reason_against_now() -> str | None:
-    """Why nothing can take the short way at the moment, whatever it is; None where it can."""
+    """Why the fast path is unavailable at the moment, for any module; None if it is available."""
     if torch.is_grad_enabled():
         return "gradients are enabled"
     if torch.is_autocast_enabled() or torch.is_autocast_enabled("cpu"):
@@ -407,13 +421,13 @@ def _reason_against_now() -> str | None:
 
 
 def _reason_against(coder: Any) -> str | None:
-    """Why this encoder or decoder takes stock's way now; None where it need not."""
+    """Why this encoder or decoder falls back to the stock implementation now, or None."""
     reason = _reason_against_now()
     if reason is not None:
         return reason
-    for owner, name in _passed_over():
+    for owner, name in _bypassed():
         function = getattr(owner, name)
-        if not (is_librarys(function) if isinstance(owner, type) else are_torchs(function)):
+        if not (is_library_function(function) if isinstance(owner, type) else are_torch_functions(function)):
             return f"{owner.__name__}.{name} is not the library's own"
     dtypes: set[Any] = set()
     for module in coder.modules():
@@ -425,7 +439,7 @@ def _reason_against(coder: Any) -> str | None:
 
 
 def _peculiarity(module: nn.Module) -> str | None:
-    """What makes a module of an encoder or decoder other than diffusers builds it."""
+    """Returns how a module of an encoder or decoder differs from what diffusers builds, or None."""
     name = type(module).__name__
     if type(module) not in _kinds():
         return f"it has a {name} in it"
@@ -440,7 +454,7 @@ def _peculiarity(module: nn.Module) -> str | None:
     for parameter in filter(_is_given, module._parameters.values()):
         if type(parameter) is not torch.nn.Parameter:
             return f"the weights of a {name} are not plain tensors"
-        if parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16):  # stock upsamples others in fp32
+        if parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16):  # stock upsamples these in fp32
             return f"the weights of a {name} are {parameter.dtype}"
         if parameter.dim() > 3 and (parameter.stride(-1) != 1 or not parameter.is_contiguous()):
             return f"the weights of a {name} lie in another order"
@@ -452,8 +466,11 @@ def _is_given(parameter: nn.Parameter | None) -> bool:
 
 
 @functools.lru_cache(maxsize=1)
-def _passed_over() -> tuple[tuple[Any, str], ...]:
-    """What stock calls and the short way does not, or with other tensors: whoever replaces it means stock's way."""
+def _bypassed() -> tuple[tuple[Any, str], ...]:
+    """Returns the functions that the fast path skips or calls with other tensors.
+
+    If one of them is replaced, stock code has to run.
+    """
     return (
         *((cls, "forward") for cls in _kinds() if "forward" in vars(cls)),
         *((cls, "_conv_forward") for cls in (nn.Conv2d, nn.Conv3d)),

@@ -1,4 +1,4 @@
-"""The overlaps in which tiles of Wan's video autoencoder fade into one another."""
+"""Blending of overlapping tiles in Wan's video autoencoder."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from wan_patches.patching import tally
 
 
 def blend(stock: Callable[..., Any], vae: Any, a: torch.Tensor, b: torch.Tensor, blend_extent: int, dim: int) -> Any:
-    """What stock's method returns: `b`, with the end of `a` faded into it in place.
+    """Returns the result of the stock method: `b`, with the end of `a` blended into it in place.
 
-    Tiles of shape `(batch, channels, frames, height, width)` in fp32, bf16 or fp16 take the fast way, but not while
-    something looks into the operations (autograd, a compiler); everything else is stock's.
+    Tiles of shape `(batch, channels, frames, height, width)` in fp32, bf16 or fp16 take the fast path, unless something
+    observes the operations (autograd, a compiler). All other tiles fall back to stock.
     """
     if (reason := _reason_against(a, b, blend_extent, dim)) is not None:
         tally.note("tile blend", "", reason)
@@ -25,7 +25,7 @@ def blend(stock: Callable[..., Any], vae: Any, a: torch.Tensor, b: torch.Tensor,
 
 
 def _reason_against(a: torch.Tensor, b: torch.Tensor, blend_extent: object, dim: int) -> str | None:
-    """Why these tiles take stock's way; None where they need not."""
+    """Why these tiles fall back to the stock implementation, or None."""
     if torch.compiler.is_compiling():
         return "it is being compiled"
     if is_observed(a, b) or a.is_meta or b.is_meta:
@@ -38,8 +38,8 @@ def _reason_against(a: torch.Tensor, b: torch.Tensor, blend_extent: object, dim:
         return "the tiles are not five-dimensional"
     if any(sizes[0] != sizes[1] for axis, sizes in enumerate(zip(a.shape, b.shape), -5) if axis != dim):
         return "the tiles do not fit one another"
-    if a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr():  # row by row, a row could read another
+    if a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr():  # row by row, one row could overwrite another
         return "the tiles share memory"
-    if 0 in b.stride():  # stock writes row after row to the same place, or refuses to
+    if 0 in b.stride():  # stock writes successive rows to the same memory, or raises
         return "elements of a tile are one in memory"
     return None

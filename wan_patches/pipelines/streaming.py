@@ -32,8 +32,14 @@ from typing import Any
 
 import torch
 
-from wan_patches.bindings.originals import are_torchs, has_librarys, is_librarys, is_librarys_throughout, is_watched
 from wan_patches.bindings.processors import is_stock
+from wan_patches.bindings.stock_functions import (
+    are_torch_functions,
+    has_library_methods,
+    is_library_function,
+    is_library_function_throughout,
+    is_watched,
+)
 from wan_patches.patches.processors import POSTPROCESS
 from wan_patches.patching.codeswap import functions_behind, stock
 from wan_patches.patching.fingerprints import AUTOENCODER, DECODED, JOINED, JOINED_NAMES, STRAIGHT, is_known
@@ -283,9 +289,9 @@ def _tell(reason: str, what: str = "frames come at the end") -> None:
 def _way_of_decoded(pipeline: type) -> str | None:
     """What pipelines of a class do with decoded videos, one of the values of `DECODED`; None: not known."""
     call: Any = pipeline.__call__
-    while hasattr(call, "__wrapped__") and (is_librarys(call) or _is_ours(call)):
+    while hasattr(call, "__wrapped__") and (is_library_function(call) or _is_ours(call)):
         call = call.__wrapped__
-    return _way_in(stock(call)) if is_librarys(call) and not hasattr(call, "__wrapped__") else None
+    return _way_in(stock(call)) if is_library_function(call) and not hasattr(call, "__wrapped__") else None
 
 
 def _is_ours(call: Any) -> bool:
@@ -333,7 +339,7 @@ def _decodes_as_known(vae: Any) -> bool:
     """Whether what `_decode` gives is what pipelines get from `decode`, and nobody looks at it on the way."""
     cls = type(vae)
     function = inspect.getattr_static(cls, "decode", None)
-    if AUTOENCODER not in sys.modules or not is_librarys_throughout(function) or "_decode" in own_methods(vae):
+    if AUTOENCODER not in sys.modules or not is_library_function_throughout(function) or "_decode" in own_methods(vae):
         return False
     found: Any = vars(vae).get("decode")
     if stages.is_watching(found):
@@ -346,7 +352,9 @@ def _decodes_as_known(vae: Any) -> bool:
 def _decodes_piecewise(vae: Any) -> bool:
     """Whether it decodes one latent frame after another, and joins and clamps them, as far as its methods go."""
     function = inspect.getattr_static(type(vae), "_decode", None)
-    return has_librarys(vae, "_decode", "clear_cache") and is_known(function, AUTOENCODER, "AutoencoderKLWan._decode")
+    return has_library_methods(vae, "_decode", "clear_cache") and is_known(
+        function, AUTOENCODER, "AutoencoderKLWan._decode"
+    )
 
 
 def _reason_against_now(vae: Any, z: torch.Tensor) -> str | None:
@@ -357,6 +365,6 @@ def _reason_against_now(vae: Any, z: torch.Tensor) -> str | None:
     tile = vae.tile_sample_min_height // scale, vae.tile_sample_min_width // scale
     if vae.use_tiling and (z.shape[-2] > tile[0] or z.shape[-1] > tile[1]):
         return "the autoencoder decodes the video tile after tile (enable_tiling)"
-    if not (is_librarys(wan.unpatchify) and are_torchs(torch.cat, torch.clamp)):
+    if not (is_library_function(wan.unpatchify) and are_torch_functions(torch.cat, torch.clamp)):
         return "what joins or clamps decoded frames was replaced"
     return "a mode, a transform or a compiler looks at the operations" if is_watched() else None
