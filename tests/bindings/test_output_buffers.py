@@ -1,4 +1,4 @@
-"""Where finished frames go: the setting itself, and all the way through a pipeline."""
+"""Delivery of finished frames: the setting itself, and through a whole pipeline."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class Shared:
         return memory.view(dtype).as_strided(shape, stride)
 
 
-def test_by_default_there_is_none():
+def test_no_delivery_by_default():
     assert delivery.get() is None
 
 
-def test_it_holds_inside_the_block_only():
+def test_delivery_applies_inside_the_block_only():
     with delivering(TO):
         assert delivery.get() is TO
         with delivering(OTHER):
@@ -46,13 +46,13 @@ def test_it_holds_inside_the_block_only():
     assert delivery.get() is None
 
 
-def test_it_ends_with_an_exception():
+def test_delivery_ends_with_an_exception():
     with pytest.raises(KeyError), delivering(TO):
         raise KeyError
     assert delivery.get() is None
 
 
-def test_other_threads_have_their_own():
+def test_delivery_is_per_thread():
     seen = []
     with delivering(TO):
         thread = threading.Thread(target=lambda: seen.append(delivery.get()))
@@ -61,14 +61,14 @@ def test_other_threads_have_their_own():
     assert seen == [None]
 
 
-def test_importing_it_imports_no_torch():
+def test_import_does_not_import_torch():
     code = "import sys, wan_patches.bindings.output_buffers; assert not {'torch', 'numpy', 'PIL'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("output_type", ["np", "pil"])
-def test_a_pipeline_leaves_its_video_in_the_memory_it_was_given(output_type):
+def test_pipeline_writes_its_video_to_the_given_memory(output_type):
     family = FAMILIES["wan_t2v"]
     pipe, shared, seen = family.build(), Shared(), []
 
@@ -96,7 +96,7 @@ def test_a_pipeline_leaves_its_video_in_the_memory_it_was_given(output_type):
         assert len(seen) == 5
 
 
-def test_without_the_patch_it_is_not_asked():
+def test_delivery_is_ignored_without_the_patch():
     from diffusers.video_processor import VideoProcessor
 
     shared = Shared()

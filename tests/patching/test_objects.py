@@ -1,4 +1,4 @@
-"""What one object does other than its class."""
+"""Behaviour of a single object that differs from its class."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from wan_patches.patching.objects import own_methods
 
 
-def test_methods_of_an_object_are_told_from_those_of_its_class_and_from_values():
+def test_own_methods_excludes_class_methods_and_values():
     conv = torch.nn.Conv3d(1, 1, 1)
     conv.activation = torch.nn.functional.silu  # no method of the class
     assert own_methods(conv) == set()

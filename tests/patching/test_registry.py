@@ -1,4 +1,4 @@
-"""enable, disable, enabled and status, on modules made for it and on diffusers."""
+"""`enable`, `disable`, `enabled` and `status`, on purpose-made modules and on diffusers."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_a_module_imported_while_disabled_stays_stock(modules):
     assert importlib.import_module("made_a").f(1) == 2
 
 
-def test_the_newest_choice_holds(modules):
+def test_last_enable_wins(modules):
     a = importlib.import_module("made_a")
     registry = Registry(
         [patch("one"), patch("two", functions=("g",)), patch("loose", "made_b", fidelity=Fidelity.CLOSE)]
@@ -86,7 +86,7 @@ def test_the_newest_choice_holds(modules):
     registry.disable()
 
 
-def test_a_close_patch_stands_for_the_exact_one_of_its_name(modules):
+def test_close_patch_replaces_exact_patch_of_its_name(modules):
     a = importlib.import_module("made_a")
     original = a.f.__code__
     edits = (Replace("x + N", "-made_close(x + N)"),)
@@ -107,7 +107,7 @@ def test_a_close_patch_stands_for_the_exact_one_of_its_name(modules):
     assert a.f.__code__ is original
 
 
-def test_a_close_patch_that_does_not_know_the_code_leaves_the_exact_one_there(modules):
+def test_exact_patch_stays_if_close_patch_does_not_recognise_the_code(modules):
     a = importlib.import_module("made_a")
     close = patch("one", pattern="x * N", fidelity=Fidelity.CLOSE)
     registry = Registry([patch("one"), close])
@@ -116,7 +116,7 @@ def test_a_close_patch_that_does_not_know_the_code_leaves_the_exact_one_there(mo
     assert [r.state for r in registry.status().reports] == ["active", "skipped"]
 
 
-def test_enabled_nests_and_gives_back(modules):
+def test_enabled_nests_and_restores(modules):
     a = importlib.import_module("made_a")
     registry = Registry([patch("one"), patch("two", functions=("g",))])
     with registry.enabled(["one"]):
@@ -133,7 +133,7 @@ def test_enabled_nests_and_gives_back(modules):
     registry.disable()
 
 
-def test_contexts_that_end_out_of_order_leave_nothing(modules):
+def test_contexts_that_end_out_of_order_leave_nothing_installed(modules):
     a = importlib.import_module("made_a")
     registry = Registry([patch("one"), patch("two", functions=("g",))])
     first, second = registry.enabled(["one"]), registry.enabled(["two"])
@@ -145,7 +145,7 @@ def test_contexts_that_end_out_of_order_leave_nothing(modules):
     assert (a.f(1), a.g(1)) == (2, 3)
 
 
-def test_a_patch_goes_in_whole_or_not_at_all(modules, caplog):
+def test_patch_is_installed_all_or_nothing(modules, caplog):
     a = importlib.import_module("made_a")
     registry = Registry([patch(functions=("f", "missing")), patch("fine", functions=("g",))])
     with caplog.at_level(logging.WARNING, "wan_patches"):
@@ -162,7 +162,7 @@ def test_a_patch_goes_in_whole_or_not_at_all(modules, caplog):
     registry.disable()
 
 
-def test_patches_that_share_a_function_are_put_in_with_one_rewrite(modules, monkeypatch):
+def test_patches_that_share_a_function_are_installed_with_one_rewrite(modules, monkeypatch):
     rewritten, seen = codeswap.rewritten, []
     monkeypatch.setattr(codeswap, "rewritten", lambda *args: seen.append(args) or rewritten(*args))
     registry = Registry([patch("one"), patch("two", pattern="x + N"), edit_of_x("three")])
@@ -176,7 +176,7 @@ def test_patches_that_share_a_function_are_put_in_with_one_rewrite(modules, monk
 
 
 @pytest.mark.parametrize("fails", [{"functions": ("f", "gone")}, {"calls": {"_double": "gone:gone"}}])
-def test_of_patches_that_share_a_function_one_can_fail(modules, fails):
+def test_one_of_several_patches_that_share_a_function_can_fail(modules, fails):
     for order in (1, -1):
         registry = Registry([edit_of_x("fails", **fails), patch("holds")][::order])
         a = importlib.import_module("made_a")
@@ -204,7 +204,7 @@ def test_an_edit_that_raises_is_rolled_back(modules):
     assert (a.f(1), a.g(1)) == (2, 3)
 
 
-def test_strict_raises_and_keeps_the_earlier_choice(modules):
+def test_strict_raises_and_keeps_the_earlier_selection(modules):
     a = importlib.import_module("made_a")
     registry = Registry([patch("good"), patch("bad", "made_b", pattern="x * N")])
     registry.enable(["good"])
@@ -215,21 +215,21 @@ def test_strict_raises_and_keeps_the_earlier_choice(modules):
     registry.disable()
 
 
-def test_strict_raises_for_a_module_that_is_gone():
+def test_strict_raises_for_a_module_that_no_longer_exists():
     registry = Registry([patch(module="torch.no_such_module")])
     assert registry.enable().reports[0].state == "waiting for import"
     with pytest.raises(PatchError, match=r"torch\.no_such_module: there is no such module"):
         registry.enable(strict=True)
 
 
-def test_strict_passes_over_modules_that_this_version_does_not_have_yet_or_always():
+def test_strict_ignores_modules_that_are_newer_or_optional():
     younger = dataclasses.replace(patch("younger", "torch.no_such_module"), since="999")
     sometimes = dataclasses.replace(patch("sometimes", "torch.no_such_module_either"), optional=True)
     reports = Registry([younger, sometimes]).enable(strict=True).reports
     assert {report.state for report in reports} == {"waiting for import"}
 
 
-def test_unknown_names_are_value_errors_that_list_the_known():
+def test_unknown_names_raise_value_error_with_known_names():
     known = ", ".join(sorted({report.name for report in wan_patches.status().reports}))
     with pytest.raises(ValueError, match=f"unknown patch nope; known: {known}$"):
         wan_patches.enable(["rope", "nope"])
@@ -240,7 +240,7 @@ def test_unknown_names_are_value_errors_that_list_the_known():
     assert {report.state for report in wan_patches.status().reports} == {"off"}
 
 
-def test_a_broken_plugin_takes_nothing_down(monkeypatch):
+def test_broken_plugin_does_not_affect_other_patches(monkeypatch):
     import importlib.metadata as metadata
 
     real = metadata.entry_points
@@ -312,7 +312,7 @@ def test_a_hook_that_fails_does_not_break_the_import():
     assert out.strip() == "WanTransformer3DModel"
 
 
-def test_places_are_where_patches_are(modules):
+def test_places_are_the_functions_that_patches_are_installed_in(modules):
     a = importlib.import_module("made_a")
     registry = Registry([patch("one"), patch("two", functions=("g",))])
     assert registry.places() == []
@@ -348,7 +348,7 @@ def added():
     return patch(addition=f"{__name__}:addition")
 
 
-def test_an_addition_is_there_as_long_as_the_patch(added, modules):
+def test_addition_is_present_while_the_patch_is_installed(added, modules):
     registry = Registry([added])
     registry.enable()
     assert addition.module is None  # as the module is not there yet
@@ -361,7 +361,7 @@ def test_an_addition_is_there_as_long_as_the_patch(added, modules):
     assert addition.module is None
 
 
-def test_an_addition_that_fails_takes_the_edits_with_it(added, modules):
+def test_failing_addition_rolls_back_the_edits(added, modules):
     a = importlib.import_module("made_a")
     addition.error = RuntimeError("no room")
     (report,) = Registry([added]).enable().reports
@@ -385,7 +385,7 @@ def fail():
     raise RuntimeError("planted")
 
 
-def test_advice_is_asked_when_the_module_is_there_and_cannot_do_harm(modules):
+def test_advice_is_requested_for_loaded_modules_and_may_raise(modules):
     registry = Registry([patch(advice=f"{__name__}:advise"), patch("other", "made_b", advice=f"{__name__}:fail")])
     assert registry.enable().advice == ()
     importlib.import_module("made_a")

@@ -1,4 +1,4 @@
-"""Recognising installed code, rewriting it, refusing what is not known."""
+"""Recognises installed code, rewrites it, and rejects code that is not known."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_super_name_mangling_and_closures_survive(module):
     assert run_with(inner, Replace("math.floor(*ARGS)", "helper(7, *ARGS)"))(1) == 1 + 1 + 7 + 1.5
 
 
-def test_replace_wants_its_exact_count(module):
+def test_replace_requires_its_exact_count(module):
     with pytest.raises(Unknown, match="occurs 2 times, expected 1"):
         rewritten(module.Model.scale, [Replace("helper(X, Y)", "X")])
     model = module.Model()
@@ -102,7 +102,7 @@ def test_replace_wants_its_exact_count(module):
     assert same(model, 2.0) == model.scale(2.0)
 
 
-def test_body_and_block_go_by_fingerprint(module):
+def test_body_and_block_are_matched_by_fingerprint(module):
     nested = next(n for n in ast.walk(parse(module.Model.scale)) if getattr(n, "name", "") == "rotate")
     model = module.Model()
     body = Body(nested="rotate", replacements=((fingerprint(nested), "return (a + b) * 2"),))
@@ -124,14 +124,14 @@ def test_body_and_block_go_by_fingerprint(module):
         rewritten(module.Model.scale, [Block("z = y", "z = z.real", "z = y", frozenset(), declined)])
 
 
-def test_fingerprints_ignore_what_says_nothing(tmp_path):
+def test_fingerprints_ignore_code_without_meaning(tmp_path):
     a = load(tmp_path, 'def f(x: int) -> "int":\n    """Doc."""\n    y: int = x\n    return y\n', "a")
     b = load(tmp_path, "def f(x):\n    # comment\n\n    y = x\n    return (y)\n", "b")
     c = load(tmp_path, "def f(x):\n    y = x\n    return -y\n", "c")
     assert fingerprint(a.f) == fingerprint(b.f) != fingerprint(c.f)
 
 
-def test_source_that_is_not_what_runs_is_refused(module, tmp_path):
+def test_source_that_differs_from_running_code_is_rejected(module, tmp_path):
     import linecache
 
     (tmp_path / "module_to_patch.py").write_text(SOURCE.replace("a + b", "a - b"))
@@ -153,12 +153,12 @@ def test_tracebacks_show_the_installed_file(module):
     assert raised.traceback[-1].lineno + 1 == SOURCE[: SOURCE.index("return a + b")].count("\n") + 1
 
 
-def test_lines_are_those_of_the_source(module):
+def test_line_numbers_match_the_source(module):
     for function in (module.Model.scale, module.helper, module.decorated, module.outer()):
         assert list(run_with(function).__code__.co_lines()) == list(function.__code__.co_lines())
 
 
-def test_the_proof_of_a_source_keeps_no_code_alive(tmp_path):
+def test_verified_sources_keep_no_code_alive(tmp_path):
     function = load(tmp_path, "def f(x):\n    return x\n", "short_lived").f
     parse(function)
     code = weakref.ref(function.__code__)
@@ -185,7 +185,7 @@ def test_edits_of_several_patches_share_a_function(module):
     assert function.__code__ is original
 
 
-def test_code_that_someone_else_put_there_stays(module):
+def test_code_installed_by_others_stays(module):
     edit = (Replace("A + B", "A - B"),)
     site = codeswap.site(module.helper)
     site.add(edit, {})
@@ -201,7 +201,7 @@ def test_names_in_use_are_not_overwritten(module):
     assert module.helper(1, 2) == 3
 
 
-def test_only_names_that_are_called_are_put_into_the_module(module):
+def test_only_called_names_are_added_to_the_module(module):
     """So that every target of a patch has a stock of its own."""
     edits = (Replace("A + B", "_wan_patches_called(A, B)"),)
     codeswap.site(module.helper).add(edits, {"_wan_patches_called": max, "_wan_patches_other": codeswap.STOCK})

@@ -14,13 +14,13 @@ def _report(state, fidelity, **implementations):
     return Report("norm", "diffusers.a", ("f",), state, "", fidelity, implementations)
 
 
-def test_what_is_off_is_not_said_to_run():
+def test_patches_that_are_off_are_not_listed_as_running():
     exact, close = _report("active", Fidelity.EXACT, GPUs="two"), _report("off", Fidelity.CLOSE, GPUs="one")
     assert _lines(exact, close)[-1] == "norm (exact): two on GPUs"
     assert not any("(close)" in line for line in _lines(exact, close))
 
 
-def test_each_fidelity_and_each_implementation_is_told_once():
+def test_each_fidelity_and_each_implementation_is_listed_once():
     exact, close = _report("active", Fidelity.EXACT, GPUs="two"), _report("active", Fidelity.CLOSE, GPUs="one")
     other = _report("active", Fidelity.EXACT, CPUs="three")
     assert _lines(exact, close, exact, other)[-2:] == [
@@ -29,7 +29,7 @@ def test_each_fidelity_and_each_implementation_is_told_once():
     ]
 
 
-def test_exact_patches_are_told_as_exact():
+def test_exact_patches_are_listed_as_exact():
     import diffusers.models.transformers.transformer_wan  # noqa: F401
 
     with wan_patches.enabled() as status:

@@ -1,4 +1,4 @@
-"""What `status()` says of calls: which form ran, which did not and why, and where none arrived."""
+"""What `status()` reports of calls: the form that ran, the reason for a fallback, and patches that no call reached."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def notes():
     return {report.name: report.note for report in reports if report.state == "active"}
 
 
-def test_calls_are_told_by_patch(pipe):
+def test_calls_are_reported_by_patch(pipe):
     with wan_patches.enabled():
         assert not any(report.ways for report in wan_patches.status().reports)
         call(pipe)
@@ -43,7 +43,7 @@ def test_calls_are_told_by_patch(pipe):
     assert not any(report.note for report in wan_patches.status().reports)  # of what is off
 
 
-def test_fast_calls_and_the_reasons_of_others_are_told(pipe, any_size, monkeypatch):
+def test_fast_calls_and_reasons_for_fallbacks_are_reported(pipe, any_size, monkeypatch):
     heads, refusal = [], rope.complex_rows.refusal
     monkeypatch.setattr(rope.complex_rows, "refusal", lambda *args: heads.append(1) or refusal(*args))
     with wan_patches.enabled():
@@ -55,7 +55,7 @@ def test_fast_calls_and_the_reasons_of_others_are_told(pipe, any_size, monkeypat
         assert notes()["rope"] == "fast in 8 of 8 calls"  # that call came from here
 
 
-def test_where_something_else_runs_no_call_arrives(pipe):
+def test_replaced_processor_is_reported_as_no_call(pipe):
     """As beside other libraries' processors."""
     theirs = type(pipe.transformer.blocks[0].attn1.processor)
 
@@ -73,7 +73,7 @@ def test_where_something_else_runs_no_call_arrives(pipe):
     assert found["modulation"].startswith("not taken")
 
 
-def test_compiled_calls_are_not_countable(pipe):
+def test_compiled_calls_are_not_counted(pipe):
     torch._dynamo.reset()
     with wan_patches.enabled(["rope", "modulation"]):
         pipe.transformer.compile(backend="eager")
@@ -83,7 +83,7 @@ def test_compiled_calls_are_not_countable(pipe):
     torch._dynamo.reset()
 
 
-def test_each_thread_listens_to_itself():
+def test_listeners_are_per_thread():
     import threading
 
     heard = {}

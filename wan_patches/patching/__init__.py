@@ -1,1 +1,1 @@
-"""How a function that is installed gets other code, and its own back: knows neither tensors nor models."""
+"""Exchanges the code of installed functions and restores it; independent of tensors and models."""

@@ -1,7 +1,7 @@
-"""Puts code in place and takes it out again. Nothing else touches `__code__`.
+"""Installs and removes code objects. No other module assigns to `__code__`.
 
-A function keeps its identity: whoever holds it (a class, `from module import f`, another library's
-wrapper) gets the new code, pickles and compiled graphs stay valid, and nothing has to be wrapped.
+A function keeps its identity: every holder of it (a class, `from module import f`, another library's wrapper) gets the
+new code, pickles and compiled graphs stay valid, and nothing has to be wrapped.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from collections.abc import Container, Mapping
 
 from wan_patches.patching.rewrite import Edit, Unknown, fingerprint, names_in, rewritten
 
-#: As the value of a name that edits call: the function as it was, running the code that was installed.
+#: As the value of a name that edits call: the original function, which runs the code that was installed.
 STOCK = object()
 
 
 class Site:
-    """One function and the edits that are in force in it, from any number of patches."""
+    """One function and the edits active in it, from any number of patches."""
 
     def __init__(self, function: types.FunctionType) -> None:
         self.original = function.__code__
@@ -29,9 +29,9 @@ class Site:
         self._variants: dict[frozenset[Edit], types.CodeType] = {frozenset(): self.original}
 
     def add(self, edits: tuple[Edit, ...], names: Mapping[str, object]) -> None:
-        """Brings `edits` into force; those of `names` that they call are put into the globals of the function.
+        """Activates `edits`, and adds those of `names` that they call to the function's globals.
 
-        Raises `Unknown`, and changes nothing, where an edit does not know the code.
+        Raises `Unknown`, and changes nothing, if an edit does not recognise the code.
         """
         function = self._function()
         if function is None:
@@ -39,7 +39,7 @@ class Site:
         wanted = tuple(dict.fromkeys(self._edits + edits))
         called = names_in(self._variant(wanted))
         for name, value in names.items():
-            if name not in called:  # another target of the same patch does
+            if name not in called:  # used by another target of the same patch
                 continue
             value = self.stock if value is STOCK else value
             found = function.__globals__.setdefault(name, value)
@@ -49,24 +49,24 @@ class Site:
         self._set(wanted)
 
     def remove(self, edits: tuple[Edit, ...]) -> None:
-        """Takes `edits` out; code that someone else put in place since is left alone.
+        """Removes `edits`; leaves code alone that other software has installed in the meantime.
 
-        What they called stays in the globals: another thread may be in the middle of the function.
+        The names that the edits call stay in the globals, because another thread may be executing the function.
         """
         if self.in_place():
             self._set(tuple(edit for edit in self._edits if edit not in edits))
 
     def holds(self, edits: tuple[Edit, ...]) -> bool:
-        """Whether all of `edits` are in force."""
+        """Whether all of `edits` are active."""
         return self.in_place() and set(edits) <= set(self._edits)
 
     def in_place(self) -> bool:
-        """Whether the function still runs what was put there."""
+        """Whether the function still runs the code installed here."""
         function = self._function()
         return function is not None and function.__code__ is self._variant(self._edits)
 
     def _precedes(self, stock: object) -> bool:
-        """Whether it was the stock of the function of this name before its module was loaded anew."""
+        """Whether `stock` belongs to the same function before its module was reloaded."""
         return stock in _stocks and getattr(stock, "__qualname__", None) == self.stock.__qualname__
 
     def _set(self, edits: tuple[Edit, ...]) -> None:
@@ -87,7 +87,7 @@ _sites: weakref.WeakKeyDictionary[types.FunctionType, Site] = weakref.WeakKeyDic
 
 
 def site(function: types.FunctionType) -> Site:
-    """The site of `function`; a new one if there is none or if someone else has replaced the code since."""
+    """Returns the site of `function`: a new one if there is none, or if other software has replaced the code."""
     found = _sites.get(function)
     if found is None or not found.in_place():
         found = _sites[function] = Site(function)
@@ -95,13 +95,13 @@ def site(function: types.FunctionType) -> Site:
 
 
 def stock(function: types.FunctionType) -> types.FunctionType:
-    """The function as it was before any edit of ours."""
+    """Returns the function as it was before any edit of this package."""
     found = _sites.get(function)
     return found.stock if found is not None and found.in_place() else function
 
 
 def says(function: types.FunctionType, fingerprints: Container[str]) -> bool:
-    """Whether a function, as it was before any edit of ours, has one of these fingerprints."""
+    """Whether a function, as it was before any edit of this package, has one of these fingerprints."""
     try:
         return fingerprint(stock(function)) in fingerprints
     except Unknown:  # without source
@@ -109,7 +109,7 @@ def says(function: types.FunctionType, fingerprints: Container[str]) -> bool:
 
 
 def with_code(function: types.FunctionType, code: types.CodeType) -> types.FunctionType:
-    """A new function like `function` that runs `code`."""
+    """Returns a copy of `function` that runs `code`."""
     new = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
     new.__kwdefaults__ = function.__kwdefaults__
     new.__qualname__ = function.__qualname__
@@ -118,10 +118,10 @@ def with_code(function: types.FunctionType, code: types.CodeType) -> types.Funct
 
 
 def functions_behind(value: object, filename: str | None) -> list[types.FunctionType]:
-    """The plain functions that a class or module attribute leads to, outermost first.
+    """Returns the plain functions that a class or module attribute leads to, outermost first.
 
-    Follows `__wrapped__` (decorators, wrapt proxies) and, for wrappers that do not say whom they wrap,
-    closures over functions that are defined in `filename`.
+    Follows `__wrapped__` (decorators, wrapt proxies) and, for wrappers without it, closures over functions that are
+    defined in `filename`.
     """
     found: list[types.FunctionType] = []
     queue = [value]
@@ -131,7 +131,7 @@ def functions_behind(value: object, filename: str | None) -> list[types.Function
             queue.append(item.__func__)
         elif isinstance(item, property):
             queue.append(item.fget)
-        elif type(item) is types.FunctionType:  # isinstance believes a proxy
+        elif type(item) is types.FunctionType:  # isinstance accepts proxies
             if item in found:
                 continue
             found.append(item)

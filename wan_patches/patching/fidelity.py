@@ -1,4 +1,4 @@
-"""What a patch promises about the numbers, and the check that keeps the promise on accelerators."""
+"""A patch's numerical guarantee, and the gate that enforces it on accelerators."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ logger = logging.getLogger("wan_patches")
 
 
 class Fidelity(str, enum.Enum):
-    """The promise of a patch about its numbers.
+    """The numerical guarantee of a patch.
 
     `EXACT`: the bits of the stock code on the same device, dtype and shape.
-    `CLOSE`: the same mathematics at the same or a higher precision of every operand; only rounding
-    moves. Opt-in: `wan_patches.enable(fidelity="close")`, which allows exact patches as well.
+    `CLOSE`: the same mathematics at the same or a higher precision of every operand; only rounding differs. Opt-in:
+        `wan_patches.enable(fidelity="close")`, which allows exact patches as well.
     """
 
     EXACT = "exact"
     CLOSE = "close"
 
     def allows(self, other: Fidelity) -> bool:
-        """Whether a user who asked for `self` accepts a patch that promises `other`."""
+        """Whether a user who requested `self` accepts a patch that guarantees `other`."""
         return self is Fidelity.CLOSE or other is Fidelity.EXACT
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the first-sight gate found for one form of an op, on one kind of input.
+    """Result of the first-sight gate for one form of an op on one kind of input.
 
-    exact: it keeps its promise, which is `fidelity`.
+    exact: whether the form meets its guarantee, `fidelity`.
     """
 
     op: str
@@ -43,7 +43,7 @@ class Verdict:
 
 
 class Decider(Protocol):
-    """What the gate's findings are kept by: ops (see `wan_patches.ops.dispatch`)."""
+    """Interface of the objects that store the gate's verdicts: ops (see `wan_patches.ops.dispatch`)."""
 
     def verdicts(self) -> Iterable[Verdict]: ...
 
@@ -51,12 +51,12 @@ class Decider(Protocol):
 
 
 class Gate:
-    """The first-sight gate: a form on an accelerator proves itself before it is used.
+    """The first-sight gate: verifies a form on an accelerator before it is used.
 
-    The first time that an op meets arguments with new shapes, strides, dtypes or devices, the reference, stock's
-    formulation, runs as well, and the results are compared. A form whose result differs, or which raises, is warned
-    about once; the next form serves such arguments from then on, or the reference, also where there was no memory for
-    both. It costs an extra call and a wait for the device.
+    When an op first sees arguments with new shapes, strides, dtypes or devices, the reference (stock's formulation)
+    runs as well, and the results are compared. A form whose result differs, or which raises, causes one warning. Such
+    arguments are then served by the next form, or by the reference; also if there was no memory for both results. The
+    check costs one extra call and one wait for the device.
     """
 
     def __init__(self) -> None:
@@ -66,7 +66,7 @@ class Gate:
 
     @property
     def enabled(self) -> bool:
-        """Whether forms are compared before they are used. What was decided without is forgotten when that ends."""
+        """Whether forms are compared before use. Re-enabling forgets the decisions made while disabled."""
         return self._enabled
 
     @enabled.setter
@@ -77,21 +77,21 @@ class Gate:
                 decider.forget(proved=False)
 
     def watch(self, decider: Decider) -> None:
-        """From now on what `decider` finds is told and forgotten here."""
+        """Registers `decider`: its verdicts are reported and forgotten through this gate."""
         self._deciders.append(decider)
 
     def verdicts(self) -> list[Verdict]:
-        """What has been found so far."""
+        """Returns all verdicts so far."""
         return [verdict for decider in self._deciders for verdict in decider.verdicts()]
 
     def reset(self) -> None:
-        """Forgets all that was found, so that every form proves itself again."""
+        """Forgets all verdicts, so that every form is verified again."""
         self._warned.clear()
         for decider in self._deciders:
             decider.forget()
 
     def warn(self, form: str, reason: str) -> None:
-        """Tells that a form is not used, once for each."""
+        """Logs that a form is not used, once per form."""
         if form not in self._warned:
             self._warned.add(form)
             logger.warning(

@@ -1,7 +1,7 @@
-"""The functions of diffusers that are known by their whole text: each text's fingerprint stands here, and once.
+"""Fingerprints of the diffusers functions that are recognised by their whole text; each is listed only here.
 
-By module and function: the fingerprint of a text, and the diffusers in which it was first met; 0.35.2 is the oldest
-that was looked at. Patches name parts of functions themselves, where they change them.
+They are keyed by module and function. Each text's fingerprint is paired with the diffusers version in which it was
+first seen; 0.35.2 is the oldest version examined. Parts of functions are identified in the patches that change them.
 """
 
 from __future__ import annotations
@@ -82,27 +82,27 @@ TEXTS: Mapping[str, Mapping[str, Mapping[str, str]]] = {
     },
 }
 
-#: What pipelines do with decoded videos until they are frames, by the fingerprint of those statements: `STRAIGHT`,
-#: nothing; `JOINED` (Helios), they put one after another, and leave out what is no whole group of frames at the end.
+#: How pipelines process decoded videos before they become frames, by the fingerprint of those statements. `STRAIGHT`:
+#: not at all. `JOINED` (Helios): they concatenate them, and drop an incomplete group of frames at the end.
 STRAIGHT, JOINED = "straight", "joined"
 DECODED: Mapping[str, str] = {"f25979d87ae80c3d": STRAIGHT, "5a0122c1fb647184": JOINED}
-#: The variables of Helios' pipelines that hold a decoded video, or how long it is.
+#: The variables of Helios' pipelines that hold a decoded video or its length.
 JOINED_NAMES = frozenset({"current_video", "history_video", "generated_frames"})
 
-#: `GroupOffloadingHook.pre_forward` of 0.33 and 0.34, in which nothing waits for the weights of the last group.
+#: `GroupOffloadingHook.pre_forward` of 0.33 and 0.34, which does not wait for the weights of the last group.
 PRE_FORWARD_WITHOUT_WAIT = "0a2501b816045088"
 
 
 def texts(module: str, function: str) -> frozenset[str]:
-    """The fingerprints that a function is known by: all of them, whatever is installed."""
+    """Returns all known fingerprints of a function, whatever version is installed."""
     return frozenset(TEXTS[module][function])
 
 
 def relied_on(module: str, *functions: str) -> tuple[Known, ...]:
-    """Functions that a patch does not change, but asks to be known."""
+    """Returns the functions as requirements of a patch that relies on them without changing them."""
     return tuple(Known(module, function, texts(module, function)) for function in functions)
 
 
 def is_known(found: object, module: str, function: str) -> bool:
-    """Whether `found`, or what it was before patches, says what a function of this name is known to say."""
+    """Whether `found`, as it was before any patch, has a known text of the function of this name."""
     return type(found) is types.FunctionType and says(found, texts(module, function))

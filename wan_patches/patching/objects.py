@@ -1,4 +1,4 @@
-"""What one object does other than its class: behaviour given to it by another class, or methods of its own."""
+"""Behaviour of a single object that differs from its class: an exchanged class, or methods of its own."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 
 
 def own_methods(instance: Any) -> set[str]:
-    """Names of the methods that an object has in itself, in the place of its class's.
+    """Returns the names of methods that the object's own attributes override.
 
-    Not what libraries leave behind that have wrapped a method and undone it: the class's own, bound to the object.
+    Excludes what libraries leave behind after they wrap a method and undo it: the class's own method, bound to the
+    object.
     """
     cls = type(instance)
     return {
@@ -18,7 +19,7 @@ def own_methods(instance: Any) -> set[str]:
         for name, value in getattr(instance, "__dict__", {}).items()  # objects with slots have none
         if callable(value)
         and hasattr(cls, name)
-        and not (  # by exact type: a proxy answers as what it stands for
+        and not (  # by exact type, because a proxy imitates the object it wraps
             type(value) is MethodType and value.__self__ is instance and value.__func__ is getattr(cls, name)
         )
     }
@@ -27,10 +28,11 @@ def own_methods(instance: Any) -> set[str]:
 def exchange_class(instance: Any, members: Mapping[str, Any]) -> Callable[[], None]:
     """Gives `instance` a subclass of its class with these members, under the same name.
 
-    Classes are exchanged, not attributes set: this is around hooks and compiled code, and `deepcopy` keeps it right.
+    The class is exchanged rather than attributes set, because this takes effect around hooks and compiled code, and
+    survives `deepcopy`.
 
     Returns:
-        A function that gives the class back, unless the object has been given yet another meanwhile.
+        A function that restores the class, unless the object has been given yet another one.
     """
     cls: Any = type(instance)
     body = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__, **members}
@@ -45,5 +47,5 @@ def exchange_class(instance: Any, members: Mapping[str, Any]) -> Callable[[], No
 
 
 def _set_class(instance: Any, cls: type) -> None:
-    # not by `setattr`, which a compiled module hands on to the one inside
+    # not `setattr`, which a compiled module forwards to the module inside
     object.__setattr__(instance, "__class__", cls)

@@ -1,8 +1,8 @@
-"""Which patches exist, which of them are wanted, and the one place that installs and removes them.
+"""The registered patches and the user's selection; the only module that installs and removes patches.
 
-Patches are plain values, found through the entry-point group `wan_patches.patches`. Each belongs to one
-module of another library and is installed in it all or nothing: at once if the module is loaded, by a
-post-import hook otherwise. Nothing here knows tensors or models.
+Patches are plain values, discovered through the entry-point group `wan_patches.patches`. Each belongs to one module of
+another library and is installed in it all or nothing: immediately if the module is loaded, by a post-import hook
+otherwise. This module is independent of tensors and models.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ ENTRY_POINT_GROUP = "wan_patches.patches"
 
 
 class PatchError(RuntimeError):
-    """Raised by `enable(strict=True)` when a wanted patch cannot be installed."""
+    """Raised by `enable(strict=True)` when a selected patch cannot be installed."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """A function (`"Class.method"` or `"function"`), the edits it gets, and what it was called in older versions."""
+    """A function (`"Class.method"` or `"function"`), the edits to apply to it, and its name in older versions."""
 
     qualname: str
     edits: tuple[Edit, ...]
@@ -49,7 +49,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Known:
-    """A function that a patch relies on without changing it: it must have one of these fingerprints."""
+    """A function that a patch relies on without changing it; it must have one of these fingerprints."""
 
     module: str
     qualname: str
@@ -60,20 +60,19 @@ class Known:
 class Patch:
     """A change to one module, installed all or nothing.
 
-    name: what users select it by; patches for several modules can share a name.
-    module: the module it changes, by its full name.
-    targets: the functions it changes there.
-    calls: what the edits call: name in the module's globals -> `"module:function"`, or `STOCK` for the
-        target as it was.
-    fidelity: what it promises about the numbers. A close patch, where wanted, takes the place of the exact ones of its
-        name in its module.
-    implementations: what runs, by kind of device, for `status()`.
-    requires: functions it relies on being as they are known.
-    optional: the targets live elsewhere in some versions; their absence is no news, nor is the module's.
-    since: the first version of the library that has the module; one of a module's patches may say so for all.
-    addition: `"module:object"`: what the patch puts into the module besides edits, by its `put(module)` and `take()`.
-    advice: `"module:function"` that gives sentences for `status()`, asked when the module is loaded.
-    runs_with: the name of a patch in the same module; where that one runs, this one should.
+    name: selects the patch; patches for several modules can share a name.
+    module: full name of the module to change.
+    targets: the functions to change there.
+    calls: the names that the edits call: name in the module's globals -> `"module:function"`, or `STOCK` for the
+        original target.
+    fidelity: the numerical guarantee. A selected close patch replaces the exact ones of its name in its module.
+    implementations: for `status()`: what runs on each kind of device.
+    requires: functions whose texts have to be known.
+    optional: the targets do not exist in some versions; their absence, or the module's, is not reported.
+    since: the first version of the library that has the module; one of a module's patches may state it for all.
+    addition: `"module:object"`: an object that extends the module besides the edits, by `put(module)` and `take()`.
+    advice: `"module:function"` that returns notes for `status()`, called if the module is loaded.
+    runs_with: the name of a patch in the same module; if that one's code runs, this one's should too.
     """
 
     name: str
@@ -92,7 +91,7 @@ class Patch:
 
 @dataclass(frozen=True)
 class Place:
-    """A function that a patch is in at the moment; `stock` runs the code that was installed."""
+    """A function that a patch is currently installed in; `stock` runs the code that was installed."""
 
     patch: Patch
     target: Target
@@ -102,7 +101,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Choice:
-    """What one call of `enable` asked for; `names` None means every patch."""
+    """The selection made by one call of `enable`; `names` None means every patch."""
 
     names: frozenset[str] | None = None
     fidelity: Fidelity = Fidelity.EXACT
@@ -120,7 +119,7 @@ class _Frame:
 
 
 class _Entry:
-    """A patch, its state, and the functions that it was put into."""
+    """A patch, its state, and the functions that it is installed in."""
 
     def __init__(self, patch: Patch) -> None:
         self.patch = patch
@@ -134,10 +133,10 @@ class _Entry:
 
 
 class Registry:
-    """The patches of a process and their state. One lives behind the functions of `wan_patches`."""
+    """The patches of a process and their state. One instance backs the functions of `wan_patches`."""
 
     def __init__(self, patches: Iterable[Patch] | None = None) -> None:
-        """Knows the given patches, or else those that installed packages register."""
+        """Manages the given patches, or by default those that installed packages register."""
         self._lock = threading.RLock()
         self._entries = None if patches is None else [_Entry(patch) for patch in patches]
         _pass_over(entry.patch for entry in self._entries or ())
@@ -145,7 +144,7 @@ class Registry:
         self._frames = [_Frame(None)]
         self._hooked: set[str] = set()
 
-    # What users call
+    # Public methods
 
     def enable(
         self,
@@ -160,7 +159,7 @@ class Registry:
         return self._choose(self._frames[-1], choice, strict)
 
     def disable(self) -> None:
-        """Takes every patch out; stock's own code objects are back in place."""
+        """Removes every patch and restores stock's own code objects."""
         with self._lock:
             self._frames[-1].choice = None
             self._apply()
@@ -174,7 +173,7 @@ class Registry:
         strict: bool = False,
         gate: bool = True,
     ) -> Iterator[Status]:
-        """`enable(...)` for the length of a `with` block; afterwards what was chosen before holds again."""
+        """Applies `enable(...)` for the length of a `with` block, then restores the previous selection."""
         choice = self._choice(patches, fidelity, gate)
         with self._lock:
             frame = _Frame(self._frames[-1].choice)
@@ -187,13 +186,14 @@ class Registry:
                 self._apply()
 
     def chosen(self) -> Choice | None:
-        """What `enable` was last asked for; None if nothing is enabled."""
+        """Returns the selection of the last `enable`, or None if nothing is enabled."""
         return self._frames[-1].choice
 
     def status(self) -> Status:
-        """The state of every patch and the verdicts of the first-sight gate.
+        """Returns the state of every patch and the verdicts of the first-sight gate.
 
-        Modules that were loaded anew since are patched first, and what others have replaced is noticed.
+        Patches modules that were reloaded in the meantime first, and detects functions that other software has
+        replaced.
         """
         with self._lock:
             if self._frames[-1].choice is not None:
@@ -207,7 +207,7 @@ class Registry:
             return Status(tuple(reports + self._broken_plugins), tuple(gate.verdicts()), advice)
 
     def calls(self, since: Mapping[Way, int]) -> dict[str, tuple[int, int]]:
-        """By patch: how many calls took a form other than stock's, and how many there were, since the tally was so."""
+        """Returns, by patch, the numbers of fast calls and of all calls since the tally was `since`."""
         found: dict[str, tuple[int, int]] = {}
         for report in self.status().reports:
             new = {way: n - since.get(way, 0) for way, n in report.ways.items() if n > since.get(way, 0)}
@@ -217,19 +217,19 @@ class Registry:
         return found
 
     def patches(self) -> list[Patch]:
-        """Every patch that there is, wanted or not."""
+        """Returns every registered patch, whether selected or not."""
         with self._lock:
             return [entry.patch for entry in self._load()]
 
     def stock(self, patch: Patch, target: Target) -> list[types.FunctionType]:
-        """The functions behind a target of `patch`, as they were before any edit; none while it is not loaded."""
+        """Returns the functions behind a target of `patch` as they were before any edit; none if it is not loaded."""
         module = _loaded(patch.module)
         with self._lock, contextlib.suppress(Unknown):
             return [] if module is None else [stock(function) for function in _functions(module, target)]
         return []
 
     def places(self) -> list[Place]:
-        """The functions that patches are in at the moment."""
+        """Returns the functions that patches are currently installed in."""
         with self._lock:
             return [
                 Place(entry.patch, target, function, stock(function))
@@ -249,11 +249,13 @@ class Registry:
                         raise TypeError(f"{wrong[0]!r} is not a wan_patches.Patch")
                     self._entries += [_Entry(patch) for patch in loaded]
                     _pass_over(loaded)
-                except Exception as error:  # someone else's plugin must not take ours down
+                except Exception as error:  # a broken third-party plugin must not affect other patches
                     reason = f"the plugin {point.value!r} raised {_describe(error)}"
                     self._broken_plugins.append(Report(point.name, point.value, (), SKIPPED, reason))
             if not self._entries:
-                logger.warning("no patches found: install the package (pip install wan-patches), do not only copy it")
+                logger.warning(
+                    "no patches found: copying the package is not enough, install it (pip install wan-patches)"
+                )
         return self._entries
 
     def _choice(self, names: Iterable[str] | None, fidelity: Fidelity | str, gate: bool) -> Choice:
@@ -272,21 +274,21 @@ class Registry:
     # Following imports
 
     def _hook_modules(self, choice: Choice, import_now: bool) -> None:
-        # outside the lock: a hook can fire here, and an import can wait for another thread's
+        # outside the lock: a hook can fire here, and an import can wait for another thread's import
         with self._lock:
             patches = [entry.patch for entry in self._load()]
             modules = {patch.module for patch in patches}
             fresh = modules - self._hooked
             self._hooked |= modules
-        for name in sorted(fresh):  # hooks can't be unregistered; they ask what is wanted when they fire
+        for name in sorted(fresh):  # hooks can't be unregistered; they check the selection when they fire
             wrapt.register_post_import_hook(self._on_import, name)
         for name in sorted(filter(_is_importing, modules)):
-            with contextlib.suppress(Exception):  # another thread imports it: wait; an error there is theirs
+            with contextlib.suppress(Exception):  # wait for the importing thread; an error there is reported there
                 importlib.import_module(name)
         libraries = {patch.module.partition(".")[0] for patch in patches if not patch.optional}
         for name in sorted({patch.module for patch in patches if import_now and choice.wants(patch)}):
             library = name.partition(".")[0]
-            if library not in libraries and library not in sys.modules:  # another library, which nobody uses
+            if library not in libraries and library not in sys.modules:  # another library, which is not in use
                 continue
             with contextlib.suppress(ModuleNotFoundError):  # the installed version has no such module
                 importlib.import_module(name)
@@ -302,7 +304,7 @@ class Registry:
         except Exception as error:  # an exception here would break the user's import
             logger.warning("could not patch %s: %s", getattr(module, "__name__", module), _describe(error))
 
-    # Putting in and taking out
+    # Installing and removing
 
     def _choose(self, frame: _Frame, choice: Choice, strict: bool) -> Status:
         self._hook_modules(choice, import_now=strict)
@@ -345,7 +347,7 @@ class Registry:
                 taken = {_place(entry) for entry in close if entry.state != SKIPPED}
 
     def _make_room(self, entries: Iterable[_Entry], places: Collection[tuple[str, str]]) -> None:
-        """Takes out the exact patches that close ones stand for."""
+        """Removes the exact patches that close ones replace."""
         for entry in entries:
             if entry.patch.fidelity is Fidelity.EXACT and _place(entry) in places:
                 self._remove(entry)
@@ -366,7 +368,7 @@ class Registry:
                 site(function).remove(target.edits)
 
     def _install_one(self, entry: _Entry, module: types.ModuleType) -> tuple[str, str]:
-        """All or nothing; returns the state and the reason."""
+        """Installs a patch all or nothing; returns its state and the reason."""
         if entry.patch.optional and not any(_exists(module, target) for target in entry.patch.targets):
             return OFF, "not in this version"
         try:
@@ -388,11 +390,11 @@ class Registry:
         entry.functions = []
 
     def _skipped(self) -> list[Report]:
-        """What is wanted and could not be installed. A plugin that could not be loaded might have had any patch."""
+        """Returns selected patches that could not be installed, and broken plugins, which may contain any patch."""
         return [entry.report() for entry in self._load() if entry.state == SKIPPED] + self._broken_plugins
 
     def _gone(self) -> list[Report]:
-        """What is wanted in modules that the installed library has no more, after an attempt to import them."""
+        """Returns selected patches whose modules the installed library lacks, after an attempt to import them."""
         patches = [entry.patch for entry in self._load()]
         since = {patch.module: patch.since for patch in patches if patch.since is not None}
         return [
@@ -405,7 +407,7 @@ class Registry:
 
 
 def _pass_over(patches: Iterable[Patch]) -> None:
-    """Has calls counted for the modules that are patched, and not for where they lead."""
+    """Attributes counted calls to the patched modules rather than to the packages that patched code calls."""
     for patch in patches:
         paths = [path for path in patch.calls.values() if isinstance(path, str)]
         for package in {path.partition(":")[0].partition(".")[0] for path in paths}:
@@ -414,7 +416,7 @@ def _pass_over(patches: Iterable[Patch]) -> None:
 
 
 def _with_ways(entries: Iterable[_Entry]) -> list[Report]:
-    """The reports of these patches, with what the tally has of them."""
+    """Returns the reports of these patches, with the tally's counts."""
     counted: dict[tuple[str, str], dict[Way, int]] = {}
     for way, calls in tally.counted().items():
         counted.setdefault((way.module, way.entry), {})[way] = calls
@@ -432,7 +434,7 @@ def _with_ways(entries: Iterable[_Entry]) -> list[Report]:
 
 
 def _note(report: Report, beside: bool) -> str:
-    """What there is to say of the calls of a patch that is active; `beside`: one that it runs with has run."""
+    """Summarises the calls of an active patch; `beside`: whether the patch it runs with was called."""
     reasons: dict[str, int] = {}
     for way, calls in report.ways.items():
         if not way.is_fast:
@@ -478,7 +480,7 @@ def _place(entry: _Entry) -> tuple[str, str]:
 
 
 def _calls(patch: Patch) -> dict[str, object]:
-    """What the edits of a patch call, if all is known that it relies on."""
+    """Returns the functions that a patch's edits call, after checking its requirements."""
     for known in patch.requires:
         _check(known)
     return {name: _resolve(path) for name, path in patch.calls.items()}
@@ -487,10 +489,10 @@ def _calls(patch: Patch) -> dict[str, object]:
 def _put_shared(
     wanted: Iterable[tuple[_Entry, types.ModuleType]],
 ) -> list[tuple[types.FunctionType, _Entry, Target]]:
-    """Puts the edits of several patches into the functions that they share, all at once, and returns what was put.
+    """Applies the edits of several patches to the functions they share in one rewrite; returns what was applied.
 
-    One patch after the other, a function would be parsed and compiled for each. Where anything is not known, nothing is
-    put: then one after the other it has to be.
+    This avoids parsing and compiling a function once for each patch. If any edit does not recognise the code, the
+    function is left unchanged, and the patches are then installed one by one.
     """
     found: dict[types.FunctionType, list[tuple[_Entry, Target]]] = {}
     for entry, module in wanted:
@@ -501,7 +503,7 @@ def _put_shared(
     put = []
     for function, parts in found.items():
         if len({id(entry) for entry, _ in parts}) > 1:
-            with contextlib.suppress(Exception):  # whose it is shows when they are put in one by one
+            with contextlib.suppress(Exception):  # the failing patch is identified when they are installed one by one
                 calls = {name: value for entry, _ in parts for name, value in _calls(entry.patch).items()}
                 site(function).add(tuple(edit for _, target in parts for edit in target.edits), calls)
                 put += [(function, entry, target) for entry, target in parts]
@@ -509,7 +511,7 @@ def _put_shared(
 
 
 def _put(module: types.ModuleType, target: Target, calls: dict[str, object]) -> types.FunctionType:
-    """Puts the edits into the first function behind the target that they know, the module's own first."""
+    """Applies the edits to the first function behind the target that they recognise, the module's own first."""
     reasons = []
     for function in _functions(module, target):
         try:
@@ -526,7 +528,7 @@ def _holds(module: types.ModuleType, function: types.FunctionType, target: Targe
 
 
 def _functions(module: types.ModuleType, target: Target) -> list[types.FunctionType]:
-    """The functions behind a target, the module's own first."""
+    """Returns the functions behind a target, the module's own first."""
     renamed = target.formerly is not None and not _exists(module, target, older=False)
     name = target.formerly if renamed else target.qualname
     home = getattr(module, "__file__", None)
@@ -550,7 +552,7 @@ def _advice(patch: Patch) -> list[str]:
         return []
     try:
         return list(_resolve(patch.advice)())  # type: ignore[operator]
-    except Exception as error:  # advice is not worth an exception
+    except Exception as error:  # advice must not raise
         return [f"{patch.advice} raised {_describe(error)}"]
 
 

@@ -1,8 +1,8 @@
-"""Small rewrites of installed source code, and the refusal of whatever is not known.
+"""Small rewrites of installed source code, which reject code they do not recognise.
 
-A rewrite never carries upstream's text. It either names a small expression that must occur exactly so
-often, or recognises a function or block by a fingerprint of its syntax tree, and says what stands there
-instead. Whatever does not match is `Unknown`, and left alone.
+A rewrite never contains upstream's text. It either names a small expression that must occur an exact number of times,
+or recognises a function or block by a fingerprint of its syntax tree, and gives its replacement. Code that does not
+match raises `Unknown` and is left unchanged.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _NOT_NODES = {"arg", "attr", "ctx", "id", "kind", "name", "op", "ops", "type_com
 
 
 class Unknown(Exception):
-    """The installed code is not one that a rewrite was written for; the message says why."""
+    """The installed code is not one that a rewrite was written for; the message gives the reason."""
 
 
 class Edit(Protocol):
@@ -42,8 +42,8 @@ class Edit(Protocol):
 class Replace:
     """Replaces an expression that occurs exactly `count` times.
 
-    In `pattern`, names in capitals stand for any expression, and `*ARGS` for all arguments of a call;
-    `replacement` may use them again.
+    In `pattern`, names in capitals match any expression, and `*ARGS` matches all arguments of a call; `replacement` may
+    use them.
     """
 
     pattern: str
@@ -64,9 +64,10 @@ class Replace:
 
 @dataclass(frozen=True)
 class Block:
-    """Replaces the run of statements from the one that matches `first` to the one that matches `last`.
+    """Replaces the statements from the one that matches `first` to the one that matches `last`.
 
-    The run must have a known fingerprint. Capitals in `last` can be used in `replacement`. `declined` as in `Body`.
+    They must have a known fingerprint. Names in capitals in `last` can be used in `replacement`. `declined`: as in
+    `Body`.
     """
 
     first: str
@@ -95,10 +96,10 @@ class Block:
 
 @dataclass(frozen=True)
 class Body:
-    """Replaces the whole body of a function; `nested` names one inside the target.
+    """Replaces the whole body of a function; `nested` names a function inside the target.
 
-    `replacements` pairs fingerprints with statements, for texts that say the same in other words;
-    `declined` pairs fingerprints that are known, but not rewritten, with the reason.
+    `replacements` pairs fingerprints with statements, for equivalent texts; `declined` pairs fingerprints that are
+    known, but not rewritten, with the reason.
     """
 
     replacements: tuple[tuple[str, str], ...]
@@ -120,7 +121,7 @@ class Body:
 
 
 def fingerprint(code: ast.AST | Sequence[ast.AST] | types.FunctionType) -> str:
-    """A hash of what a function or block says, stable over Python versions, formatting, annotations, docstrings."""
+    """Returns a hash of code, independent of Python version, formatting, annotations and docstrings."""
     if isinstance(code, types.FunctionType):
         return _function_fingerprint(code, code.__code__)
     return hashlib.sha256(_normal_form(code).encode()).hexdigest()[:16]
@@ -128,14 +129,14 @@ def fingerprint(code: ast.AST | Sequence[ast.AST] | types.FunctionType) -> str:
 
 @functools.lru_cache(maxsize=256)
 def _function_fingerprint(function: types.FunctionType, code: types.CodeType) -> str:
-    """`code` is part of the key: it can be exchanged in place."""
+    """Caches fingerprints; `code` is part of the key because it can be exchanged in place."""
     return fingerprint(parse(function))
 
 
 def parse(function: types.FunctionType) -> ast.FunctionDef:
-    """The syntax tree of an installed function, proved to be the one that runs.
+    """Returns the syntax tree of an installed function, after verifying that it is the code that runs.
 
-    Raises `Unknown` where there is no source, or where the source compiles to something else.
+    Raises `Unknown` if there is no source, or if the source compiles to something else.
     """
     code = function.__code__
     lines = linecache.getlines(code.co_filename, function.__globals__)
@@ -151,14 +152,15 @@ def parse(function: types.FunctionType) -> ast.FunctionDef:
     return node
 
 
-#: Code that is what its source says, and that source, a list of linecache's: several patches ask about one function.
+#: Code verified against its source, and that source, a list of linecache's; cached because several patches query one
+#: function.
 _proved: weakref.WeakKeyDictionary[types.CodeType, list[str]] = weakref.WeakKeyDictionary()
 
 
 def compile_function(node: ast.FunctionDef, function: types.FunctionType) -> types.CodeType:
-    """Compiles a syntax tree into a code object that can take the place of `function.__code__`."""
+    """Compiles a syntax tree into a code object that can replace `function.__code__`."""
     code = function.__code__
-    tree: ast.stmt = node  # with its decorators, which do not run here: code begins at the line of the first
+    tree: ast.stmt = node  # decorators are kept but do not run: code begins at the line of the first
     path = [name for name in function.__qualname__.split(".")[:-1] if name != "<locals>"]
     for name in reversed(path):  # name mangling and `super()` depend on the class
         tree = ast.ClassDef(name=name, bases=[], keywords=[], body=[tree], decorator_list=[], **_TYPE_PARAMS)
@@ -187,7 +189,7 @@ def _moved(code: types.CodeType, lines: int) -> types.CodeType:
 
 
 def rewritten(function: types.FunctionType, edits: Iterable[Edit]) -> types.CodeType:
-    """The code of `function` with every edit applied. Raises `Unknown` where one does not know it."""
+    """Returns the code of `function` with every edit applied. Raises `Unknown` if one does not recognise it."""
     node = parse(function)
     for edit in edits:
         edit.apply(node)
@@ -207,7 +209,7 @@ def _parse_block(lines: list[str], code: types.CodeType) -> ast.FunctionDef | No
         if text and len(lines[end]) - len(lines[end].lstrip()) <= indent and inside and text[0] not in ")]}#":
             break
         inside = inside or text.startswith(("def ", "async def "))
-    # the quick cut by indentation fails on text at the margin (of a string, say); the tokenizer does not
+    # the fast cut by indentation fails on text at the left margin (of a string, say); the tokenizer does not
     for block in (lambda: lines[start:end], lambda: inspect.getblock(lines[start:])):
         try:
             tree = ast.parse("if True:\n" * bool(indent) + "".join(block()))
@@ -221,10 +223,10 @@ def _parse_block(lines: list[str], code: types.CodeType) -> ast.FunctionDef | No
 
 @functools.lru_cache(maxsize=128)
 def _imports(filename: str) -> tuple[tuple[frozenset[str], ast.stmt], ...]:
-    """The imports at module level, as statements that stand alone, each after the names that it binds.
+    """Returns the module-level imports as standalone statements, each after the names that it binds.
 
-    The compiler treats `name.method()` differently where the module imports `name`. Parsing whole modules
-    for that would cost more than everything else here.
+    The compiler treats `name.method()` differently if the module imports `name`. Parsing whole modules for that would
+    cost more than the rest of a rewrite.
     """
     found: list[tuple[frozenset[str], ast.stmt]] = []
     lines = linecache.getlines(filename)
@@ -246,7 +248,7 @@ def _imports(filename: str) -> tuple[tuple[frozenset[str], ast.stmt], ...]:
 
 
 def names_in(code: types.CodeType) -> set[str]:
-    """The names of globals and attributes that code asks for, and the functions in it."""
+    """Returns the names of globals and attributes used in code and in its nested functions."""
     inner = (constant for constant in code.co_consts if isinstance(constant, types.CodeType))
     return set(code.co_names).union(*map(names_in, inner))
 
@@ -277,7 +279,7 @@ def _normal_form(node: Any) -> str:
         return "[" + ",".join(map(_normal_form, node)) + "]"
     if not isinstance(node, ast.AST):
         return repr(node)
-    if isinstance(node, ast.AnnAssign) and node.value is not None:  # `x: T = v` says `x = v`
+    if isinstance(node, ast.AnnAssign) and node.value is not None:  # `x: T = v` means `x = v`
         return _normal_form(ast.Assign(targets=[node.target], value=node.value))
     fields = []
     for name in _meant(node._fields):
@@ -292,7 +294,7 @@ def _normal_form(node: Any) -> str:
 
 @functools.cache
 def _meant(fields: tuple[str, ...]) -> tuple[str, ...]:
-    """Those fields of a node that change what it says."""
+    """Returns the fields of a node that affect its meaning."""
     return tuple(name for name in fields if name not in _NOT_SEMANTIC)
 
 
@@ -320,7 +322,7 @@ def _matches(pattern: Any, node: Any, bindings: dict[str, Any]) -> bool:
 
 
 def _fill(template: Any, bindings: dict[str, Any], at: ast.AST) -> Any:
-    """A copy of `template` with its capitals bound, every node at the line of `at` (for tracebacks)."""
+    """Copies `template` with its capitals bound, every node at the line of `at` (for tracebacks)."""
     location = {name: getattr(at, name) for name in at._attributes if hasattr(at, name)}
 
     def copied(node: Any, bindings: dict[str, Any]) -> Any:
@@ -346,7 +348,7 @@ def _fill(template: Any, bindings: dict[str, Any], at: ast.AST) -> Any:
 
 
 def _places(root: ast.AST, kind: type) -> list[tuple[Any, Any, ast.AST]]:
-    """The nodes of one kind below `root`, and where each can be exchanged: `place[key] is node`."""
+    """Returns the nodes of one kind below `root`, each with the place to exchange it: `place[key] is node`."""
     found: list[tuple[Any, Any, ast.AST]] = []
     stack = [root]
     while stack:
@@ -369,12 +371,12 @@ def _places(root: ast.AST, kind: type) -> list[tuple[Any, Any, ast.AST]]:
 
 @functools.cache
 def _inner(fields: tuple[str, ...]) -> tuple[str, ...]:
-    """Those fields of a node that can hold expressions and statements."""
+    """Returns the fields of a node that can hold expressions and statements."""
     return tuple(name for name in fields if name not in _NOT_NODES)
 
 
 def _star(call: ast.Call) -> str | None:
-    """`ARGS` of a call pattern `f(*ARGS)`."""
+    """Returns `ARGS` of a call pattern `f(*ARGS)`."""
     for arg in call.args:
         if isinstance(arg, ast.Starred) and isinstance(arg.value, ast.Name) and arg.value.id.isupper():
             return arg.value.id
@@ -382,7 +384,7 @@ def _star(call: ast.Call) -> str | None:
 
 
 def bodies(function: ast.FunctionDef) -> Iterable[list[ast.stmt]]:
-    """The runs of statements of a function, of whatever is in it too."""
+    """Yields the statement lists of a function, including nested ones."""
     for node in ast.walk(function):
         for name in ("body", "orelse", "finalbody"):
             body = getattr(node, name, None)
@@ -392,13 +394,13 @@ def bodies(function: ast.FunctionDef) -> Iterable[list[ast.stmt]]:
 
 @functools.lru_cache(maxsize=512)
 def _expression(text: str) -> ast.expr:
-    """Not to be changed."""
+    """Parses an expression. The result is cached and must not be modified."""
     return ast.parse(text, mode="eval").body
 
 
 @functools.lru_cache(maxsize=512)
 def _statement(text: str) -> ast.stmt:
-    """Not to be changed."""
+    """Parses a statement. The result is cached and must not be modified."""
     return ast.parse(text).body[0]
 
 

@@ -1,4 +1,4 @@
-"""What became of the patches: a report of each, and the whole as a table."""
+"""The state of the patches: a report for each, and all of them as a table."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ ACTIVE, WAITING, SKIPPED, OFF = "active", "waiting for import", "skipped", "off"
 
 @dataclass(frozen=True)
 class Report:
-    """The state of one patch: `active`, `waiting for import`, `skipped` (and why) or `off`.
+    """The state of one patch: `active`, `waiting for import`, `skipped` (with the reason) or `off`.
 
-    ways: the calls so far, by the way that they took; `note` says what there is to say of them.
+    ways: the calls so far, by what served them; `note` summarises them.
     """
 
     name: str
@@ -33,29 +33,29 @@ class Report:
 
     @property
     def calls(self) -> int:
-        """Calls that were counted, which those of compiled code are not."""
+        """The number of counted calls; calls in compiled code are not counted."""
         return sum(self.ways.values())
 
     @property
     def fast(self) -> int:
-        """Those of them that took a form other than stock's."""
+        """The number of counted calls served by a form other than stock's."""
         return sum(calls for way, calls in self.ways.items() if way.is_fast)
 
 
 @dataclass(frozen=True)
 class Status:
-    """What is patched and what is not; prints as a table. `advice`: sentences about this machine."""
+    """The patches and their states; prints as a table. `advice`: notes on this machine."""
 
     reports: tuple[Report, ...]
     verdicts: tuple[Verdict, ...] = ()
     advice: tuple[str, ...] = ()
 
     def of(self, name: str) -> tuple[Report, ...]:
-        """The reports of the patches called `name`."""
+        """Returns the reports of the patches named `name`."""
         return tuple(report for report in self.reports if report.name == name)
 
     def skipped(self) -> tuple[Report, ...]:
-        """The reports of wanted patches that could not be installed."""
+        """Returns the reports of selected patches that could not be installed."""
         return tuple(report for report in self.reports if report.state == SKIPPED)
 
     def __str__(self) -> str:
@@ -76,7 +76,7 @@ def _is_there(module: str) -> bool:
 
 
 def table(status: Status) -> list[object]:
-    """The status as a table; below it what each patch runs, and what the first-sight gate has found."""
+    """Returns the status as a table, followed by what each patch runs and the first-sight gate's verdicts."""
     from rich import box
     from rich.table import Table
 

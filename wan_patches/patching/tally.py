@@ -1,7 +1,7 @@
-"""Which way calls took: every call of what patched code calls is counted, by where it came from and what ran.
+"""Counts the calls that patched code makes, by their origin and by the form that served them.
 
-`status()`, `profile()`, `verify()`, `bench compatibility` and the tests read these totals. Code that a compiler has
-taken over counts nothing.
+`status()`, `profile()`, `verify()`, `bench compatibility` and the tests read these totals. Compiled code counts
+nothing.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ FIRST_SIGHT = "compared with the reference at first sight"
 
 
 class Way(NamedTuple):
-    """What calls have in common that were counted together.
+    """The common properties of calls that are counted together.
 
-    module: where the code is that was rewritten; `entry`: what it called there, as `"module:function"`.
-    op: what was computed; one entry may call several.
-    form: what computed it; empty for stock's operations, and then `reason` says why.
+    module: the module whose code was rewritten; `entry`: the function it called, as `"module:function"`.
+    op: the computation; one entry may call several.
+    form: the form that served it; empty for stock's operations, and then `reason` gives the reason.
     """
 
     module: str
@@ -36,11 +36,11 @@ class Way(NamedTuple):
 
 Listener = Callable[[Way], None]
 
-_packages = {"wan_patches"}  # whose frames are passed over
+_packages = {"wan_patches"}  # packages whose stack frames are skipped
 
 
 class _PassedOver(dict[str, bool]):
-    """Whether frames of a module are passed over, by its name: found out once, since every call asks."""
+    """Whether stack frames of a module are skipped, by its name; cached, because every call asks."""
 
     def __missing__(self, module: str) -> bool:
         found = self[module] = module.partition(".")[0] in _packages
@@ -49,24 +49,24 @@ class _PassedOver(dict[str, bool]):
 
 _is_passed_over = _PassedOver()
 _frame = sys._getframe
-#: The module whose calls are those of ops.
+#: The module that counts calls on behalf of ops.
 DISPATCH = "wan_patches.ops.dispatch"
-_counts: dict[tuple[str, str, str, str, str, str], list[int]] = {}  # one number each, which is counted up in place
+_counts: dict[tuple[str, str, str, str, str, str], list[int]] = {}  # lists of one number, incremented in place
 _lock = threading.Lock()
 _listeners: list[tuple[int, Listener]] = []
 
-#: Where ops are, as `"module:function"`, by their names.
+#: The location of each op as `"module:function"`, by name.
 paths: dict[str, str] = {}
 
 
 def count(op: str, form: str, reason: str = "") -> None:
-    """Counts one call, which takes `form`, or for `reason` stock's way. It came from outside of this package."""
+    """Counts one call served by `form`, or by stock for `reason`; the caller is found outside of this package."""
     depth, owner, module = 1, "", _frame(1).f_globals.get("__name__", "")
     try:
         while _is_passed_over[module]:
             outer = _frame(depth + 1).f_globals.get("__name__", "")
             depth, owner, module = depth + 1, module, outer
-    except ValueError:  # there is nobody further out
+    except ValueError:  # outermost frame
         pass
     function = _frame(depth - 1).f_code.co_name if owner else ""
     key = (module, owner, function, op, form, reason)
@@ -80,13 +80,13 @@ def count(op: str, form: str, reason: str = "") -> None:
 
 
 def pass_over(package: str) -> None:
-    """From now on calls from this package are counted for whoever called it, as those from this one are."""
+    """From now on, attributes calls from `package` to its callers, as for `wan_patches` itself."""
     _packages.add(package)
     _is_passed_over.clear()
 
 
 def note(op: str, form: str, reason: str = "") -> None:
-    """`count` for code that compilers may trace, where it does nothing."""
+    """Calls `count`, but does nothing in code that a compiler is tracing."""
     import torch
 
     if not torch.compiler.is_compiling():
@@ -94,26 +94,26 @@ def note(op: str, form: str, reason: str = "") -> None:
 
 
 def counted() -> dict[Way, int]:
-    """All calls so far, by the way that they took."""
+    """Returns the number of calls so far for each `Way`."""
     with _lock:
         return {_way(key): calls for key, (calls,) in _counts.items()}
 
 
 def total(counts: Iterable[tuple[int, int]]) -> tuple[int, int]:
-    """Of several counts, each of fast calls and of all: the sums."""
+    """Sums counts, each a pair of fast calls and all calls."""
     fast, calls = zip(*counts, (0, 0))
     return sum(fast), sum(calls)
 
 
 def reset() -> None:
-    """Forgets all calls."""
+    """Forgets all counts."""
     with _lock:
         _counts.clear()
 
 
 @contextmanager
 def listening(listener: Listener) -> Iterator[None]:
-    """Has every call of this thread told as it is counted, for the block."""
+    """Calls `listener` for every call counted in this thread during the block."""
     item = (threading.get_ident(), listener)
     _listeners.append(item)
     try:
