@@ -1,1 +1,1 @@
-"""Where in diffusers each op goes: one module per concern, covering every family that has it."""
+"""The patches: where each op is applied in diffusers. One module per concern, for all model families that have it."""

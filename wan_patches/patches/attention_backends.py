@@ -1,8 +1,8 @@
-"""Attention for Ascend NPUs, by names that diffusers' own `set_attention_backend` takes. Nothing is chosen here.
+"""Attention for Ascend NPUs, selected by name through diffusers' own `set_attention_backend`, never by default.
 
-`mindiesd_laser` is laser attention of MindIE-SD where it fits (long self-attention, see
-`wan_patches.ops.npu.attention`) and diffusers' `_native_npu`, which is `npu_fusion_attention`, everywhere else.
-Neither gives the bits of the attention that stock diffusers chooses.
+`mindiesd_laser` is MindIE-SD's laser attention where it applies (long self-attention, see
+`wan_patches.ops.npu.attention`), and diffusers' `_native_npu`, which is `npu_fusion_attention`, everywhere else.
+Neither is bit-identical to the attention that stock diffusers chooses.
 """
 
 from __future__ import annotations

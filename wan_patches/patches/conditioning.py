@@ -1,4 +1,4 @@
-"""Where diffusers builds the condition mask and the condition video of image-to-video."""
+"""Construction of the condition mask and the condition video in image-to-video pipelines."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _patch(module: str, *targets: Target, optional: bool = False) -> Patch:
     )
 
 
-# who takes the condition video in slices: `AutoencoderKLWan` from diffusers 0.35 to 0.42
+# the VAE that reads the condition video in slices: `AutoencoderKLWan` from diffusers 0.35 to 0.42
 _ENCODE = relied_on(AUTOENCODER, *(f"AutoencoderKLWan.{name}" for name in ("encode", "_encode", "tiled_encode")))
 
 

@@ -1,4 +1,4 @@
-"""Video tensors to frames: `VideoProcessor.postprocess_video`, through which every video pipeline goes."""
+"""Conversion of video tensors to frames: `VideoProcessor.postprocess_video`, which every video pipeline calls."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from wan_patches.patching.registry import Patch, Target
 from wan_patches.patching.rewrite import Body
 
 _CALL, _STOCK = "_wan_patches_postprocess_video", "_wan_patches_stock_postprocess_video"
-_MORE = {"0.35": "", "0.37": ", **kwargs"}  # arguments, by the version that they came with
+_MORE = {"0.35": "", "0.37": ", **kwargs"}  # arguments, by the version that introduced them
 
 PATCHES = (
     Patch(

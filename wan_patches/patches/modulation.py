@@ -1,4 +1,7 @@
-"""Blocks of Wan, Helios and their relatives: adaLN modulation, gated residuals, and Helios' two kinds of tokens."""
+"""Transformer blocks of Wan, Helios and related models: adaLN modulation and gated residuals.
+
+Includes Helios' modulations of history tokens and current tokens.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,10 @@ _FEED_FORWARD = Replace("(X.float() + ff_output.float() * GATE).type_as(X)", f"{
 
 
 def _block(x: str, *fingerprints: str) -> tuple[Edit, ...]:
-    """What blocks have whose residual sums are followed by norms at once; `x` is what they call the hidden states."""
+    """Returns the edits for blocks in which a norm follows each residual sum.
+
+    x: the blocks' name of the hidden states.
+    """
     return (
         _modulated("self.norm1"),
         Block(
@@ -83,7 +89,7 @@ def _patch(module: str, *targets: Target) -> Patch:
 
 
 def _close(patch: Patch) -> Patch:
-    """The same with norms in one pass: other calls in the same places."""
+    """Returns the same patch with single-pass norms: the same edits with calls of the close functions."""
     targets = tuple(replace(target, edits=tuple(map(_renamed, target.edits))) for target in patch.targets)
     calls = {name.replace(PREFIX, CLOSE_PREFIX): path for name, path in patch.calls.items()}
     for name in (NORM, _CAST, _RESIDUAL_NORM):

@@ -1,7 +1,7 @@
-"""Attention processors of other libraries, which run in the place of diffusers': cache-dit's and xDiT's.
+"""Attention processors of other libraries (cache-dit and xDiT), which replace those of diffusers.
 
-They hold diffusers' rotary embedding as a nested function of the same text, and call norms of queries and keys in the
-same words, so they get the same edits. cache-dit puts its functions there for context parallelism.
+They contain the same nested rotary embedding function as diffusers, and the same calls of query and key norms, so the
+same edits apply. cache-dit installs its functions for context parallelism.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _ATTENTION = (
     Attention(
         "xfuser.model_executor.models.transformers.transformer_wan",
         "xFuserWanAttnProcessor._qk_norm_rope_reference",
-        NORMS[:2],  # the other stands in another function
+        NORMS[:2],  # the third is in another function
         optional=True,
     ),
 )

@@ -1,9 +1,10 @@
-"""PIL images and videos to tensors: the calls of `VideoProcessor.preprocess` and `preprocess_video` in pipelines.
+"""Conversion of PIL images and videos to tensors, in pipelines.
 
-A processor does not know the device that its result goes to; the pipelines do, so the calls are rewritten
-where they stand. What is not RGB PIL input for a plain Lanczos resize goes to stock, and so does what
-computes on the result before it reaches the device (VACE's reference images), crops or fills
-(Wan-Animate's character image), or belongs to transformers (Wan 2.1's CLIP image processor).
+These are the calls of `VideoProcessor.preprocess` and `preprocess_video`. A processor does not know the target device
+of its result, but the pipelines do, so the calls in the pipelines are rewritten. Input other than RGB PIL images with a
+plain Lanczos resize falls back to stock. Unchanged are calls whose result is processed before it reaches the device
+(VACE's reference images), that crop or fill (Wan-Animate's character image), or that belong to transformers (Wan 2.1's
+CLIP image processor).
 """
 
 from __future__ import annotations
@@ -87,6 +88,6 @@ PATCHES = (
         "modular_pipelines.helios.encoders",
         Target("HeliosImageVaeEncoderStep.__call__", (_image(1, "components"),)),
         Target("HeliosVideoVaeEncoderStep.__call__", (_video(1, "components"),)),
-        optional=True,  # not in every version that has Helios
+        optional=True,  # absent in some versions that have Helios
     ),
 )

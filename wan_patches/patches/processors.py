@@ -1,4 +1,4 @@
-"""What the image and video patches rely on in diffusers' processors, and whether it still is as known."""
+"""The methods of diffusers' processors that the image and video patches rely on."""
 
 from __future__ import annotations
 
@@ -13,5 +13,5 @@ POSTPROCESS = ("postprocess", "denormalize", "_denormalize_conditionally", "pt_t
 
 
 def known(methods: Iterable[str]) -> tuple[Known, ...]:
-    """The methods as requirements of a patch."""
+    """Returns the methods as requirements of a patch."""
     return relied_on(PROCESSOR, *(f"VideoProcessor.{name}" for name in methods))

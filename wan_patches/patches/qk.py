@@ -1,6 +1,7 @@
-"""Queries and keys in the attention of Wan, Helios and their relatives: their RMS norms, and both rotated in one call.
+"""Queries and keys in the attention of Wan, Helios and related models.
 
-The rotary embedding itself belongs to `rope`: there is code, of other libraries too, that calls it otherwise.
+Covers their RMS norms, and the rotary embedding of both in one call. The rotary embedding function itself belongs to
+the `rope` patch, because other code, in other libraries too, calls it differently.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _CLOSE_NORM, _CLOSE_BOTH = "_wan_patches_close_qk_norm", "_wan_patches_close_rot
 
 
 def _rotations(of: str, function: str, both: str, fingerprint: str) -> Block:
-    """The two calls of `function`, whose results are named `of`."""
+    """Returns the edit of the two calls of `function`, whose results are named `of`."""
     query, key = of.split(", ")
     return Block(
         first=f"{query} = {function}(query, TABLES)",
@@ -33,13 +34,13 @@ def _rotations(of: str, function: str, both: str, fingerprint: str) -> Block:
 
 @dataclass(frozen=True)
 class Attention:
-    """A function that norms and rotates queries and keys.
+    """A function that normalises and rotates queries and keys.
 
-    module, function, formerly: where it is, and what it was called in older versions.
-    rotate, fingerprint: what it calls for the rotation, and the fingerprint of its two calls.
-    norms: of the attention module, those that it calls.
-    of: what the rotated queries and keys are called.
-    optional: of another library, which may not be there.
+    module, function, formerly: its location, and its name in older versions.
+    rotate, fingerprint: the function it calls for the rotation, and the fingerprint of its two calls.
+    norms: the norms of the attention module that it calls.
+    of: its names of the rotated queries and keys.
+    optional: whether it belongs to another library, which may not be installed.
     """
 
     module: str
@@ -53,7 +54,7 @@ class Attention:
 
 
 def exact(where: Attention) -> Patch:
-    """Norms without the calls of their modules, and both rotations in one call."""
+    """Returns a patch that bypasses the norms' module calls and rotates queries and keys in one call."""
     edits = [Replace(f"attn.{norm}(X)", f"{_NORM}(attn.{norm}, X)") for norm in where.norms]
     implementations = {
         "CPUs": "norms a few tokens at a time",
@@ -64,7 +65,7 @@ def exact(where: Attention) -> Patch:
 
 
 def close(where: Attention) -> Patch:
-    """With the norm of what is rotated left to the rotation."""
+    """Returns a patch that leaves the norms of rotated queries and keys to the rotation."""
     rotated = "norm_q", "norm_k"
     edits = [
         Replace(f"attn.{norm}(X)", f"{_CLOSE_NORM}(attn.{norm}, X{', rotary_emb' if norm in rotated else ''})")
@@ -107,7 +108,7 @@ def _of_diffusers(module: str, processor: str, *norms: str, **more: Any) -> Atte
 
 
 NORMS = ("norm_q", "norm_k", "norm_added_k")
-_ATTENTION = (  # VACE uses Wan's
+_ATTENTION = (  # VACE uses Wan's processor
     _of_diffusers("transformer_wan", "WanAttnProcessor", *NORMS),
     _of_diffusers("transformer_wan_animate", "WanAttnProcessor", *NORMS),
     _of_diffusers("transformer_skyreels_v2", "SkyReelsV2AttnProcessor", *NORMS),

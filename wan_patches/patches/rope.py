@@ -1,4 +1,4 @@
-"""Where diffusers keeps its rotary embedding: the Wan family's nested function and Helios' own."""
+"""Rotary embedding functions in diffusers: the nested function of the Wan family, and Helios' own."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ _DIFFUSERS = "diffusers.models.transformers."
 
 
 def patch(module: str, qualname: str, edit: Body, formerly: str | None = None, optional: bool = False) -> Patch:
-    """For the function that holds the rotary embedding, or is it; `optional` in another library's module."""
+    """Returns a patch of a function that is or contains the rotary embedding.
+
+    optional: whether it belongs to another library, which may not be installed.
+    """
     return Patch(
         name="rope",
         module=module,
@@ -31,7 +34,7 @@ def patch(module: str, qualname: str, edit: Body, formerly: str | None = None, o
 
 COMPLEX = "keeps its rotary tables as complex numbers (diffusers before 0.35 for Wan, 0.36 for SkyReels-V2)"
 
-NESTED = Body(  # one text in every family that keeps its tables as two real tensors
+NESTED = Body(  # the text is the same in every family that stores its tables as two real tensors
     nested="apply_rotary_emb",
     replacements=(("eb82049e08f68673", f"return {CALL}(hidden_states, freqs_cos[..., 0::2], freqs_sin[..., 1::2])"),),
     declined=(("2aac59bc43e80b30", COMPLEX), ("c3a2c35ea5844c11", COMPLEX), ("9b38ac46fc205917", COMPLEX)),

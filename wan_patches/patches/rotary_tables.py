@@ -1,7 +1,7 @@
-"""Where the making of rotary tables makes the host wait for the device: ChronoEdit's two ends, Helios' frame numbers.
+"""Rotary tables whose construction makes the host wait for the device: ChronoEdit's two ends, Helios' frame indices.
 
-The tables themselves are made anew in every forward, as in stock: that takes a hundred-thousandth of a forward, and
-what is kept cannot tell whether somebody has written to what it was made of.
+The tables themselves are built in every forward, as in stock. That takes a hundred-thousandth of a forward, and a cache
+could not detect whether its inputs have been modified.
 """
 
 from __future__ import annotations

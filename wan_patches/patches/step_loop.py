@@ -1,6 +1,6 @@
-"""Where denoising loops and their schedulers make the host wait for the device, and need not.
+"""Unnecessary waits of the host for the device in denoising loops and their schedulers.
 
-A step of Wan 2.2 reads a timestep to choose the transformer; its scheduler uploads noise levels one by one and asks
+A step of Wan 2.2 reads a timestep to choose the transformer; its scheduler uploads noise levels one by one and checks
 whether a matrix of two rows was singular. Helios' schedulers read their coefficients and upload them again.
 """
 
@@ -28,7 +28,7 @@ _CALLS = {
 
 @dataclass(frozen=True)
 class Either:
-    """The first of several lists of edits that knows the function."""
+    """The first of several lists of edits that recognises the function."""
 
     texts: tuple[tuple[Edit, ...], ...]
 
@@ -49,9 +49,9 @@ class Either:
 
 @dataclass(frozen=True)
 class Boundary:
-    """The choice of the transformer by timestep; `timesteps` is an expression for all of them.
+    """The choice of the transformer by timestep; `timesteps` is an expression for all timesteps.
 
-    A function that knows of no boundary is left as it is: VACE had one transformer up to diffusers 0.35.
+    A function without a boundary is left unchanged: VACE had one transformer up to diffusers 0.35.
     """
 
     timesteps: str = "timesteps"
@@ -75,7 +75,7 @@ def _patch(module: str, *targets: Target, requires: tuple[Known, ...] = (), opti
     )
 
 
-# The coefficients of UniPC: from the scheduler that Wan comes with, and from Helios' own
+# The coefficients of UniPC: in Wan's default scheduler, and in Helios' own
 
 _NUMBERS_EDITS = (
     Replace("torch.tensor(rks, device=device)", f"{_NUMBERS}(rks, device)"),
@@ -104,13 +104,13 @@ _UPDATES = (
         _UNIPC,
         Target(
             "UniPCMultistepScheduler.multistep_uni_p_bh_update",
-            (Either((_SIGMA_EDITS, _NUMBERS_EDITS)), _predictor()),  # since diffusers 0.38, and before
+            (Either((_SIGMA_EDITS, _NUMBERS_EDITS)), _predictor()),  # diffusers 0.38 and newer; older versions
         ),
         Target(
             "UniPCMultistepScheduler.multistep_uni_c_bh_update",
             (Either((_SIGMA_EDITS, _NUMBERS_EDITS)), _corrector()),
         ),
-        requires=relied_on(  # what the matrices are made of: their check is left out by knowing it
+        requires=relied_on(  # the matrices' construction: knowing it allows their check to be skipped
             UNIPC,
             "UniPCMultistepScheduler.multistep_uni_p_bh_update",
             "UniPCMultistepScheduler.multistep_uni_c_bh_update",
@@ -132,7 +132,7 @@ _UPDATES = (
     ),
 )
 
-# The schedules: Helios sets them anew for every chunk and every stage of its pyramid
+# The schedules: Helios sets them again for every chunk and every stage of its pyramid
 
 _SCHEDULE = (
     Replace("torch.from_numpy(timesteps).to(device=device)", f"{_MOVED}(self, torch.from_numpy(timesteps), device)"),

@@ -1,8 +1,8 @@
-"""Wan 2.2 TI2V gives each token a timestep, of which there are two in image-to-video and one in text-to-video.
+"""Timesteps per token in Wan 2.2 TI2V: two distinct ones in image-to-video, one in text-to-video.
 
-Stock embeds them all, and each block adds its table to a row for every token. Here the pipeline, which knows where the
-first frame ends, hands the model what it knows. CLOSE: what is elementwise keeps its bits, but a matmul of two rows may
-round otherwise than one of all.
+Stock embeds one timestep for each token, and each block adds its table to a row per token. Here the pipeline, which
+knows where the first frame ends, passes only the distinct timesteps to the model. CLOSE: elementwise operations keep
+their bits, but a matmul of two rows may round differently from one of all rows.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _patch(module: str, target: Target, requires: tuple[Known, ...] = ()) -> Pat
     )
 
 
-# how `prepare_latents` makes the mask of the first frame, from diffusers 0.35 to 0.42
+# the construction of the first frame's mask in `prepare_latents`, from diffusers 0.35 to 0.42
 _MASK = relied_on(IMAGE_TO_VIDEO, "WanImageToVideoPipeline.prepare_latents")
 
 PATCHES = (
@@ -67,7 +67,7 @@ PATCHES = (
         Target(
             "WanPipeline.__call__",
             (
-                Replace(_ONES, _ONES),  # the mask that is multiplied with the timestep
+                Replace(_ONES, _ONES),  # the mask multiplied with the timestep
                 Replace(_STOCK, f"{_OF_TEXT}(self, current_model, temp_ts, latents)"),
             ),
         ),

@@ -1,9 +1,8 @@
-"""Wan's video autoencoder: what lies between its convolutions, with the bits of stock.
+"""Wan's video autoencoder: the operations between its convolutions, bit-identical to stock.
 
-`clear_cache` begins every pass over a video (tiled, sliced, or of a tile on some rank). Where the encoder or decoder
-is as diffusers builds it, it puts a `FrameCaches` in the place of stock's list; the blocks that are given one
-take the short way. Hooks, compiled or quantised modules, adapters, autograd and autocast get stock's list, and with
-it stock's code.
+`clear_cache` begins every pass over a video (tiled, sliced, or of a tile on some rank). If the encoder or decoder is as
+diffusers builds it, a `FrameCaches` replaces stock's list, and blocks that receive one take the fast path. With hooks,
+compiled or quantised modules, adapters, autograd or autocast, stock's list is kept, and with it stock's code.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from wan_patches.patching.rewrite import Body, Replace
 _HERE = "wan_patches.bindings.vae"
 _CLONE = "_wan_patches_vae_unchanged"
 
-# target, and the function here that runs in its place
+# target, and the function in `bindings` that replaces it
 _REPLACED = (
     ("AutoencoderKLWan.clear_cache", "clear_cache"),
     ("AutoencoderKLWan._decode", "decode"),

@@ -1,4 +1,4 @@
-"""Where Wan's VAE, which is that of all families here, fades its tiles into one another."""
+"""Blending of tiles in Wan's VAE, which all model families here use."""
 
 from __future__ import annotations
 

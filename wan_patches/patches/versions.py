@@ -1,4 +1,4 @@
-"""Since when diffusers has the families that are younger than the oldest supported version."""
+"""The diffusers versions that introduced the model families newer than the oldest supported version."""
 
 from __future__ import annotations
 
@@ -14,5 +14,5 @@ _SINCE = {
 
 
 def since(module: str) -> str | None:
-    """The first version of diffusers that has the module; None for what every supported version has."""
+    """Returns the first diffusers version that has the module, or None if every supported version has it."""
     return next((version for family, version in _SINCE.items() if family in module), None)
