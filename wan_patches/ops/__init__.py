@@ -1,1 +1,1 @@
-"""Pure functions on tensors, one module per op; nothing here knows diffusers."""
+"""Pure functions on tensors, one module per op; independent of diffusers."""

@@ -1,4 +1,4 @@
-"""The image-to-video condition mask: which frames of the latent video are given by an image."""
+"""The image-to-video condition mask, which marks the frames of the latent video that an image provides."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ def condition_mask(
     device: torch.device,
     last_frame: bool = False,
 ) -> torch.Tensor:
-    """The mask that Wan's image-to-video models get beside the condition latents.
+    """Builds the mask that Wan's image-to-video models receive along with the condition latents.
 
-    Latent frame 0 stands for pixel frame 0, each later one for `temporal` pixel frames; a channel of the
-    mask is one for a pixel frame that an image gives, zero otherwise.
+    Latent frame 0 represents pixel frame 0, each later one `temporal` pixel frames. A channel of the mask is one for a
+    pixel frame provided by an image, zero otherwise.
 
     Args:
         batch, height, width: of the latents.
         frames: pixel frames; `(frames - 1) % temporal` must be 0.
         temporal: pixel frames per latent frame.
-        last_frame: whether the last pixel frame is given as well.
+        last_frame: whether the last pixel frame is provided as well.
 
     Returns:
-        `(batch, temporal, latent_frames, height, width)` of torch's default dtype, which keeps the
-        concatenation with half-precision latents in fp32, as in stock; an expanded view.
+        `(batch, temporal, latent_frames, height, width)` of torch's default dtype, which keeps the concatenation with
+        half-precision latents in fp32, as in stock; an expanded view.
 
     Raises:
-        RuntimeError: where `frames` does not fit `temporal`, or there is nothing to mask, as in stock.
+        RuntimeError: `frames` does not fit `temporal`, or there is nothing to mask, as in stock.
     """
     given = torch.ones(batch, 1, frames, height, width)
     given[:, :, 1 : frames - last_frame] = 0
@@ -53,7 +53,7 @@ def condition_mask(
 def in_latent_frames(
     batch: int, frames: int, height: int, width: int, temporal: int, device: torch.device, last_frame: bool = False
 ) -> torch.Tensor:
-    """The same values, built where and in the size in which they are needed: no list indexing, no upload."""
+    """Builds the same values directly on the device at latent size: no list indexing, no upload."""
     mask = torch.zeros((1, temporal, (frames - 1) // temporal + 1, 1, 1), device=device)
     mask[:, :, 0] = 1
     if last_frame:
@@ -71,10 +71,10 @@ def _(
 
 
 class ConditionVideo:
-    """The pixel video that image-to-video encodes: given frames first and perhaps last, zeros between, never built.
+    """The pixel video that image-to-video encodes, never built: the first and perhaps last frame, with zeros between.
 
-    Stands for `(batch, channels, frames, height, width)` where an autoencoder's encode takes slices of it: each slice
-    is a tensor with the bits, the dtype and the strides of one that was cut out and made contiguous.
+    Represents `(batch, channels, frames, height, width)` for an autoencoder's encode that takes slices: each slice is a
+    tensor with the bits, the dtype and the strides of one that was cut out and made contiguous.
     """
 
     def __init__(self, first: torch.Tensor, zeros: int, last: torch.Tensor | None = None) -> None:
@@ -95,18 +95,18 @@ class ConditionVideo:
         return self._first.device
 
     def to(self, *args: Any, **kwargs: Any) -> ConditionVideo:
-        """On another device, in another dtype; takes what `torch.Tensor.to` does."""
+        """Converts device or dtype; takes the arguments of `torch.Tensor.to`."""
         return self._map(lambda frame: frame.to(*args, **kwargs))
 
     def split(self, size: int) -> list[ConditionVideo]:
-        """Parts of the batch."""
+        """Splits the batch."""
         return [
             self._map(lambda frame, start=start: frame[start : start + size])  # type: ignore[misc]
             for start in range(0, self.shape[0], size)
         ]
 
     def __getitem__(self, key: tuple[slice, ...]) -> torch.Tensor:
-        """The frames `key[2]`, as a tensor; the other slices are taken of each."""
+        """Returns the frames `key[2]` as a tensor; the other slices apply to each frame."""
         batch, channels, frames, *area = key
         wanted = range(self.shape[2])[frames]
         index = (batch, channels, slice(None), *area)

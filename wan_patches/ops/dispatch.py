@@ -1,4 +1,4 @@
-"""What an op is: a pure function with one meaning, stock's operations as its reference, and faster forms of it.
+"""An op is a pure function with stock's operations as its reference, and faster forms of the same computation.
 
     @op("gated residual")
     def gated_residual(x, y, gate):  # the reference
@@ -7,13 +7,13 @@
     @gated_residual.form("a few tokens at a time", device="cpu", smallest=1 << 21)
     def in_chunks(x, y, gate): ...
 
-    @in_chunks.refuses  # a reason, or None
+    @in_chunks.refuses  # returns a reason, or None
     def _(x, y, gate): ...
 
-Every call with new shapes, strides, dtypes and so on (`key_of`) leads to a decision, which all later ones follow: the
-first form, in order, that does not refuse, does not raise and passes the first-sight gate; else the reference. Forms
-refuse for what is in the key, and for nothing else. Whatever looks into the operations (a compiler, autograd, a
-transform, a tracer) sees the op's traced form, which is the reference unless it has another.
+The first call with new shapes, strides, dtypes and so on (`key_of`) makes a decision that all later ones follow. It
+selects the first form, in order of declaration, that does not refuse, does not raise and passes the first-sight gate,
+or else the reference. A refusal may depend only on what is in the key. Observers of the operations (a compiler,
+autograd, a transform, a tracer) see the op's traced form, which is the reference unless another is declared.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ P = ParamSpec("P")
 R = TypeVar("R")
 Key = tuple[Hashable, ...]
 
-ACCELERATOR = "accelerator"  # any device that computes, but the CPU
+ACCELERATOR = "accelerator"  # any device that computes, except the CPU
 
-CAPACITY = 4096  # decisions of an op; past it the oldest is forgotten
-AGAIN = 4096  # calls after which a proof is repeated; then after twice as many, and so on
+CAPACITY = 4096  # decisions per op; beyond it the oldest is forgotten
+AGAIN = 4096  # calls after which a verification is repeated; then after twice as many, and so on
 
 SMALL = "stock's operations are the fastest for so few elements"
 OBSERVED = "autograd, autocast, a transform or a tracer looks on"
@@ -51,13 +51,13 @@ NO_FORM = "there is no other form for this device"
 
 
 class Limits(NamedTuple):
-    """Elements below which forms are slower than stock's operations."""
+    """Numbers of elements below which forms are slower than stock's operations."""
 
     usual: int = 0
     in_fp32: int = 0
 
     def least(self, x: torch.Tensor) -> int:
-        """The limit for what is like `x`."""
+        """Returns the limit for tensors like `x`."""
         return 0 if _any_size else self.in_fp32 if x.dtype is torch.float32 else self.usual
 
     @classmethod
@@ -66,7 +66,7 @@ class Limits(NamedTuple):
 
 
 class Form(Generic[P, R]):
-    """One way to compute an op."""
+    """One implementation of an op."""
 
     def __init__(
         self, name: str, function: Callable[P, R], device: str | None, smallest: int, smallest_in_fp32: int
@@ -80,12 +80,12 @@ class Form(Generic[P, R]):
         return self.function(*args, **kwargs)
 
     def refuses(self, refusal: Callable[..., str | None]) -> Callable[..., str | None]:
-        """Decorates what says why the form cannot be used for such arguments; None where it can."""
+        """Decorates a function that returns why the form cannot be used for its arguments, or None."""
         self.refusal = refusal
         return refusal
 
     def why_not(self, *args: Any) -> str | None:
-        """Why the form is not used for such arguments, as far as is known without a try."""
+        """Returns why the form is not used for these arguments, as far as is known without a trial, or None."""
         if any(self.limits) and args[0].numel() < self.limits.least(args[0]):
             return SMALL
         try:
@@ -96,12 +96,12 @@ class Form(Generic[P, R]):
 
 @dataclass
 class Decision:
-    """What computes the calls with one key.
+    """The implementation for all calls with one key.
 
-    form: None is the reference, and `reason` says why.
-    proved: whether the form was compared with the reference, or has no need to be.
-    again: calls after which it is compared once more.
-    tried: the forms that were compared, each with what was found wrong.
+    form: None for the reference; `reason` gives the reason.
+    proved: whether the form was compared with the reference, or needs no comparison.
+    again: the number of calls after which it is compared again.
+    tried: the forms that were compared, each with its failure, or an empty string.
     """
 
     form: Form[Any, Any] | None
@@ -113,7 +113,7 @@ class Decision:
 
 
 class Op(Generic[P, R]):
-    """Called as its reference is. Made by `op`."""
+    """A callable with the signature of its reference. Created by `op`."""
 
     def __init__(
         self,
@@ -130,7 +130,7 @@ class Op(Generic[P, R]):
         self.traced: Callable[P, R] = reference
         self.forms: list[Form[P, R]] = []
         self._agree, self._key, self._tells_nothing, self._autocasts = agree, key, tells_nothing, autocasts
-        self._limits = Limits(), Limits()  # below which no form is asked: elsewhere, and on CPUs
+        self._limits = Limits(), Limits()  # below which no form is tried: on other devices, and on CPUs
         self._has_limits = False
         self._decisions: dict[Key, Decision] = {}
         self._lock = threading.Lock()
@@ -168,13 +168,13 @@ class Op(Generic[P, R]):
     def form(
         self, name: str, device: str | None = None, smallest: int = 0, smallest_in_fp32: int | None = None
     ) -> Callable[[Callable[P, R]], Form[P, R]]:
-        """Decorates a form. Forms are asked in the order in which they are declared.
+        """Decorates a form. Forms are tried in order of declaration.
 
         Args:
             name: what it does, in a few words, for `status()`.
-            device: the type of the devices that it is for, `ACCELERATOR` for all but the CPU; None is any.
+            device: the device type it supports, or `ACCELERATOR` for all but the CPU; None for any.
             smallest: elements of the first argument below which the form takes more than 0.9 of the reference's time.
-            smallest_in_fp32: the same where that is fp32, and stock casts nothing.
+            smallest_in_fp32: the same if the first argument is fp32, so that stock casts nothing.
         """
         in_fp32 = smallest if smallest_in_fp32 is None else smallest_in_fp32
 
@@ -186,7 +186,7 @@ class Op(Generic[P, R]):
         return declare
 
     def forms_of(self, other: Op[P, R]) -> None:
-        """Takes the forms of an op with the same meaning, after its own."""
+        """Adds the forms of an op with the same meaning after its own."""
         self._add(*other.forms)
 
     def _add(self, *forms: Form[P, R]) -> None:
@@ -196,37 +196,37 @@ class Op(Generic[P, R]):
         self._has_limits = any(map(any, self._limits))
 
     def trace(self, function: Callable[P, R]) -> Callable[P, R]:
-        """Decorates what compilers, autograd, transforms and tracers see instead of the reference."""
+        """Decorates the form that compilers, autograd, transforms and tracers see instead of the reference."""
         self.traced = function
         return function
 
     def why_small(self, x: Any) -> str | None:
-        """`SMALL` where the first argument has so few elements that no form is asked: callers need not ask either."""
+        """Returns `SMALL` if the first argument is too small for any form; callers can then skip their own checks."""
         return SMALL if x.numel() < self._limits[x.is_cpu].least(x) else None
 
     def least_for(self, x: torch.Tensor) -> int:
-        """Elements below which no form is asked of what is like `x`."""
+        """Returns the number of elements below which no form is tried for tensors like `x`."""
         return self._limits[x.is_cpu].least(x)
 
     def stock(self, reason: str, *args: P.args, **kwargs: P.kwargs) -> R:
-        """The reference, where the caller knows a reason for it."""
+        """Runs the reference, for a reason known to the caller."""
         if not torch.compiler.is_compiling():
             tally.count(self.name, "", reason)
         return self.reference(*args, **kwargs)
 
     def decisions(self) -> dict[Key, Decision]:
-        """What was decided, oldest first."""
+        """Returns the decisions, oldest first."""
         with self._lock:
             return dict(self._decisions)
 
     def verdicts(self) -> Iterator[Verdict]:
-        """What the first-sight gate found."""
+        """Yields the verdicts of the first-sight gate."""
         for key, decision in self.decisions().items():
             for form, failure in decision.tried:
                 yield Verdict(self.name, form, key, not failure, failure, self.fidelity)
 
     def forget(self, proved: bool = True) -> None:
-        """Forgets decisions; with `proved=False` only those that no proof stands behind."""
+        """Forgets decisions; with `proved=False` only those without a verification."""
         with self._lock:
             self._decisions = {} if proved else {k: d for k, d in self._decisions.items() if d.proved}
 
@@ -267,7 +267,7 @@ class Op(Generic[P, R]):
             reasons.append(f"{form.name} {failure}")
             if failure == proof.NO_MEMORY:
                 break
-        # raises where the arguments are to blame
+        # raises if the arguments are invalid
         result = self.reference(*args) if trial is None else trial.result()  # type: ignore[call-arg]
         reason = "; ".join(dict.fromkeys(reasons)) or NO_FORM
         self._decide(key, Decision(None, reason, tried=tuple(tried)))
@@ -275,7 +275,7 @@ class Op(Generic[P, R]):
         return result
 
     def _again(self, key: Key, decision: Decision, args: tuple[Any, ...]) -> Any:
-        """Follows a decision, and looks whether it is still right."""
+        """Follows a decision, and verifies it again when due."""
         form = decision.form
         if _rechecking:
             self._check(decision, args)
@@ -286,7 +286,7 @@ class Op(Generic[P, R]):
             return self._follow(decision, args)
         decision.again *= 2
         failure = trial.failure(form, self._agree)
-        if failure == proof.NO_MEMORY:  # which says nothing about the form
+        if failure == proof.NO_MEMORY:  # says nothing about the form
             del trial
             return self._follow(decision, args)
         if failure:
@@ -299,7 +299,7 @@ class Op(Generic[P, R]):
         return proof.Trial(self.reference, args, self.fidelity, self._tells_nothing)
 
     def _check(self, decision: Decision, args: tuple[Any, ...]) -> None:
-        """Raises `AssertionError` where a decision would be another one now."""
+        """Raises `AssertionError` if the decision would be different now."""
         failed = {name for name, failure in decision.tried if failure}
         for form in self._forms_on(_device(args).type):
             reason = form.why_not(*args)
@@ -327,16 +327,16 @@ class Op(Generic[P, R]):
 
 
 def key_of(*args: Any) -> Key | None:
-    """All that arithmetic and refusals can depend on, but for the values of tensors; None where autograd looks on.
+    """Returns everything that arithmetic and refusals may depend on except tensor values, or None if autograd records.
 
-    Of tensors: shape, strides, dtype and device, and on accelerators, where kernels read memory as it is, alignment and
-    whether they are negated views. Of norms: their type, parameters and `eps`. Then numbers and the like themselves,
-    and what torch is told about threads, or about determinism.
+    Tensors: shape, strides, dtype and device; on accelerators, where kernels read raw memory, also alignment and
+    whether they are negated views. Norms: type, parameters and `eps`. Other values, such as numbers, themselves. Global
+    state: torch's number of threads on CPUs, its determinism flags on accelerators.
     """
     found: list[Any] = []
     try:
         on_cpu = _describe(args, found, torch.is_grad_enabled())
-    except (RuntimeError, AttributeError):  # a tensor without strides, or what is no norm
+    except (RuntimeError, AttributeError):  # a tensor without strides, or an object that is not a norm
         return None
     if on_cpu is _OBSERVED:
         return None
@@ -345,7 +345,10 @@ def key_of(*args: Any) -> Key | None:
 
 
 def _describe(values: Iterable[Any], found: list[Any], gradients: bool, on_cpu: Any = None) -> Any:
-    """Adds to `found`. Whether the first tensor is on a CPU, which `on_cpu` tells of values before; or `_OBSERVED`."""
+    """Extends `found`; returns whether the first tensor is on a CPU, or `_OBSERVED`.
+
+    on_cpu: the answer from values described before.
+    """
     for value in values:
         kind = type(value)
         if kind is _Tensor or kind is _Parameter:
@@ -374,7 +377,7 @@ def _describe(values: Iterable[Any], found: list[Any], gradients: bool, on_cpu: 
 
 _OBSERVED = object()
 _Tensor, _Parameter = torch.Tensor, torch.nn.Parameter
-_WITHOUT_PROOF = ("cpu", "meta")  # devices: forms are tried on a CPU before they are declared, and meta has no values
+_WITHOUT_PROOF = ("cpu", "meta")  # devices; CPU forms are tested before release, meta tensors have no values
 _VALUES = frozenset((type(None), bool, int, float, str, torch.dtype, torch.device, torch.Size))
 
 
@@ -383,7 +386,7 @@ def _flags() -> tuple[Hashable, ...]:
 
 
 def _device(args: Iterable[Any]) -> torch.device:
-    """Where a call computes: that of the first tensor, or the first device that is named."""
+    """Returns the device of a call: that of the first tensor, or else the first `torch.device` argument."""
     for value in args:
         if isinstance(value, torch.Tensor):
             return value.device
@@ -401,16 +404,16 @@ def op(
     tells_nothing: Callable[..., bool] | None = None,
     autocasts: bool = True,
 ) -> Callable[[Callable[P, R]], Op[P, R]]:
-    """Makes an op of its reference: the function in stock's operations, in stock's order of arithmetic.
+    """Creates an op from its reference: the function in stock's operations, in stock's order of arithmetic.
 
     Args:
-        name: for people.
-        fidelity: what its forms promise.
-        agree: of a CLOSE op, takes the results of a form and of the reference, and then the arguments, and says
-            whether the form will do.
-        key: what decisions depend on, of the arguments; None where stock's operations must be seen.
-        tells_nothing: whether arguments that are no tensors would let anything pass.
-        autocasts: whether autocast changes what the reference computes, which must be seen then.
+        name: a readable name.
+        fidelity: the guarantee of its forms.
+        agree: for a CLOSE op, takes the results of a form and of the reference, then the arguments, and returns whether
+            the form is close enough.
+        key: maps the arguments to the key of a decision, or None if stock's operations must be seen.
+        tells_nothing: whether arguments that are not tensors would let any result pass.
+        autocasts: whether autocast, which must then be seen, changes the reference's computation.
     """
     return lambda reference: Op(
         name, reference, fidelity=fidelity, agree=agree, key=key, tells_nothing=tells_nothing, autocasts=autocasts
@@ -418,12 +421,12 @@ def op(
 
 
 def is_below(least: int, elements: int) -> bool:
-    """Whether there are fewer, for forms whose first argument is no tensor."""
+    """Whether `elements` is below the limit `least`, for forms whose first argument is not a tensor."""
     return not _any_size and elements < least
 
 
 def ops() -> list[Op[Any, Any]]:
-    """All that there are."""
+    """Returns all ops."""
     return list(_ops)
 
 
@@ -433,9 +436,9 @@ _rechecking = _any_size = False
 
 @contextlib.contextmanager
 def rechecking() -> Iterator[None]:
-    """For tests: every call that follows a decision asks the forms again, and compares with the reference.
+    """For tests: every call that follows a decision queries the forms again, and compares with the reference.
 
-    Raises `AssertionError` where the answer would be another one.
+    Raises `AssertionError` if the decision would be different.
     """
     global _rechecking
     before, _rechecking = _rechecking, True
@@ -447,7 +450,7 @@ def rechecking() -> Iterator[None]:
 
 @contextlib.contextmanager
 def at_any_size() -> Iterator[None]:
-    """For tests: forms are asked about inputs of any size."""
+    """For tests: forms are tried for inputs of any size."""
     global _any_size
     before = _any_size
     try:

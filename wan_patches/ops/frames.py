@@ -1,7 +1,7 @@
-"""Decoded video to frames: bytes for images, or floats in [0, 1].
+"""Converts decoded video to frames: bytes for images, or floats in [0, 1].
 
-`x * 0.5 + 0.5` is rounded after each step in the video's own dtype, then clamped; what follows is fp32.
-The constants stay apart: folding them, or fp32 throughout, changes pixels of half-precision videos.
+`x * 0.5 + 0.5` is rounded after each step in the video's own dtype, then clamped; the remaining steps are in fp32. The
+constants are not folded: folding them, or computing in fp32 throughout, changes pixels of half-precision videos.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 from wan_patches.ops.dispatch import Key, key_of, op
 
-_CPU_CHUNK = 4_800_000  # elements, four frames of 480 x 832: less is faster on idle cores, not on shared ones
+_CPU_CHUNK = 4_800_000  # elements, four frames of 480 x 832: fewer are faster on idle cores, but not on shared ones
 _CHUNK = 1 << 24  # elements on accelerators: 64 MiB of fp32, few launches
 _FEW_CHANNELS = 4
 
@@ -27,22 +27,22 @@ def video_to_uint8(
     frames_per_chunk: int | None = None,
     total: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The pixels of diffusers' `VideoProcessor.postprocess_video(video, "pil")`.
+    """Returns the pixels of diffusers' `VideoProcessor.postprocess_video(video, "pil")`.
 
-    Works on a few frames at a time in reused buffers. Waits for the device only to copy to an `out` elsewhere.
+    Processes a few frames at a time in reused buffers. Waits for the device only to copy to an `out` on another device.
 
     Args:
-        video: `(batch, channels, frames, height, width)` in [-1, 1], any floating dtype, strides and device;
-            values outside (infinities too) are clamped, NaN becomes 0. Must not require grad.
-        out: uint8 `(batch, frames, height, width, channels)`, any strides, written in place: frame by frame on
-            the device of `video`, in one copy at the end on another.
-        frames_per_chunk: frames worked on at a time, by default some five million elements on the CPU and
-            some sixteen million elsewhere.
-        total: fp32, 0-D, on the device of `video`; NaN afterwards where `video` has one, else not.
+        video: `(batch, channels, frames, height, width)` in [-1, 1], any floating dtype, strides and device; values
+            outside (infinities too) are clamped, NaN becomes 0. Must not require grad.
+        out: uint8 `(batch, frames, height, width, channels)`, any strides, written in place: frame by frame if on the
+            device of `video`, otherwise in one copy at the end.
+        frames_per_chunk: frames processed at a time, by default some five million elements on the CPU and some sixteen
+            million elsewhere.
+        total: fp32, 0-D, on the device of `video`; becomes NaN if and only if `video` contains NaN.
 
     Returns:
-        `out`, or a new contiguous uint8 tensor, `(batch, frames, height, width, channels)`, on the device of
-        `video`. EXACT: half-way cases are rounded to even.
+        `out`, or a new contiguous uint8 tensor, `(batch, frames, height, width, channels)`, on the device of `video`.
+        EXACT: ties are rounded to even.
 
     Raises:
         TypeError: `video` is not floating, or `out` not uint8.
@@ -66,7 +66,7 @@ def video_to_uint8(
             if not video.is_cpu or channels > _FEW_CHANNELS:
                 frames_out[chunk].copy_(values.permute(1, 2, 3, 0))
                 continue
-            # plane by plane: ATen's copy of a permutation runs its inner loop over the few channels
+            # plane by plane, because ATen's copy of a permutation would run its inner loop over the few channels
             for channel, plane in enumerate(values):
                 frames_out[chunk, ..., channel].copy_(plane)
     return made if out is None or made is out else out.copy_(made)
@@ -75,9 +75,9 @@ def video_to_uint8(
 def video_to_float(
     video: torch.Tensor, out: torch.Tensor | None = None, frames_per_chunk: int | None = None
 ) -> torch.Tensor:
-    """The array of diffusers' `VideoProcessor.postprocess_video(video, "np")`, as a tensor on the CPU.
+    """Returns the array of diffusers' `VideoProcessor.postprocess_video(video, "np")`, as a CPU tensor.
 
-    One copy from the device, and none to stack the batch.
+    Copies once from the device, and does not copy to stack the batch.
 
     Args:
         video: as in `video_to_uint8`; NaN stays NaN.
@@ -85,9 +85,9 @@ def video_to_float(
         frames_per_chunk: as in `video_to_uint8`.
 
     Returns:
-        `out`, or a new fp32 CPU tensor, `(batch, frames, height, width, channels)`, with the strides of stock's
-        array: those of a stack of items that each keep the order of axes in memory of `video` (so a contiguous
-        video gives `(batch, channels, frames, height, width)` in memory). EXACT.
+        `out`, or a new fp32 CPU tensor, `(batch, frames, height, width, channels)`, with the strides of stock's array:
+        a stack of items that each keep the memory order of the axes of `video` (so a contiguous video gives `(batch,
+        channels, frames, height, width)` in memory). EXACT.
 
     Raises:
         TypeError: `video` is not floating, or `out` not fp32.
@@ -122,13 +122,13 @@ Make = Callable[[torch.Tensor, "torch.Tensor | None"], torch.Tensor]
 def to_uint8(
     video: torch.Tensor, make: Make, of_stock: Callable[[torch.Tensor], torch.Tensor], out: torch.Tensor | None
 ) -> torch.Tensor:
-    """Frames on the CPU.
+    """Returns frames on the CPU.
 
     Args:
         video: as in `video_to_uint8`.
-        make: that function, of `video` and `out`.
-        of_stock: stock's way, to a new tensor.
-        out: where frames can go that are made on the CPU.
+        make: `video_to_uint8`, as a function of `video` and `out`.
+        of_stock: the stock implementation, which returns a new tensor.
+        out: memory for frames that are made on the CPU, or None.
     """
     return of_stock(video)
 
@@ -137,7 +137,7 @@ def to_uint8(
 def to_float(
     video: torch.Tensor, make: Make, of_stock: Callable[[torch.Tensor], torch.Tensor], out: torch.Tensor | None
 ) -> torch.Tensor:
-    """As `to_uint8`, with `video_to_float`."""
+    """Returns frames like `to_uint8`, with `video_to_float`."""
     return of_stock(video)
 
 
@@ -150,10 +150,10 @@ def in_chunks(
 
 
 def layout(video: torch.Tensor, dtype: torch.dtype) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shape and strides, in elements, of what the functions here return without `out`, to make an `out` alike.
+    """Returns shape and strides, in elements, of the results of the functions here, to allocate a matching `out`.
 
-    `dtype` is fp32 for `video_to_float` and uint8 for `video_to_uint8`. Where strides differ, so does the order in
-    memory, and a copy from a device is more than the bytes as they are.
+    `dtype` is fp32 for `video_to_float` and uint8 for `video_to_uint8`. With other strides the order in memory differs,
+    and a copy from a device has to rearrange the bytes.
     """
     shape = _shape(video)
     if dtype == torch.float32:
@@ -167,7 +167,7 @@ def _shape(video: torch.Tensor) -> tuple[int, ...]:
 
 
 def _result(video: torch.Tensor, out: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-    """Where the frames are made: `out`, if that is on the device of `video`, else new memory there."""
+    """Returns memory for the frames: `out` if it is on the device of `video`, else new memory there."""
     if out is not None and out.device == video.device:
         return out
     return torch.empty_strided(*layout(video, dtype), dtype=dtype, device=video.device)
@@ -206,16 +206,16 @@ def _buffer(video: torch.Tensor, step: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _denormalize(source: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """[-1, 1] to [0, 1] in the dtype of `source`, which is that of `out`; two roundings, as in stock."""
+    """Maps [-1, 1] to [0, 1] in the dtype of `source`, which is that of `out`; two roundings, as in stock."""
     return torch.mul(source, 0.5, out=out).add_(0.5).clamp_(0, 1)
 
 
 def _clamp(values: torch.Tensor, total: torch.Tensor) -> None:
-    """To [0, 1] in place; adds to `total` what is NaN where one of `values` is."""
+    """Clamps to [0, 1] in place; adds NaN to `total` if any of `values` is NaN."""
     if not values.is_cpu:
         total += values.clamp_(0, 1).sum()
         return
-    # as much work as a clamp, which decoders have mostly done already
+    # costs as much as a clamp, which decoders have mostly applied already
     lowest, highest = values.aminmax()
     total += lowest.clamp(0, 1)
     if not (lowest >= 0 and highest <= 1):
@@ -224,11 +224,11 @@ def _clamp(values: torch.Tensor, total: torch.Tensor) -> None:
 
 @functools.lru_cache(maxsize=64)
 def _stacked_strides(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides, in elements, of stock's `(batch, frames, height, width, channels)` array.
+    """Returns the strides, in elements, of stock's `(batch, frames, height, width, channels)` array.
 
-    Two libraries decide them: an elementwise torch operation those of an item, `np.stack` those of the
-    batch. Both are asked: torch on tensors without storage, numpy on an array of one or two elements
-    along each axis, in a stack of one (the new axis is the outermost for any number).
+    Two libraries determine them: an elementwise torch operation those of an item, `np.stack` those of the batch. Both
+    are queried: torch with meta tensors, numpy with an array of one or two elements along each axis, in a stack of one
+    (the new axis is the outermost for any number).
     """
     batch, channels, frames, height, width = shape
     item = torch.empty_strided(shape[1:], strides[1:], device="meta").permute(1, 0, 2, 3)

@@ -1,9 +1,9 @@
-"""Norms with what stands before and after them in one pass over memory. CLOSE: only rounding moves.
+"""Norms fused with the operations before and after them, in one pass over memory. CLOSE: only rounding differs.
 
-The ops of `wan_patches.ops.modulation` by the same names, for norms that tell their parameters, and RMS norms with the
-rotary embedding: a row stays in fp32 from where it is read to where the result is stored. How far that is from the
-truth proves itself at first sight: on a sample of the tokens, its mean error against float64 must be at most 1.01 times
-that of stock's operations. Residual sums keep their bits. Where there is no kernel, the exact forms run.
+Contains the ops of `wan_patches.ops.modulation` under the same names, for norms with known parameters, and RMS norms
+with the rotary embedding. A row stays in fp32 from load to store. The error is verified at first sight: on a sample of
+the tokens, the mean error against float64 must be at most 1.01 times that of stock's operations. Residual sums keep
+their bits. Where there is no kernel, the exact forms run.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from wan_patches.patching.fidelity import Fidelity
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
-# What the forms must agree with
+# Agreement of the forms with float64
 
 
 def _norm_agrees(
@@ -75,7 +75,7 @@ def _rotation_agrees(
 
 
 def _some(seq: int) -> slice:
-    """Tokens from all over a sequence."""
+    """Selects tokens spread over a sequence."""
     return slice(None, None, max(1, seq // SAMPLE))
 
 
@@ -84,13 +84,13 @@ def _some(seq: int) -> slice:
 
 @op("modulated norm in one pass", fidelity=Fidelity.CLOSE, agree=_norm_agrees)
 def modulated_norm(x: torch.Tensor, norm: LayerNorm, scale: Modulation, shift: Modulation) -> torch.Tensor:
-    """`wan_patches.ops.modulation.modulated_norm`, in one kernel on GPUs."""
+    """Computes `wan_patches.ops.modulation.modulated_norm` in one kernel on GPUs."""
     return exact.modulated_norm.reference(x, norm, scale, shift)
 
 
 @op("cast norm in one pass", fidelity=Fidelity.CLOSE, agree=_norm_agrees)
 def cast_norm(x: torch.Tensor, norm: LayerNorm) -> torch.Tensor:
-    """`wan_patches.ops.modulation.cast_norm`, in one kernel on GPUs and one operation on NPUs."""
+    """Computes `wan_patches.ops.modulation.cast_norm` in one kernel on GPUs and one operation on NPUs."""
     return exact.cast_norm.reference(x, norm)
 
 
@@ -103,7 +103,7 @@ def residual_norm(
     scale: Modulation | None,
     shift: Modulation | None,
 ) -> Pair:
-    """`wan_patches.ops.modulation.residual_norm`, in one kernel on GPUs; on NPUs its norm is `cast_norm`."""
+    """Computes `wan_patches.ops.modulation.residual_norm` in one kernel on GPUs; on NPUs its norm is `cast_norm`."""
     return exact.residual_norm.reference(x, y, gate, norm, scale, shift)
 
 
@@ -111,7 +111,7 @@ def residual_norm(
 def rms_norm_rope(
     x: torch.Tensor, weight: torch.Tensor, eps: float, cos: torch.Tensor, sin: torch.Tensor
 ) -> torch.Tensor:
-    """The RMS norm of `x` over all its heads and the rotary embedding of that, in one kernel on GPUs.
+    """Applies the RMS norm over all heads of `x`, then the rotary embedding, in one kernel on GPUs.
 
     Args:
         x: queries or keys, `(batch, seq, heads, head_dim)`.
@@ -256,7 +256,7 @@ def _(
     return sums or npu.why_no_layer_norm(x, norm.weight, norm.bias)
 
 
-# The exact forms, where there is nothing better
+# The exact forms, as a fallback
 
 
 @rms_norm_rope.form("one after the other")

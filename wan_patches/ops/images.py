@@ -1,4 +1,4 @@
-"""Images to tensors in [-1, 1], resized by Pillow's Lanczos: on CPUs by Pillow, on accelerators in its arithmetic."""
+"""Images to tensors in [-1, 1], resized with Pillow's Lanczos: by Pillow on CPUs, in its arithmetic on accelerators."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from wan_patches.ops.resize import lanczos_resize, normalize_uint8, supported
 
 Size = tuple[int, int]
 
-_SMALL = 1 << 22  # values below which a CPU spends its time on the resize, which stays Pillow's
+_SMALL = 1 << 22  # values below which the resize, which stays Pillow's, dominates the time on a CPU
 
 
 def _key(images: list[PIL.Image.Image], size: Size, device: torch.device, stock: Callable[[], Any]) -> Key:
@@ -23,7 +23,7 @@ def _key(images: list[PIL.Image.Image], size: Size, device: torch.device, stock:
 
 
 def _tells_nothing(images: list[PIL.Image.Image], size: Size, device: torch.device, stock: Callable[[], Any]) -> bool:
-    """Whether an image is of one colour, which any resize keeps."""
+    """Whether an image has a single colour, which any resize keeps."""
     extrema: Any = [image.getextrema() for image in images]  # a pair for each channel
     return any(low == high for channels in extrema for low, high in channels)
 
@@ -32,13 +32,13 @@ def _tells_nothing(images: list[PIL.Image.Image], size: Size, device: torch.devi
 def preprocessed(
     images: list[PIL.Image.Image], size: Size, device: torch.device, stock: Callable[[], torch.Tensor]
 ) -> torch.Tensor:
-    """`(images, 3, height, width)` on `device`, fp32, channels last in memory as arrays have them.
+    """Returns `(images, 3, height, width)` on `device`, fp32, channels-last in memory as arrays are.
 
     Args:
-        images: in RGB.
+        images: RGB images.
         size: `(height, width)` of the result.
-        device: where it is wanted.
-        stock: makes the same, on any device.
+        device: of the result.
+        stock: returns the same tensor, on any device.
     """
     return stock().to(device)
 
@@ -53,7 +53,7 @@ def on_cpu(
         resized = torch.from_numpy(
             np.array(image.resize((width, height), resample=PIL.Image.Resampling.LANCZOS, reducing_gap=None))
         )
-        if out is None:  # not before Pillow has said what it thinks of the size
+        if out is None:  # after Pillow has validated the size
             shape = (len(images), height, width, 3)
             out = torch.empty(shape, dtype=torch.float32, device="cpu").permute(0, 3, 1, 2)
         normalize_uint8(resized[None], out=out[nth : nth + 1])

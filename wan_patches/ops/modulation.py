@@ -1,15 +1,16 @@
-"""adaLN modulation, gated residuals and the casts around them: what stands between the matmuls of a block.
+"""adaLN modulation, gated residuals and the casts around them: the operations between the matmuls of a block.
 
     modulated norm:   (norm(x.float()) * (1 + scale) + shift).type_as(x)
     gated residual:   (x.float() + y * gate).type_as(x)
     residual norm:    h = x + y or a gated residual, and the norm of h, modulated or not
 
-Every operation is rounded in fp32, and the result once more to the dtype of `x`: that is stock's order of arithmetic.
-`norm` is a layer norm and stays ATen's; it works on each token by itself and returns new memory. Results lie in memory
-as stock's do, whatever the strides of the arguments.
+Every operation is rounded in fp32, and the result once more to the dtype of `x`, in stock's order of arithmetic. `norm`
+is ATen's layer norm; it processes each token separately and returns new memory. Results have the strides of stock's
+results, whatever the strides of the arguments.
 
 Hidden states are `(batch, seq, dim)`. A scale, a shift or a gate is fp32 and `(1 or batch, rows, dim)`: one row for all
-tokens, a row per token, `SegmentedModulation`, or `RowPerToken`, which is one that has not been computed.
+tokens, a row per token, `SegmentedModulation`, or `RowPerToken`, which is a row per token that has not been computed
+yet.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ from wan_patches.ops.dispatch import ACCELERATOR, op
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# elements from which forms for CPUs take at most 0.9 of stock's time: `wan-patches bench forms`
+# elements from which CPU forms take at most 0.9 of stock's time: `wan-patches bench forms`
 _SMALL, _SMALL_IN_FP32 = 1 << 21, 1 << 22
-SMALL_ELSEWHERE = 1 << 14  # and on accelerators, where it has not been measured yet
+SMALL_ELSEWHERE = 1 << 14  # on accelerators; not measured yet
 SLOW = "stock's operations are the fastest in fp32, where channels do not lie next to each other"
-_CHUNK = 1 << 19  # elements worked on at a time on CPUs: they stay in the cache from the first operation to the last
+_CHUNK = 1 << 19  # elements processed at a time on CPUs: they stay in the cache from the first operation to the last
 
 
 class LayerNorm(Protocol):
@@ -44,10 +45,11 @@ class LayerNorm(Protocol):
 
 
 class SegmentedModulation(NamedTuple):
-    """A modulation for two kinds of tokens, as a value of its own: a tensor for each token cannot prove that it is one.
+    """A modulation with one row for each of two kinds of tokens.
 
-    Models hand it on as they do the tensor that it stands for, `(1 or batch, seq, ...)`. Stock code, where a patch goes
-    away during a run, gets that tensor from `float`.
+    A type of its own, because a dense tensor with a row per token cannot prove that it has only two distinct rows.
+    Models pass it on like the tensor `(1 or batch, seq, ...)` that it represents. Stock code gets that tensor from
+    `float`, if a patch is removed during a run.
 
     rows: `(1 or batch, 2, ...)`: the row of the tokens before `split_index`, and that of the others. The rest is
         `(dim,)`, or `(n, dim)` for `n` modulations in one.
@@ -60,38 +62,38 @@ class SegmentedModulation(NamedTuple):
 
     @property
     def ndim(self) -> int:
-        """Axes of the tensor."""
+        """Number of axes of the represented tensor."""
         return self.rows.dim()
 
     def unflatten(self, dim: int, sizes: tuple[int, ...]) -> SegmentedModulation:
-        """As of the tensor; `dim` is at least 2."""
+        """Unflattens the represented tensor; `dim` is at least 2."""
         return self._replace(rows=self.rows.unflatten(dim, sizes))
 
     def to(self, device: torch.device, non_blocking: bool = False) -> SegmentedModulation:
-        """As of a tensor: hooks of offloading ask for it."""
+        """Moves to a device, as offloading hooks request of tensors."""
         return self._replace(rows=self.rows.to(device, non_blocking=non_blocking))
 
     def added_to(self, table: torch.Tensor) -> tuple[SegmentedModulation, ...]:
-        """The `n` modulations in this one, after `table`, `(1, n, dim)`, was added to each row."""
+        """Returns the `n` modulations in this one, after adding `table`, `(1, n, dim)`, to each row."""
         return tuple(self._replace(rows=rows) for rows in (table.unsqueeze(0) + self.rows).unbind(dim=2))
 
     def float(self) -> torch.Tensor:
-        """The tensor in fp32."""
+        """Returns the represented tensor in fp32."""
         return self.dense().float()
 
     def dense(self) -> torch.Tensor:
-        """The tensor, `(1 or batch, seq, ...)`."""
+        """Returns the represented tensor, `(1 or batch, seq, ...)`."""
         batch, _, *rest = self.rows.shape
         counts = (self.split_index, self.seq - self.split_index)
         return torch.cat([row.expand(batch, n, *rest) for row, n in zip(self.rows.split(1, dim=1), counts)], dim=1)
 
 
 class SegmentedTimesteps(NamedTuple):
-    """A timestep for each token, of which there are two.
+    """A timestep for each token, with two distinct values.
 
-    values: `(2,)`: of the tokens before `split_index`, and of the others.
+    values: `(2,)`: the timestep of the tokens before `split_index`, and that of the others.
     split_index: a number of tokens.
-    shape: `(batch, seq)`, of the tensor that this stands for, which stock code gets from `flatten`.
+    shape: `(batch, seq)`, of the represented tensor, which stock code gets from `flatten`.
     """
 
     values: torch.Tensor
@@ -100,22 +102,22 @@ class SegmentedTimesteps(NamedTuple):
 
     @property
     def ndim(self) -> int:
-        """Axes of the tensor."""
+        """Number of axes of the represented tensor."""
         return 2
 
     def to(self, device: torch.device, non_blocking: bool = False) -> SegmentedTimesteps:
-        """As of a tensor: hooks of offloading ask for it."""
+        """Moves to a device, as offloading hooks request of tensors."""
         return self._replace(values=self.values.to(device, non_blocking=non_blocking))
 
     def flatten(self) -> torch.Tensor:
-        """The tensor, `(batch * seq,)`."""
+        """Returns the represented tensor, flattened: `(batch * seq,)`."""
         batch, seq = self.shape
         first, rest = self.values.split(1)
         return torch.cat((first.expand(self.split_index), rest.expand(seq - self.split_index))).repeat(batch)
 
 
 class RowPerToken(NamedTuple):
-    """A row for each token that is made where it is used: the whole of it in fp32 can be larger than the model.
+    """A row for each token, computed where it is used: all rows in fp32 can be larger than the model.
 
     table: `(1, 1, dim)`; temb: `(batch, seq, dim)`. Their sum in fp32 is the modulation.
     """
@@ -124,7 +126,7 @@ class RowPerToken(NamedTuple):
     temb: torch.Tensor
 
     def dense(self) -> torch.Tensor:
-        """The modulation, `(batch, seq, dim)`."""
+        """Returns the modulation, `(batch, seq, dim)`."""
         return self.table + self.temb.float()
 
 
@@ -133,23 +135,23 @@ Modulation = torch.Tensor | SegmentedModulation | RowPerToken
 
 @op("modulated norm")
 def modulated_norm(x: torch.Tensor, norm: LayerNorm, scale: Modulation, shift: Modulation) -> torch.Tensor:
-    """The norm of `x` in fp32, scaled and shifted; a new tensor like `x`."""
+    """Returns the norm of `x` in fp32, scaled and shifted; a new tensor like `x`."""
     return (norm(x.float()) * (1 + as_tensor(scale)) + as_tensor(shift)).type_as(x)
 
 
 @op("gated residual")
 def gated_residual(x: torch.Tensor, y: torch.Tensor, gate: Modulation, cast: bool = False) -> torch.Tensor:
-    """`x` plus `y` times `gate`; a new tensor like `x`.
+    """Returns `x` plus `y` times `gate`; a new tensor like `x`.
 
-    y: what attention or the feed-forward layer made of `x`, of its shape.
-    cast: stock casts `y` to fp32 by itself, which makes a difference in fp64 only.
+    y: the output of attention or of the feed-forward layer, with the shape of `x`.
+    cast: whether stock casts `y` to fp32 explicitly, which makes a difference only in fp64.
     """
     return (x.float() + (y.float() if cast else y) * as_tensor(gate)).type_as(x)
 
 
 @op("cast norm")
 def cast_norm(x: torch.Tensor, norm: LayerNorm) -> torch.Tensor:
-    """The norm of `x` in fp32, a new tensor like `x`."""
+    """Returns the norm of `x` in fp32, a new tensor like `x`."""
     return norm(x.float()).type_as(x)
 
 
@@ -162,7 +164,7 @@ def residual_norm(
     scale: Modulation | None,
     shift: Modulation | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The residual sum of `x` and `y`, and its norm.
+    """Returns the residual sum of `x` and `y`, and its norm.
 
     Args:
         x, y: as in `gated_residual`.
@@ -179,7 +181,7 @@ def residual_norm(
 
 
 def as_tensor(modulation: Modulation) -> torch.Tensor:
-    """A modulation as stock has it: `(1 or batch, 1 or seq, dim)`."""
+    """Returns a modulation as stock's tensor: `(1 or batch, 1 or seq, dim)`."""
     return modulation if isinstance(modulation, torch.Tensor) else modulation.dense()
 
 
@@ -242,14 +244,14 @@ def residual_norm_in_chunks(
 
 
 def in_rows(x: torch.Tensor) -> torch.Tensor:
-    """`x`, contiguous: `(batch, seq, dim)`."""
+    """Returns `x`, contiguous: `(batch, seq, dim)`."""
     if x.is_contiguous():
-        return x.as_strided(x.shape, _contiguous_strides(x.shape))  # of one sample or token, strides can be any
-    return torch.stack([sample.contiguous() for sample in x])  # of two axes, which ATen copies in blocks
+        return x.as_strided(x.shape, _contiguous_strides(x.shape))  # strides of axes of size one are arbitrary
+    return torch.stack([sample.contiguous() for sample in x])  # ATen copies two axes in blocks
 
 
 def laid_out(x: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
-    """`x`, contiguous, in other strides."""
+    """Returns the contiguous `x` in other strides."""
     if x.stride() == strides:
         return x
     out = torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device)
@@ -261,7 +263,7 @@ def laid_out(x: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
 
 
 def _sum_like(x: torch.Tensor, y: torch.Tensor, gate: Modulation | None) -> tuple[int, ...]:
-    """The strides of the residual sum in stock."""
+    """Returns the strides of the residual sum in stock."""
     if x.is_contiguous() and y.is_contiguous():
         return _contiguous_strides(x.shape)
     return _strides_of_sum(x.shape, x.stride(), x.dtype, y.stride(), y.dtype, gate is not None)
@@ -281,7 +283,7 @@ def _strides_of_sum(
     y_dtype: torch.dtype,
     is_gated: bool,
 ) -> tuple[int, ...]:
-    """Asks torch, of tensors without memory; in fp32 for a plain sum, where those in bf16 answer wrongly."""
+    """Queries torch with meta tensors; plain sums in fp32, because meta tensors in bf16 give wrong strides."""
     dtypes = (x_dtype, y_dtype) if is_gated else (torch.float32, torch.float32)
     x, y = (
         torch.empty_strided(shape, strides, dtype=dtype, device="meta")
@@ -292,7 +294,7 @@ def _strides_of_sum(
 
 
 def _chunks(x: torch.Tensor, *modulations: Modulation | None) -> Iterator[tuple[int, slice]]:
-    """Samples of the batch, and some tokens of each that are of one kind."""
+    """Yields a sample of the batch and a slice of its tokens, all of one kind."""
     batch, seq, dim = x.shape
     borders = {modulation.split_index for modulation in modulations if isinstance(modulation, SegmentedModulation)}
     edges = sorted({0, seq, *borders})
@@ -304,7 +306,7 @@ def _chunks(x: torch.Tensor, *modulations: Modulation | None) -> Iterator[tuple[
 
 
 def _rows(modulation: Modulation, b: int, chunk: slice) -> torch.Tensor:
-    """What `_chunks` needs of a modulation: `(1 or tokens, dim)`."""
+    """Returns a modulation's rows for a chunk of `_chunks`: `(1 or tokens, dim)`."""
     if isinstance(modulation, SegmentedModulation):
         of_sample = modulation.rows[b if modulation.rows.shape[0] > 1 else 0]
         return of_sample[:1] if chunk.start < modulation.split_index else of_sample[1:]
@@ -398,22 +400,22 @@ def _kinds_of_tokens(modulation: Modulation) -> Iterator[tuple[slice, torch.Tens
 
 
 def as_rows(modulation: Modulation) -> torch.Tensor:
-    """A modulation as kernels take it."""
+    """Returns a modulation as kernels expect it."""
     if isinstance(modulation, SegmentedModulation):
         return modulation.rows
     return modulation.dense() if isinstance(modulation, RowPerToken) else modulation
 
 
 def border_of(modulation: Modulation) -> int | None:
-    """How many tokens have the first of two rows; None where there are not two."""
+    """Returns the number of tokens with the first of two rows, or None if there are not two rows."""
     return modulation.split_index if isinstance(modulation, SegmentedModulation) else None
 
 
-# When
+# When forms apply
 
 
 def why_not(x: torch.Tensor, *modulations: Modulation | None) -> str | None:
-    """Why the forms are not for `x` and what it is modulated with, where there is any; None where they are."""
+    """Returns why the forms do not support `x` and its modulations, or None."""
     given = [modulation for modulation in modulations if modulation is not None]
     if x.dim() != 3 or x.dtype not in DTYPES or x.is_meta or x.numel() == 0:
         return "the hidden states are not (batch, seq, dim) in fp32, bf16 or fp16"
@@ -423,13 +425,13 @@ def why_not(x: torch.Tensor, *modulations: Modulation | None) -> str | None:
 
 
 def why_not_sum(x: torch.Tensor, y: torch.Tensor, gate: Modulation | None) -> str | None:
-    """Why `y` is not what the forms add to `x`; None where it is."""
+    """Returns why the forms cannot add `y` to `x`, or None."""
     fits = y.shape == x.shape and y.dtype in DTYPES and y.device == x.device
     return None if fits and (gate is not None or y.dtype == x.dtype) else "what is added does not fit"
 
 
 def why_strided(*hidden_states: torch.Tensor) -> str | None:
-    """Why kernels that write hidden states do not take these; None where they do."""
+    """Returns why kernels that write hidden states do not support these, or None."""
     return None if all(x.is_contiguous() for x in hidden_states) else "the hidden states are not contiguous"
 
 
@@ -522,7 +524,7 @@ def _fits(modulation: Modulation, x: torch.Tensor) -> bool:
 
 
 def _parts(modulation: Modulation) -> tuple[torch.Tensor, ...]:
-    """The tensors that a modulation is made of."""
+    """Returns the tensors that a modulation consists of."""
     if isinstance(modulation, SegmentedModulation):
         return (modulation.rows,)
     return tuple(modulation) if isinstance(modulation, RowPerToken) else (modulation,)

@@ -1,9 +1,10 @@
-"""RMS norm over channels, and SiLU: what Wan's video autoencoder does before most of its convolutions.
+"""RMS norm over channels followed by SiLU, which precedes most convolutions of Wan's video autoencoder.
 
     silu(x / max(|x|, 1e-12) * scale * gamma + bias), |x| over the channels of each position
 
-Every operation is rounded to the dtype of `x`; in half dtypes newer diffusers takes the quotient in fp32. EXACT on
-accelerators means ATen's own reduction for |x|, and a kernel for the rest that rounds where ATen does.
+Every operation is rounded to the dtype of `x`; for half dtypes, newer diffusers versions compute the quotient in fp32.
+EXACT on accelerators means ATen's own reduction for |x|, and for the rest a kernel that rounds at the same points as
+ATen.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from wan_patches.ops.dispatch import Key, key_of, op
 Norm = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_SMALL = 1 << 12  # elements below which stock's calls are left alone, which has not been measured yet
+_SMALL = 1 << 12  # elements below which stock's operations run; not measured yet
 _GRID = 65535  # blocks along the second and third axis of a launch
 
 
@@ -33,13 +34,13 @@ def _key(
 def norm_silu(
     x: torch.Tensor, norm: Norm, scale: float, gamma: torch.Tensor, bias: torch.Tensor | None, in_fp32: bool
 ) -> torch.Tensor:
-    """SiLU of the RMS norm of `x` over its channels.
+    """Returns SiLU of the RMS norm of `x` over its channels.
 
     Args:
         x: `(batch, channels, frames, height, width)`, any strides.
-        norm: stock's formulation of the norm, of `x`, `gamma` and `bias`: runs on CPUs, and wherever no kernel does.
-        scale, gamma, bias: of that norm: a number; `channels` values; the same or None.
-        in_fp32: whether `norm` divides in fp32 where `x` has a half dtype.
+        norm: stock's formulation of the norm, called with `x`, `gamma` and `bias`, on CPUs and where no kernel runs.
+        scale, gamma, bias: the norm's parameters: a number; `channels` values; the same or None.
+        in_fp32: whether `norm` divides in fp32 if `x` has a half dtype.
 
     Returns:
         A new tensor like `x`.

@@ -1,7 +1,7 @@
-"""The first-sight gate at work: what a form makes of some arguments, beside what the reference makes of them.
+"""Trials of the first-sight gate: compares the results of a form and of the reference for the same arguments.
 
-Arguments that are all zeros, say, would let anything pass. An EXACT form is then tried on random values in their place;
-a CLOSE one waits for other arguments.
+Some arguments, such as all zeros, would let any form pass. An EXACT form is then tried on random values instead; a
+CLOSE form waits for other arguments.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ _DIFFERS = {
     Fidelity.EXACT: "differs from the stock formulation",
     Fidelity.CLOSE: "is less accurate than the stock formulation",
 }
-_TELLING = 1 / 16  # of the values that are looked at must differ from the first one
+_TELLING = 1 / 16  # the share of sampled values that must differ from the first one
 _SAMPLE = 4096
 
 Agree = Callable[..., bool]
 
 
 class Trial:
-    """The reference's result for some arguments, computed once, for any number of forms to be compared with."""
+    """The reference's result for some arguments, computed once, to compare any number of forms with."""
 
     def __init__(
         self,
@@ -36,20 +36,20 @@ class Trial:
     ) -> None:
         self._reference, self._args, self._fidelity = reference, args, fidelity
         tells_little = _tells_little(args)
-        #: Whether nothing can be told from these arguments.
+        #: Whether these arguments cannot distinguish correct from incorrect results.
         self.is_blind = (tells_little and fidelity is Fidelity.CLOSE) or bool(tells_nothing and tells_nothing(*args))
         self._tried = with_random_values(args) if tells_little and not self.is_blind else args
         self._stock: Any = None
 
     def failure(self, form: Callable[..., Any], agree: Agree | None = None) -> str:
-        """Why `form` cannot take the place of the reference for such arguments; nothing if it can.
+        """Returns why `form` cannot replace the reference for these arguments, or an empty string.
 
-        agree: of a CLOSE form, takes both results and the arguments, and says whether they are near enough.
+        agree: for a CLOSE form, takes both results and the arguments, and returns whether they are close enough.
 
-        Raises what the reference raises for such arguments, unless it is a shortage of memory.
+        Raises the reference's exceptions for these arguments, except for out-of-memory errors.
         """
         ours, reason = attempt(form, self._tried)
-        # the reference runs outside of `except`, where a traceback would hold what had been made until then
+        # the reference runs outside of `except`, where a traceback would keep the form's intermediate results alive
         if reason != NO_MEMORY:
             try:
                 if self._stock is None:
@@ -64,14 +64,14 @@ class Trial:
         return reason
 
     def result(self) -> Any:
-        """The reference's, for the arguments as they are."""
+        """Returns the reference's result for the original arguments."""
         if self._tried is not self._args:
             self._tried = self._stock = None
         return self._reference(*self._args) if self._stock is None else self._stock
 
 
 def attempt(form: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, str]:
-    """The result of `form`, or why there is none."""
+    """Returns the result of `form` and an empty string, or None and the reason."""
     try:
         return form(*args), ""
     except Exception as error:
@@ -79,19 +79,19 @@ def attempt(form: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, str]:
 
 
 def is_shortage(error: Exception) -> bool:
-    """Whether a device, of any maker, ran out of memory."""
+    """Whether an error means that a device of any vendor ran out of memory."""
     return isinstance(error, (RuntimeError, MemoryError)) and (
         type(error).__name__ in ("OutOfMemoryError", "MemoryError") or "out of memory" in str(error).lower()
     )
 
 
 def is_capturing() -> bool:
-    """Whether a graph is being captured: a comparison would wait for the device, which that forbids."""
+    """Whether a graph is being captured, which forbids comparisons because they wait for the device."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def identical(a: Any, b: Any) -> bool:
-    """Whether two results, tensors or tuples of them, have the same bits; NaN is the same as NaN."""
+    """Whether two results, tensors or tuples of tensors, have the same bits; NaN equals NaN."""
     if isinstance(a, tuple) or isinstance(b, tuple):
         return isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b) and all(map(identical, a, b))
     return (a.dtype, a.shape) == (b.dtype, b.shape) and (
@@ -112,7 +112,7 @@ def _alike(a: Any, b: Any) -> bool:
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    """The floating tensors in arguments, which may be tuples of them."""
+    """Yields the floating tensors in arguments, which may be nested in tuples."""
     if isinstance(value, tuple):
         for item in value:
             yield from _tensors(item)
@@ -121,19 +121,19 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 
 def _tells_little(args: tuple[Any, ...]) -> bool:
-    """Whether one of the tensors, looked at here and there, has the same value nearly everywhere, or NaN."""
+    """Whether a sample of any tensor is nearly constant, or NaN."""
     shares = []
     for tensor in _tensors(args):
         per_axis = max(1, round(_SAMPLE ** (1 / max(1, tensor.dim()))))
         some = tensor.detach()[tuple(slice(None, None, -(-size // per_axis)) for size in tensor.shape)]
         first = some[(0,) * some.dim()]
         shares.append((some.isfinite() & (some != first)).float().mean())
-    return bool(shares) and float(torch.stack(shares).min()) < _TELLING  # one wait
+    return bool(shares) and float(torch.stack(shares).min()) < _TELLING  # waits once
 
 
 def with_random_values(value: Any) -> Any:
-    """Arguments with other values in floating tensors: shapes, strides, dtypes and devices stay."""
-    generator = torch.Generator("cpu").manual_seed(0)  # the user's random state is not ours to move
+    """Replaces the values of floating tensors at random; shapes, strides, dtypes and devices stay."""
+    generator = torch.Generator("cpu").manual_seed(0)  # leaves the user's random state unchanged
 
     def changed(value: Any) -> Any:
         if isinstance(value, tuple):

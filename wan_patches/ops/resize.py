@@ -1,11 +1,11 @@
-"""Pillow's 8-bit Lanczos resize on any device, and the step from bytes to [-1, 1] after it.
+"""Pillow's 8-bit Lanczos resize on any device, followed by the conversion from bytes to [-1, 1].
 
-Pillow resamples one axis at a time. An output pixel is a weighted sum of bytes whose weights, a Lanczos
-window of three lobes normalised to sum one, are rounded to 22 fractional bits; the sum is rounded back to
-a byte between the two passes (`src/libImaging/Resample.c`). All of that is integer arithmetic, so it has
-the same bits on every device, and no matrix multiplication setting can touch it.
+Pillow resamples one axis at a time. An output pixel is a weighted sum of bytes whose weights, a Lanczos window of three
+lobes normalised to sum one, are rounded to 22 fractional bits; the sum is rounded back to a byte between the two passes
+(`src/libImaging/Resample.c`). All of that is integer arithmetic, so it has the same bits on every device, and matrix
+multiplication settings cannot affect it.
 
-Which pass comes first depends on the version of Pillow and shows in the pixels: `_pass_order` finds out.
+The order of the passes depends on the Pillow version and affects the pixels: `_pass_order` detects it.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ import torch
 _BITS = 22  # of a weight's fraction: 32 less 8 for the byte, less 2 for sums outside [0, 1]
 _HALF = 1 << (_BITS - 1)
 _LOBES = 3.0
-_MAX_WEIGHTS = 1 << 18  # of one axis; larger tables (images of some 40,000 pixels) are left to Pillow
+_MAX_WEIGHTS = 1 << 18  # per axis; larger tables (images of some 40,000 pixels) are left to Pillow
 _MAX_TABLES = 64  # device tables kept; one is a few hundred KiB at most in practice
-_CPU_CHUNK = 1 << 22  # elements that the caches keep between two steps
+_CPU_CHUNK = 1 << 22  # elements that stay in the caches between two steps
 _CHUNK = 1 << 24  # elements on accelerators: 64 MiB of int32, few launches
 
 _Rule = Callable[[int, int, int, int], bool]
@@ -37,7 +37,7 @@ _RULES: dict[str, _Rule] = {
     "vertical first where cheaper": lambda H, W, h, w: h < H and H - h > 2 * (W - w),  # 13.0
 }
 
-#: Sizes that tell the rules apart, on both sides of each border.
+#: Sizes that distinguish the rules, on both sides of each boundary.
 _PROBES = (
     (12, 9, 5, 7),
     (12, 9, 8, 7),
@@ -52,10 +52,10 @@ _PROBES = (
 
 
 def supported(in_height: int, in_width: int, out_height: int, out_width: int) -> bool:
-    """Whether `lanczos_resize` gives the pixels of the installed Pillow for these sizes; cached.
+    """Whether `lanczos_resize` has the pixels of the installed Pillow for these sizes; cached.
 
-    False for sizes below one, for weights that could overflow 32 bits or fill an unreasonable table, and
-    for a Pillow whose answers to a few tiny resizes fit none of the known orders of passes.
+    False for sizes below one, for weights that could overflow 32 bits or need an excessively large table, and for a
+    Pillow whose results of a few tiny resizes match none of the known pass orders.
     """
     if min(in_height, in_width, out_height, out_width) < 1:
         return False
@@ -66,18 +66,18 @@ def supported(in_height: int, in_width: int, out_height: int, out_width: int) ->
 
 
 def lanczos_resize(images: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """`PIL.Image.resize((width, height), Resampling.LANCZOS)` of 8-bit images (modes L and RGB).
+    """Computes `PIL.Image.resize((width, height), Resampling.LANCZOS)` of 8-bit images (modes L and RGB).
 
-    Never waits for the device, except once to upload the weights of a pair of sizes not seen before.
-    Extra memory is bounded by some 100 MiB, or by a few frames' worth where one frame is larger than that.
+    Never waits for the device, except once to upload the weights of each new pair of sizes. Extra memory is bounded by
+    some 100 MiB, or by a few frames if one frame is larger than that.
 
     Args:
         images: uint8, `(images, in_height, in_width, channels)`, any strides and device.
         height, width: of the result.
 
     Returns:
-        A new contiguous uint8 tensor, `(images, height, width, channels)`, on the device of `images`.
-        EXACT: Pillow's bytes.
+        A new contiguous uint8 tensor, `(images, height, width, channels)`, on the device of `images`. EXACT: Pillow's
+        bytes.
 
     Raises:
         TypeError: `images` is not uint8.
@@ -96,7 +96,7 @@ def lanczos_resize(images: torch.Tensor, height: int, width: int) -> torch.Tenso
     if len(axes) == 2 and not _vertical_first(in_height, in_width, height, width):
         axes.reverse()
     passes = [(dim, _on_device(images.device, before, after)) for dim, before, after in axes]
-    # Pillow's first pass skips the rows that the second does not read; without a crop box there are none.
+    # Pillow's first pass skips rows that the second does not read; without a crop box there are none.
     size, largest = [in_height, in_width], 0
     for dim, _, after in axes:
         size[dim - 1] = after
@@ -111,19 +111,19 @@ def lanczos_resize(images: torch.Tensor, height: int, width: int) -> torch.Tenso
 
 
 def normalize_uint8(images: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """Bytes to [-1, 1]: `2 * (value / 255) - 1`, every step rounded to fp32, as diffusers does it on the CPU.
+    """Converts bytes to [-1, 1]: `2 * (value / 255) - 1`, every step rounded to fp32, as diffusers does on the CPU.
 
     Args:
         images: uint8, `(images, height, width, channels)`, any strides and device.
         out: fp32 `(images, channels, height, width)` on the same device, any strides, written in place.
 
     Returns:
-        `out`, or a new fp32 `(images, channels, height, width)` in channels-last memory, the strides that
-        stock gives to PIL images. EXACT on any device.
+        `out`, or a new fp32 `(images, channels, height, width)` in channels-last memory, with stock's strides for PIL
+        images. EXACT on any device.
 
     Raises:
-        TypeError: a dtype is not as said.
-        ValueError: a shape or a device is not as said.
+        TypeError: a dtype is not as specified.
+        ValueError: a shape or a device is not as specified.
     """
     _check_images(images)
     source = images.permute(0, 3, 1, 2)
@@ -144,9 +144,9 @@ def normalize_uint8(images: torch.Tensor, out: torch.Tensor | None = None) -> to
 
 
 def _look_up(images: torch.Tensor) -> torch.Tensor:
-    """What `images` are normalised to, same shape, without a division.
+    """Returns `images` normalised by table lookup, same shape.
 
-    Accelerators divide by a scalar through its reciprocal, which is not exact.
+    Accelerators divide by a scalar as a multiplication with its reciprocal, which is not exact.
     """
     index = images.reshape(-1).to(torch.int32)
     return _values_on_device(images.device).index_select(0, index).view(images.shape)
@@ -173,18 +173,18 @@ def _resample(images: torch.Tensor, dim: int, table: torch.Tensor, out: torch.Te
     columns = weights.view(*weights.shape, *[1] * (3 - dim))
     for index, weight in zip(indices.unbind(0), columns.unbind(0), strict=True):
         torch.index_select(images, dim, index, out=pixels)
-        total.addcmul_(pixels, weight)  # int32, and exact: `_weights` has ruled out an overflow
+        total.addcmul_(pixels, weight)  # exact in int32: `_weights` rules out overflow
     total.bitwise_right_shift_(_BITS).clamp_(0, 255)
     return (pixels if out is None else out).copy_(total)
 
 
 @functools.lru_cache(maxsize=64)
 def _weights(size_in: int, size_out: int) -> np.ndarray | None:
-    """What each output pixel of an axis is summed from, as Pillow's `precompute_coeffs` has it.
+    """Returns the source indices and weights of each output pixel of an axis, like Pillow's `precompute_coeffs`.
 
     Returns:
-        int32 `(2, taps, size_out)`: source indices and weights of `_BITS` fractional bits, both padded
-        with zeros. None where a sum could overflow 32 bits or the table would be too large.
+        int32 `(2, taps, size_out)`: source indices and weights of `_BITS` fractional bits, both padded with zeros. None
+        if a sum could overflow 32 bits or the table would be too large.
     """
     scale = size_in / size_out
     stretch = max(scale, 1.0)
@@ -198,7 +198,7 @@ def _weights(size_in: int, size_out: int) -> np.ndarray | None:
     inside = indices < last
     window = np.where(inside, _lanczos((indices - centers + 0.5) * (1.0 / stretch)), 0.0)
     total = np.zeros(size_out)
-    for row in window:  # one after another: the order of a sum is part of its value
+    for row in window:  # sequentially, because the order of summation affects the result
         total += row
     real = np.divide(window, total, out=window, where=total != 0)
     weights = (real * (1 << _BITS) + np.where(real < 0, -0.5, 0.5)).astype(np.int64)
@@ -210,7 +210,7 @@ def _weights(size_in: int, size_out: int) -> np.ndarray | None:
 
 
 def _lanczos(x: np.ndarray) -> np.ndarray:
-    """The windowed sinc, of doubles; zero outside [-3, 3)."""
+    """Returns the windowed sinc, in doubles; zero outside [-3, 3)."""
     return np.where((x >= -_LOBES) & (x < _LOBES), _sinc(x) * _sinc(x / _LOBES), 0.0)
 
 
@@ -227,9 +227,9 @@ def _vertical_first(in_height: int, in_width: int, out_height: int, out_width: i
 
 @functools.lru_cache(maxsize=1)
 def _pass_order() -> str | None:
-    """The key of `_RULES` that the installed Pillow follows, by what it does with `_PROBES`; a few ms, once.
+    """Returns the key of `_RULES` that the installed Pillow follows for `_PROBES`; takes a few ms, once.
 
-    None where none fits: another order, or another arithmetic (forks of Pillow round differently).
+    None if no rule fits: another order, or other arithmetic (forks of Pillow round differently).
     """
     fits = set(_RULES)
     random = np.random.default_rng(0)
@@ -248,7 +248,7 @@ def _pass_order() -> str | None:
 
 
 def _rows(image: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """`_resample` of a `(height, width)` array along its height, without torch and its modes."""
+    """Computes `_resample` of a `(height, width)` array along its height, without torch and its modes."""
     total = (image[table[0]].astype(np.int32) * table[1][..., None]).sum(axis=0, dtype=np.int32)
     return np.clip((total + _HALF) >> _BITS, 0, 255).astype(np.uint8)
 
@@ -259,7 +259,7 @@ _lock = threading.Lock()
 
 
 def _on_device(device: torch.device, size_in: int, size_out: int) -> torch.Tensor:
-    """The table of `_weights` on `device`, uploaded on first use. The most recently used are kept."""
+    """Returns the table of `_weights` on `device`, uploaded on first use. The most recently used are kept."""
     key = (device, size_in, size_out)
     with _lock:
         table = _tables.get(key)
@@ -275,7 +275,7 @@ def _on_device(device: torch.device, size_in: int, size_out: int) -> torch.Tenso
 
 
 def _values_on_device(device: torch.device) -> torch.Tensor:
-    """fp32 `(256,)`: what each byte is normalised to, computed on the CPU as stock computes it."""
+    """Returns fp32 `(256,)`: the normalised value of each byte, computed on the CPU as in stock."""
     with _lock:
         values = _values.get(device)
         if values is None:

@@ -2,7 +2,7 @@
 
     y = x * rsqrt(mean(x ** 2) + eps) * weight
 
-in fp32, rounded once to the dtype of `x`. On accelerators the reduction, and with it the norm, is ATen's.
+in fp32, rounded once to the dtype of `x`. On accelerators the reduction, and therefore the norm, remains ATen's.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ import torch.nn.functional as F
 
 from wan_patches.ops.dispatch import op
 
-_SMALL, _SMALL_IN_FP32 = 1 << 21, 6_000_000  # elements below which torch's few calls are as fast
-_CHUNK = 1 << 19  # elements worked on at a time: they stay in the cache from the first operation to the last
+_SMALL, _SMALL_IN_FP32 = 1 << 21, 6_000_000  # elements below which torch's operations are as fast
+_CHUNK = 1 << 19  # elements processed at a time: they stay in the cache from the first operation to the last
 
 
 @op("RMS norm")
 def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float | None) -> torch.Tensor:
-    """The RMS norm of each row of `x`.
+    """Returns the RMS norm of each row of `x`.
 
     Args:
         x: `(batch, seq, dim)`, any floating dtype and strides.
         weight: `(dim,)`, in the dtype of `x`; None for ones.
-        eps: None for the smallest number of its dtype, as torch has it.
+        eps: None for the machine epsilon of the dtype, as in torch.
 
     Returns:
         A new tensor.
@@ -63,8 +63,8 @@ def _(x: torch.Tensor, weight: torch.Tensor | None, eps: float | None) -> str | 
 
 @functools.lru_cache(maxsize=64)
 def _is_exact(dtype: torch.dtype, dim: int, threads: int) -> bool:
-    """Tries `in_chunks` on this processor and this torch, where the order of operations may be another."""
-    generator = torch.Generator("cpu").manual_seed(0)  # the user's random state is not ours to move
+    """Tests `in_chunks` on this processor and torch version, where the order of operations may differ."""
+    generator = torch.Generator("cpu").manual_seed(0)  # leaves the user's random state unchanged
     step = max(1, _CHUNK // dim)
     x = torch.randn((1, step + 3, dim), generator=generator, dtype=torch.float32, device="cpu").to(dtype)
     weight = torch.randn((dim,), generator=generator, dtype=torch.float32, device="cpu").to(dtype)

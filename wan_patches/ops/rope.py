@@ -1,12 +1,12 @@
-"""Rotary embedding over interleaved pairs, as Wan, Helios and their relatives apply it.
+"""Rotary embedding over interleaved pairs, as used by Wan, Helios and related models.
 
-Pair `(x[2i], x[2i+1])` of every head is rotated by the angle of its token and of `i`::
+Pair `(x[2i], x[2i+1])` of every head is rotated by an angle that depends on its token and on `i`::
 
     y[2i]   = x[2i] * cos[i] - x[2i+1] * sin[i]
     y[2i+1] = x[2i] * sin[i] + x[2i+1] * cos[i]
 
-Each product and each sum is rounded in the promoted dtype of `x` and the tables (no fused
-multiply-add), and the result once more to the dtype of `x`: that is stock's order of arithmetic.
+Each product and each sum is rounded in the promoted dtype of `x` and the tables (no fused multiply-add), and the result
+once more to the dtype of `x`, in stock's order of arithmetic.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from wan_patches.ops.npu import rope as npu
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _GRAIN = 32768  # at::internal::GRAIN_SIZE: elements below which ATen does not split an elementwise operation
-_SMALL, _SMALL_IN_FP32 = 1 << 14, 1 << 15  # elements below which stock's few calls are the fastest on CPUs
-_SMALL_ELSEWHERE = 1 << 12  # and on GPUs, where it has not been measured yet
-_CHUNK = 1 << 18  # complex numbers per thread and chunk: little scratch, and few parallel regions to wait for
+_SMALL, _SMALL_IN_FP32 = 1 << 14, 1 << 15  # elements below which stock's operations are the fastest on CPUs
+_SMALL_ELSEWHERE = 1 << 12  # on GPUs; not measured yet
+_CHUNK = 1 << 18  # complex numbers per thread and chunk: little scratch, and few parallel regions to synchronise
 _GRID = 65535  # blocks along the second axis of a launch
-_CHANNELS = 1 << 15  # of a token, which one block of a launch goes through
+_CHANNELS = 1 << 15  # of a token, processed by one block of a launch
 
 
 @op("rotary embedding", autocasts=False)
@@ -34,8 +34,8 @@ def apply_rotary_emb(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> t
 
     Args:
         x: queries or keys, `(batch, seq, heads, head_dim)`, any floating dtype and strides.
-        cos, sin: one value per pair, broadcastable to `(batch, seq, heads, head_dim / 2)`;
-            usually `(1 or batch, seq, 1, head_dim / 2)` in fp32.
+        cos, sin: one value per pair, broadcastable to `(batch, seq, heads, head_dim / 2)`; usually `(1 or batch, seq,
+            1, head_dim / 2)` in fp32.
 
     Returns:
         A new tensor like `x`.
@@ -51,11 +51,11 @@ def apply_rotary_emb(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> t
 def apply_rotary_emb_qk(
     query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`apply_rotary_emb` of queries and of keys; in one launch where a kernel takes both, which reads the tables once.
+    """Applies `apply_rotary_emb` to queries and keys; a kernel for both takes one launch and reads the tables once.
 
     Args:
         query, key: as `x` of `apply_rotary_emb`.
-        cos, sin: as there.
+        cos, sin: as in `apply_rotary_emb`.
 
     Returns:
         New tensors like `query` and `key`.
@@ -65,11 +65,11 @@ def apply_rotary_emb_qk(
 
 @apply_rotary_emb.trace
 def stacked(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """The form without assignments, for compilers, autograd and devices where strided stores are slow."""
+    """Rotates without assignments, for compilers, autograd and devices where strided stores are slow."""
     first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
     pairs = torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-1)
     out = pairs.flatten(-2).type_as(x)
-    # tables must not enlarge `x`, which the reference tells
+    # tables must not broadcast `x`; the reference raises the error
     return out if out.shape == x.shape else apply_rotary_emb.reference(x, cos, sin)
 
 
@@ -84,10 +84,10 @@ def _each_traced(
     "complex product over whole rows", device="cpu", smallest=_SMALL, smallest_in_fp32=_SMALL_IN_FP32
 )
 def complex_rows(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """The CPU form: multiply pairs as complex numbers, a few tokens at a time. Its refusal says where it is exact.
+    """Multiplies pairs as complex numbers, a few tokens at a time; the CPU form. Its refusal checks where it is exact.
 
-    ATen's vector code for complex products rounds like the formula above, its scalar code for the rest of
-    a row may fuse. So every thread gets whole rows of a multiple of 16 pairs (see `_step`).
+    ATen's vector code for complex products rounds like the formula above, but its scalar code for the rest of a row may
+    use fused multiply-adds. Therefore every thread gets whole rows of a multiple of 16 pairs (see `_step`).
     """
     batch, seq, heads, dim = x.shape
     step = _step(seq, heads, dim // 2, torch.get_num_threads())
@@ -105,7 +105,7 @@ def complex_rows(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
             x_b = torch.view_as_complex(x_b.unflatten(-1, (-1, 2)))
             out_b = torch.view_as_complex(out_b.unflatten(-1, (-1, 2)))
         for start in range(0, seq, step):
-            start = min(start, seq - step)  # the last chunk overlaps, so that all are of one size
+            start = min(start, seq - step)  # the last chunk overlaps, so that all have the same size
             chunk = slice(start, start + step)
             table_cos.copy_(cos_b[chunk])
             table_sin.copy_(sin_b[chunk])
@@ -159,7 +159,7 @@ def both_by_kernel(
 
 @by_kernel.refuses
 def why_no_kernel(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> str | None:
-    """Why no kernel takes such queries or keys, and such tables; None where one does."""
+    """Returns why no kernel supports such queries or keys and such tables, or None."""
     if not kernels.is_usable(x.device):
         return "Triton is not installed"
     if x.dim() != 4 or x.dtype not in _DTYPES or x.numel() == 0:
@@ -192,24 +192,24 @@ by_stacking = apply_rotary_emb.form("stack + flatten", device=ACCELERATOR)(stack
 
 @functools.lru_cache(maxsize=256)
 def _step(seq: int, heads: int, half: int, threads: int) -> int:
-    """Tokens per chunk such that each thread gets whole rows (of one head and token); 0 where there is none.
+    """Returns the tokens per chunk such that each thread gets whole rows (of one head and token); 0 if there is none.
 
     ATen gives each of `n = min(threads, ceil(numel / grain))` threads `ceil(numel / n)` elements.
     """
     token = heads * half
-    alone = _GRAIN // token  # so few tokens are not split at all
+    alone = _GRAIN // token  # ATen does not split so few tokens
     if seq <= alone or threads == 1:
         return min(seq, max(1, _CHUNK // token)) if threads == 1 else seq
     per_thread = -(-_GRAIN // token)
-    if seq >= per_thread * threads:  # enough for every thread, and a whole number of tokens for each
+    if seq >= per_thread * threads:  # enough for every thread, with a whole number of tokens each
         return threads * min(seq // threads, max(per_thread, _CHUNK // token))
     return alone
 
 
 @functools.lru_cache(maxsize=64)
 def _is_exact(dtype: torch.dtype, heads: int, dim: int, threads: int) -> bool:
-    """Tries `complex_rows` on this processor against the plain formulation."""
-    generator = torch.Generator("cpu").manual_seed(0)  # the user's random state is not ours to move
+    """Tests `complex_rows` on this processor against the plain formulation."""
+    generator = torch.Generator("cpu").manual_seed(0)  # leaves the user's random state unchanged
     random = functools.partial(torch.randn, generator=generator, dtype=torch.float32, device="cpu")
     token = heads * dim // 2
     for seq in {1, max(1, _GRAIN // token), threads * -(-_GRAIN // token) + 1}:
@@ -222,7 +222,7 @@ def _is_exact(dtype: torch.dtype, heads: int, dim: int, threads: int) -> bool:
 
 
 def _is_complex_view(x: torch.Tensor) -> bool:
-    """Whether pairs of the last axis can be seen as complex numbers in place."""
+    """Whether pairs of the last axis can be viewed as complex numbers in place."""
     strides = x.stride()
     return (
         x.dtype == torch.float32

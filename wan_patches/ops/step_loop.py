@@ -1,7 +1,7 @@
-"""The small tensors that steer a denoising loop, so that the host neither reads one from the device nor uploads one.
+"""The small tensors that control a denoising loop, kept so that the host neither downloads nor uploads them in a step.
 
-Nothing here computes in another way or place than the plain formulation: values are copied earlier and kept, or
-written by a fill, and a check that is known to pass is left out. All of it is EXACT on every device.
+All computations have the formulation and the device of the plain code: values are copied earlier and cached, or written
+by a fill, and a check that is known to pass is skipped. All functions are EXACT on every device.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-#: Copies kept for an owner: a pyramid of three stages has six schedules, and twelve with a longer first chunk.
+#: Cached copies per owner: a pyramid of three stages has six schedules, and twelve with a longer first chunk.
 CAPACITY = 16
 
 _copies: weakref.WeakKeyDictionary[Any, dict[Any, torch.Tensor]] = weakref.WeakKeyDictionary()
@@ -26,22 +26,22 @@ _copies: weakref.WeakKeyDictionary[Any, dict[Any, torch.Tensor]] = weakref.WeakK
 
 @dataclass(frozen=True)
 class _Known:
-    """What a tensor on a device held when its version was `version`; `exact` or as computed on the host."""
+    """The values of a device tensor at version `version`; `exact`, or as computed on the host."""
 
     version: int
     values: torch.Tensor
     exact: bool
 
 
-_known: Any = WeakTensorKeyDictionary()  # by identity, and gone with the tensor
+_known: Any = WeakTensorKeyDictionary()  # by identity, removed with the tensor
 
 
 def on_device(owner: Any, values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy of `values`, a small tensor on the CPU, on `device`: uploaded the first time that they are seen.
+    """Returns a copy of `values`, a small CPU tensor, on `device`, uploaded the first time these values occur.
 
-    The copy is kept as long as `owner` lives; it is not to be written to.
+    The copy is cached for the lifetime of `owner`, and must not be modified.
     """
-    # of the stream: the memory of what is forgotten goes back to the stream that it came from
+    # includes the stream, because freed memory returns to the stream that allocated it
     key = (values.numpy().tobytes(), values.dtype, values.shape, device, _stream(device))
     copies = _copies.setdefault(owner, {})
     found = copies.get(key)
@@ -54,7 +54,7 @@ def on_device(owner: Any, values: torch.Tensor, device: torch.device) -> torch.T
 
 
 def moved(owner: Any, values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """`values.to(device)`, a tensor of its own, of which `on_host` knows the values."""
+    """Returns `values.to(device)`, a new tensor whose values `on_host` knows."""
     with tracked():
         made = on_device(owner, values, device).clone()
         note(made, values.clone())
@@ -62,15 +62,15 @@ def moved(owner: Any, values: torch.Tensor, device: torch.device) -> torch.Tenso
 
 
 def note(tensor: torch.Tensor, values: torch.Tensor, exact: bool = True) -> None:
-    """From now on `noted` and `on_host` take `values`, on the CPU, for those of `tensor`, until that is written to."""
+    """Records `values`, on the CPU, as those of `tensor` for `noted` and `on_host`, until `tensor` is modified."""
     if not tensor.is_inference():
         _known[tensor] = _Known(tensor._version, values, exact)
 
 
 def noted(tensor: torch.Tensor, exact: bool = True) -> torch.Tensor | None:
-    """The values of `tensor` on the CPU, not to be written to; None where they are not known.
+    """Returns the recorded values of `tensor` on the CPU, or None if they are unknown. They must not be modified.
 
-    With `exact=False` they may be off by rounding.
+    With `exact=False` they may differ by rounding.
     """
     known = None if tensor.is_inference() else _known.get(tensor)
     if known is None or known.version != tensor._version or (exact and not known.exact):
@@ -79,9 +79,9 @@ def noted(tensor: torch.Tensor, exact: bool = True) -> torch.Tensor | None:
 
 
 def on_host(tensor: torch.Tensor, exact: bool = True) -> torch.Tensor | None:
-    """What `noted` gives, else downloaded once. None where writes to `tensor` could not be noticed."""
+    """Returns `noted`, or downloads the values once. None if modifications of `tensor` could not be detected."""
     values = noted(tensor, exact)
-    if values is None and not tensor.is_inference():  # whose writes are not counted
+    if values is None and not tensor.is_inference():  # inference tensors do not count writes
         with tracked():
             values = tensor.cpu()
         note(tensor, values)
@@ -89,7 +89,7 @@ def on_host(tensor: torch.Tensor, exact: bool = True) -> torch.Tensor | None:
 
 
 def position(tensor: torch.Tensor, element: torch.Tensor) -> int | None:
-    """Which element of the 1-D `tensor` the 0-D `element` is, in memory; None if it is none."""
+    """Returns the index of the 0-D `element` in the 1-D `tensor`, by memory address, or None if it is none."""
     if tensor.dim() != 1 or element.dim() != 0 or element.dtype != tensor.dtype or element.device != tensor.device:
         return None
     step = tensor.stride(0) * tensor.element_size()
@@ -100,7 +100,10 @@ def position(tensor: torch.Tensor, element: torch.Tensor) -> int | None:
 def numbers(
     values: Sequence[torch.Tensor | float], device: torch.device, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
-    """`torch.tensor(values, dtype=dtype, device=device)` of numbers and 0-D tensors, on the CPU or on `device`."""
+    """Returns `torch.tensor(values, dtype=dtype, device=device)`.
+
+    values: numbers and 0-D tensors, on the CPU or on `device`.
+    """
     if dtype is None:
         dtype = functools.reduce(torch.promote_types, map(_dtype, values))
     made = [
@@ -113,11 +116,11 @@ def numbers(
 
 
 def apart(values: Sequence[float]) -> bool:
-    """Whether a Vandermonde matrix of the last three or fewer steps of these half log SNRs is far from singular.
+    """Whether a Vandermonde matrix of at most the last three steps of these half log SNRs is far from singular.
 
-    Its nodes are 1 and `(v - values[-2]) / (values[-1] - values[-2])` for each `v` before the last two. Where the
-    values rise by more than their rounding, those nodes are negative, so that no pivot can be near zero; of two such,
-    one must not be the other in disguise.
+    Its nodes are 1 and `(v - values[-2]) / (values[-1] - values[-2])` for each `v` before the last two. If the values
+    increase by more than their rounding error, those nodes are negative, so no pivot can be near zero. Two such nodes
+    must also differ clearly from each other.
     """
     steps = [after - before for before, after in pairwise(values)]
     if len(steps) > 3 or not all(math.isfinite(step) and step > 1e-3 for step in steps):
@@ -136,7 +139,7 @@ def _stream(device: torch.device) -> Any:
 
 @contextmanager
 def tracked() -> Iterator[None]:
-    """Tensors made inside count their writes and can be used by autograd, also where inference mode is on."""
+    """Makes tensors created inside count their writes and usable by autograd, even in inference mode."""
     if not torch.is_inference_mode_enabled():
         yield
         return

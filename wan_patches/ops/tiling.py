@@ -1,11 +1,11 @@
-"""The cross-fade of overlapping tiles, as the tiled paths of autoencoders apply it row by row.
+"""Blending of overlapping tiles, which the tiled paths of autoencoders apply row by row.
 
 Row `i` of an overlap of `n` rows (or column, along the width)::
 
     second[i] = first[i - n] * (1 - i / n) + second[i] * (i / n)
 
-The weights are Python numbers, doubles, that meet tensors of fp32 or less in fp32. Each product and the sum are rounded
-to the dtype of the tiles (no fused multiply-add): that is stock's order of arithmetic.
+The weights are Python floats, which are rounded to fp32 when combined with tensors of fp32 or less. Each product and
+the sum are rounded to the dtype of the tiles (no fused multiply-add), in stock's order of arithmetic.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from wan_patches.patching import tally
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-_CHUNK = 1 << 19  # elements worked on at a time on CPUs: little scratch, and few calls
-_FEW = 16  # columns; conversion of half dtypes in rows of fewer costs more than it saves
+_CHUNK = 1 << 19  # elements processed at a time on CPUs: little scratch, and few calls
+_FEW = 16  # columns; below this, converting rows of half dtypes costs more than it saves
 
 
 def blend(first: torch.Tensor, second: torch.Tensor, extent: int, dim: int) -> torch.Tensor:
-    """Fades the end of a tile into the beginning of the next, in place.
+    """Blends the end of a tile into the beginning of the next, in place.
 
     Args:
         first: the tile above or to the left, `(batch, channels, frames, height, width)`, of a dtype in `DTYPES`.
-        second: the tile below or to the right, like it but along `dim`, in memory of its own; written to.
-        extent: rows or columns that overlap; no more than both have are faded.
+        second: the tile below or to the right, like `first` except along `dim`, in separate memory; modified in place.
+        extent: number of overlapping rows or columns; limited to the size of both tiles.
         dim: -2, along the height, or -1, along the width.
 
     Returns:
@@ -52,7 +52,7 @@ def blend(first: torch.Tensor, second: torch.Tensor, extent: int, dim: int) -> t
 
 
 def _reason_against(head: torch.Tensor, dim: int) -> str | None:
-    """Why such an overlap takes the plain formulation on CPUs; None where it need not."""
+    """Why such an overlap uses the plain formulation on CPUs, or None."""
     if head.dtype != torch.float32 and dim == -1 and head.shape[dim] < _FEW:
         return "it is the fastest for so few columns of a half dtype"
     return None if _is_exact(head.dtype) else "no other is exact on this processor"
@@ -60,7 +60,7 @@ def _reason_against(head: torch.Tensor, dim: int) -> str | None:
 
 @op("tile blend")
 def cross_fade(tail: torch.Tensor, head: torch.Tensor, dim: int) -> torch.Tensor:
-    """An overlap: a new tensor like `head`. Row by row, in stock's order of arithmetic."""
+    """Returns a blended overlap, a new tensor like `head`. Row by row, in stock's order of arithmetic."""
     out, extent = torch.empty_like(head), head.shape[dim]
     for i in range(extent):
         row = tail.select(dim, i) * (1 - i / extent) + head.select(dim, i) * (i / extent)
@@ -70,13 +70,13 @@ def cross_fade(tail: torch.Tensor, head: torch.Tensor, dim: int) -> torch.Tensor
 
 @cross_fade.form("all rows at once", device=ACCELERATOR)
 def vectorised(tail: torch.Tensor, head: torch.Tensor, dim: int) -> torch.Tensor:
-    """The form for accelerators: a new tensor, all rows at once."""
+    """Blends all rows at once into a new tensor; the form for accelerators."""
     falling, rising = _weights(head, dim)
     return (tail * falling).to(head.dtype) + (head * rising).to(head.dtype)
 
 
 def chunked(tail: torch.Tensor, head: torch.Tensor, dim: int) -> None:
-    """The CPU form: into `head`, a few frames at a time, in rows as long as can be."""
+    """Blends into `head`, a few frames at a time, in rows as long as possible; the CPU form."""
     batch, channels, frames, height, width = head.shape
     falling, rising = (weights.expand(height, width).contiguous() for weights in _weights(head, dim))
     step = min(frames, max(1, _CHUNK // math.prod((batch, channels, height, width))))
@@ -94,7 +94,7 @@ def chunked(tail: torch.Tensor, head: torch.Tensor, dim: int) -> None:
 def _product(
     part: torch.Tensor, weights: torch.Tensor, out: torch.Tensor, scratch: torch.Tensor | None
 ) -> torch.Tensor:
-    """`part * weights` in the beginning of `out`; by way of `scratch` where the dtypes differ."""
+    """Writes `part * weights` to the beginning of `out`, through `scratch` if the dtypes differ."""
     out = out[:, :, : part.shape[2]]
     if scratch is None:
         return torch.mul(part, weights, out=out)
@@ -102,20 +102,20 @@ def _product(
 
 
 def _weights(head: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of the first tile and of the second: fp32, rounded from doubles, along `dim` of `(height, width)`."""
+    """Returns the weights of both tiles: fp32, rounded from doubles, along `dim` of `(height, width)`."""
     steps = torch.arange(head.shape[dim], dtype=torch.float64, device=head.device)
     steps = steps.view((-1, 1) if dim == -2 else (1, -1))
-    # by a tensor: some devices divide by a number as they multiply by its inverse
+    # a tensor, because some devices divide by a number by multiplying with its inverse
     rising = steps / torch.full_like(steps, head.shape[dim])
     return (1 - rising).to(torch.float32), rising.to(torch.float32)
 
 
 @functools.lru_cache(maxsize=len(DTYPES))
 def _is_exact(dtype: torch.dtype) -> bool:
-    """Tries `chunked` on this processor against the plain formulation."""
+    """Tests `chunked` on this processor against the plain formulation."""
     if dtype not in DTYPES:
         return False
-    generator = torch.Generator("cpu").manual_seed(0)  # the user's random state is not ours to move
+    generator = torch.Generator("cpu").manual_seed(0)  # leaves the user's random state unchanged
     for dim, shape in ((-2, (1, 2, 3, 11, 37)), (-1, (1, 2, 3, 5, 21))):
         tail, head = (
             torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(dtype) for _ in "ab"

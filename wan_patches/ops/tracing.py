@@ -1,4 +1,4 @@
-"""Whether something looks into the operations on tensors, so that the plain formulation is what it must see."""
+"""Detects observers of tensor operations, which have to see the plain formulation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.utils._device import DeviceContext
 def is_observed(*tensors: torch.Tensor) -> bool:
     """Whether a compiler, autograd, a transform, a tracer, autocast or a tensor subclass takes part in what follows.
 
-    tensors: everything that what follows is computed from.
+    tensors: all inputs of the following computation.
     """
     return (
         torch.compiler.is_compiling()
@@ -30,9 +30,9 @@ def is_observed(*tensors: torch.Tensor) -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether a transform of torch.func, a tracer, a mode or forward-mode autograd is at work.
+    """Whether a torch.func transform, a tracer, a mode or forward-mode autograd is active.
 
-    A mode that only says where new tensors are made (`torch.device`) is none.
+    The mode that only sets the default device (`torch.device`) does not count.
     """
     return (
         _are_functorch_transforms_active()

@@ -1,8 +1,8 @@
-"""What surrounds the causal convolutions of Wan's video autoencoder: their frame caches, padding and upsampling.
+"""The operations around the causal convolutions of Wan's video autoencoder: frame caches, padding and upsampling.
 
-Nothing here computes what a convolution or a norm computes; it decides where their inputs lie. A causal
-convolution sees the two frames before its own and a border of zeros. Stock joins, pads and clones them into new
-tensors for each; here they are put together once, in memory that all convolutions of a pass share.
+This module computes no convolutions or norms; it only decides where their inputs lie in memory. A causal convolution
+sees the two frames before its own and a border of zeros. Stock concatenates, pads and clones them into new tensors for
+each convolution. Here they are assembled once, in memory that all convolutions of a pass share.
 """
 
 from __future__ import annotations
@@ -16,44 +16,47 @@ from typing import Any
 
 import torch
 
-HISTORY = 2  # frames that a causal convolution with three taps in time looks back
-_IN_CACHE = 1 << 20  # bytes of activations that a processor's cache holds beside a few intermediate results of them
+HISTORY = 2  # preceding frames that a causal convolution with three taps in time reads
+_IN_CACHE = 1 << 20  # bytes of activations that fit a processor's cache together with a few intermediate results
 
 
 class FrameCaches(list):
     """The frames that each causal convolution has to remember, in the order in which the convolutions run.
 
-    Takes the place of stock's list for one pass over a video, and holds what that would: None, a word before the first
-    upsampling in time, or the last frames of a convolution's input, `(batch, channels, 1 or 2, height, width)`. An
-    entry is a value: the memory of the last one is written to again only where nobody else holds it.
+    Replaces stock's list for one pass over a video, with the same entries: None, a marker string before the first
+    temporal upsampling, or the last frames of a convolution's input, `(batch, channels, 1 or 2, height, width)`. An
+    entry is a value: its memory is overwritten only if nothing else holds it.
     """
 
     def __init__(self, convolutions: int) -> None:
         super().__init__([None] * convolutions)
-        self.divided = False  # whether convolutions may see a part of their rows at a time
-        self.continues = False  # whether they go on with frames of which they have seen the first ones
-        self.declined = False  # whether the pass is stock's, which takes this for its own list
+        self.divided = False  # whether convolutions may process some of their rows at a time
+        self.continues = False  # whether they continue with frames whose first ones they have processed
+        self.declined = False  # whether the pass falls back to stock, which uses this as its own list
         self._memory: torch.Tensor | None = None
-        self._channels_last = [False] * convolutions  # their last windows
+        self._channels_last = [False] * convolutions  # of each convolution's last window
 
     def __reduce__(self) -> Any:
-        return list, (list(self),)  # whoever loads an autoencoder need not have this package
+        return list, (list(self),)  # an autoencoder can be loaded without this package
 
     def divide(self) -> None:
-        """From now on convolutions see a part of their rows at a time; memory for whole frames is given back."""
+        """From now on, convolutions process some of their rows at a time; frees the memory for whole frames."""
         self.divided = True
         self._memory = None
 
     def unite(self) -> None:
-        """The end of that."""
+        """Ends `divide`."""
         self.divided = self.continues = False
 
     def shared(self, shape: Sequence[int], like: torch.Tensor, channels_last: bool = False) -> torch.Tensor:
-        """Memory without gaps of this shape, with the dtype and device of `like`: valid until the next call."""
+        """Returns shared contiguous memory of this shape, valid until the next call.
+
+        It has the dtype and device of `like`.
+        """
         size = math.prod(shape)
         memory = self._memory
         if memory is None or memory.numel() < size or not _takes(memory, like):
-            self._memory = memory = None  # the old goes before the new comes
+            self._memory = memory = None  # frees the old memory before allocating
             self._memory = memory = torch.empty(size, dtype=like.dtype, device=like.device)
         if not channels_last:
             return memory[:size].view(tuple(shape))
@@ -61,7 +64,7 @@ class FrameCaches(list):
         return memory[:size].view(batch, *space, channels).movedim(-1, 1)
 
     def _renewed(self, index: int, x: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """The frames that convolution number `index` remembers, and where those go that it will after `x`."""
+        """Returns the frames that convolution number `index` remembers, and memory for those it remembers after `x`."""
         is_first, is_free = self[index] is None, isinstance(self[index], torch.Tensor) and not _is_held(self, index)
         before = self[index] if isinstance(self[index], torch.Tensor) else None
         batch, channels, frames, height, width = x.shape
@@ -72,7 +75,10 @@ class FrameCaches(list):
         return before, _empty(shape, x, last)
 
     def _window_format(self, index: int, x: torch.Tensor, before: torch.Tensor | None) -> bool:
-        """Whether what stock joins and pads is in channels-last memory: where all of it is, its first frames too."""
+        """Whether the tensor that stock concatenates and pads is channels-last, which requires all its parts to be.
+
+        The first frames of a divided input decide for all of it.
+        """
         if not self.continues:
             self._channels_last[index] = is_channels_last(x) and (before is None or is_channels_last(before))
         return self._channels_last[index]
@@ -92,14 +98,14 @@ class FrameCaches(list):
 
         Args:
             x: `(batch, channels, frames, height, width)`, any strides.
-            convolution: takes `(batch, channels, 2 + frames, rows + 2 * padding[0], width + 2 * padding[1])`,
-                in memory that is used again, to `(batch, channels', frames, rows, width)`, a new tensor. Of all
-                rows, this input is bit for bit what stock joins and pads, in the same memory format.
+            convolution: maps `(batch, channels, 2 + frames, rows + 2 * padding[0], width + 2 * padding[1])`, in reused
+                memory, to `(batch, channels', frames, rows, width)`, a new tensor. For all rows, this input is bit for
+                bit the tensor that stock concatenates and pads, in the same memory format.
             padding: zeros above and below, left and right.
-            activation: applied to `x` first; gives each position from its own channels alone, in a new tensor of
+            activation: applied to `x` first; computes each position from its own channels only, into a new tensor of
                 the dtype of `x`.
             add: added to the result.
-            overwrite: `x` is not needed any more; the result may take its place.
+            overwrite: whether the result may overwrite `x`.
         """
         batch, channels, frames, height, width = x.shape
         above, left = padding
@@ -144,7 +150,7 @@ class FrameCaches(list):
 
 
 def is_channels_last(x: torch.Tensor) -> bool:
-    """Whether ATen takes a tensor of four or five axes for one in channels-last memory, and goes on in that."""
+    """Whether ATen treats a tensor of four or five axes as channels-last, and keeps that format in its results."""
     least = 0
     for axis in (1, *range(x.dim() - 1, 1, -1)):
         if x.stride(axis) < least or x.shape[axis] == 0:
@@ -168,13 +174,13 @@ def _is_like(before: torch.Tensor, shape: tuple[int, ...], channels_last: bool) 
 
 
 def _takes(memory: torch.Tensor, x: torch.Tensor) -> bool:
-    """Whether what is like `x` can be written there now."""
+    """Whether a tensor like `x` can be written to `memory` now."""
     is_open = torch.is_inference_mode_enabled() or not memory.is_inference()
     return is_open and (memory.dtype, memory.device) == (x.dtype, x.device)
 
 
 def _holders(items: list[Any], index: int) -> tuple[int, ...]:
-    """How many hold a tensor of a list, its views, its memory."""
+    """Returns the reference counts of a tensor of a list, of its views and of its memory."""
     storage = items[index].untyped_storage()
     return (
         sys.getrefcount(items[index]),
@@ -186,31 +192,31 @@ def _holders(items: list[Any], index: int) -> tuple[int, ...]:
 
 @functools.lru_cache(maxsize=1)
 def _nobody() -> tuple[int, ...]:
-    """What `_holders` gives where only the list does: interpreters count their own references differently."""
+    """Returns `_holders` of a tensor held only by its list; interpreters count their own references differently."""
     return _holders([torch.empty(1)], 0)
 
 
 def _is_held(items: list[Any], index: int) -> bool:
-    """Whether anybody else holds a tensor of a list, or memory of it, and would see what is written there."""
+    """Whether anything else holds a tensor of a list, or its memory, and would see writes to it."""
     try:
         return _holders(items, index) != _nobody()
-    except AttributeError:  # a torch that does not count
+    except AttributeError:  # a torch version without these counts
         return True
 
 
 def least_rows(elements: int) -> int:
-    """Rows that give ATen as good a reason as whole frames do to choose oneDNN for a float convolution.
+    """Returns the number of rows from which ATen chooses oneDNN for a float convolution, as it does for whole frames.
 
     elements: batch x channels x frames of its input.
     """
     return _LARGE // max(1, elements) + 1
 
 
-_LARGE = 20480  # batch x channels x frames x rows above which it does
+_LARGE = 20480  # batch x channels x frames x rows above which it does so
 
 
 def bands(height: int, least: int) -> list[int]:
-    """Borders of bands of `least` rows or somewhat more, from 0 to `height`."""
+    """Returns the borders of bands of `least` rows or slightly more, from 0 to `height`."""
     count = max(1, height // max(1, least))
     return [height * i // count for i in range(count + 1)]
 
@@ -222,9 +228,9 @@ def _fill(
     after: torch.Tensor,
     activation: Callable[[torch.Tensor], torch.Tensor] | None,
 ) -> None:
-    """Writes the remembered frames and those of `x` to `inner`, and to `after` the last of them: all, or those of `x`.
+    """Writes the remembered frames and those of `x` to `inner`, and the last of them to `after`.
 
-    before: one frame or two; None for none. `after` may be the same memory.
+    before: one frame or two, or None. `after` may be the same memory; it gets all frames, or only those of `x`.
     """
     frames, remembered = x.shape[2], after.shape[2]
     given = 0 if before is None else before.shape[2]
@@ -245,7 +251,7 @@ def _fill(
 
 
 def _pieces(x: torch.Tensor) -> list[tuple[slice, slice]]:
-    """Frames and rows to take at a time: on CPUs as many as stay in cache, elsewhere all."""
+    """Returns the frames and rows to process at a time: on CPUs as many as fit the cache, elsewhere all."""
     batch, channels, frames, height, width = x.shape
     rows = height * frames
     if x.is_cpu:
@@ -287,15 +293,15 @@ def upsample(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
 
 
 def upsampled_bands(x: torch.Tensor, rows: int, caches: FrameCaches) -> Iterator[tuple[slice, torch.Tensor]]:
-    """`upsample(x)` in bands, each with the row above and the one below it, which are zero outside of the frame.
+    """Yields `upsample(x)` in bands, each with the row above and below it, which are zero outside of the frame.
 
     Args:
         x: `(images, channels, height, width)`, any strides.
-        rows: of `x` that make a band.
-        caches: whose shared memory holds a band, until the next.
+        rows: rows of `x` per band.
+        caches: provides the shared memory of a band, valid until the next one.
 
     Yields:
-        Which rows of the upsampled images these are, and `(images, channels, that many + 2, 2 * width)`.
+        The slice of rows of the upsampled images, and `(images, channels, that many + 2, 2 * width)`.
     """
     images, channels, height, width = x.shape
     for top, bottom in itertools.pairwise(bands(height, rows)):
@@ -310,20 +316,20 @@ def upsampled_bands(x: torch.Tensor, rows: int, caches: FrameCaches) -> Iterator
 
 
 def interleave(x: torch.Tensor) -> torch.Tensor:
-    """Twice as many frames from twice as many channels: `(b, 2c, t, h, w)` seen as `(b, t, 2, c, h, w)`."""
+    """Doubles frames by halving channels: a view of `(b, 2c, t, h, w)` as `(b, t, 2, c, h, w)`."""
     return x.unflatten(1, (2, -1)).permute(0, 3, 1, 2, 4, 5)
 
 
 def in_steps(
     layers: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, frames: int, rewind: Callable[[], None]
 ) -> torch.Tensor:
-    """`layers(x)`, so many frames at a time: causal layers with caches need no more at once.
+    """Returns `layers(x)`, computed for `frames` frames at a time: causal layers with caches need no more at once.
 
     Args:
-        layers: keeps the number of frames; gives a new tensor.
+        layers: keeps the number of frames; returns a new tensor.
         x: `(batch, channels, frames, height, width)`.
-        frames: of a step.
-        rewind: called before every step but the first.
+        frames: frames per step.
+        rewind: called before every step except the first.
     """
     total = x.shape[2]
     if total <= frames:

@@ -1,7 +1,7 @@
-"""Convolutions of a few frames and rows at a time, where a trial shows that they have the bits of the whole.
+"""Convolutions of a few frames and rows at a time, used if a trial shows that they have the bits of the whole.
 
-On a CPU a convolution's way of adding up mostly does not depend on how many frames and rows there are, as long as ATen
-gives both to the same library. Each convolution is tried once for each shape.
+On a CPU the summation order of a convolution mostly does not depend on the number of frames and rows, as long as ATen
+dispatches both to the same library. Each convolution is tested once for each shape.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import torch.nn.functional as F
 
 from wan_patches.ops.vae import bands, least_rows
 
-STEP = 2  # frames at a time in the largest layers: half of stock's
-ROWS = 16  # that are upsampled at a time there
+STEP = 2  # frames at a time in the largest layers, half of stock's
+ROWS = 16  # rows upsampled at a time in those layers
 
 
 class Convolution(Protocol):
-    """What a convolution computes with: `torch.nn.Conv2d`, `Conv3d`, and what is tried in their place."""
+    """The parameters of a convolution: `torch.nn.Conv2d`, `Conv3d`, or the stand-in used in a trial."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
@@ -36,7 +36,7 @@ class Convolution(Protocol):
 
 
 def convolution(conv: Convolution, padding: Any = 0) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The convolution itself, of what is joined and padded."""
+    """Returns the plain convolution, for input that is already concatenated and padded."""
     convolve: Any = F.conv3d if conv.weight.dim() == 5 else F.conv2d
     return lambda x: convolve(x, conv.weight, conv.bias, conv.stride, padding, conv.dilation, conv.groups)
 
@@ -45,7 +45,7 @@ _divided: dict[tuple[object, ...], bool] = {}
 
 
 def _remembered(try_it: Callable[..., bool]) -> Callable[..., bool]:
-    """Tries once for a convolution's form, a shape and what else can change the algorithm."""
+    """Caches a trial by the convolution's parameters, the shape and the settings that can change the algorithm."""
 
     @functools.wraps(try_it)
     def ask(conv: Convolution, shape: Sequence[int], dtype: torch.dtype, channels_last: bool, *more: Any) -> bool:
@@ -84,7 +84,7 @@ def convolves_divided(conv: Convolution, shape: Sequence[int], dtype: torch.dtyp
 
 @_remembered
 def resizes_divided(conv: Convolution, shape: Sequence[int], dtype: torch.dtype, channels_last: bool, up: bool) -> bool:
-    """The same of resampling `(images, channels, height, width)`: one image at a time, and up in bands."""
+    """Whether resampling `(images, channels, height, width)` has the same bits one image at a time, and up in bands."""
     images, channels, height, width = shape
     rows, columns = (2 * min(height, ROWS), 2 * width) if up else (height + 1, width + 1)
     if rows < least_rows(channels * columns):
@@ -109,24 +109,24 @@ def resizes_divided(conv: Convolution, shape: Sequence[int], dtype: torch.dtype,
 
 
 def _laid(x: torch.Tensor, channels_last: bool) -> torch.Tensor:
-    """`x` without gaps, in that memory format."""
+    """Returns `x`, contiguous in the given memory format."""
     last = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
     return x.contiguous(memory_format=last if channels_last else torch.contiguous_format)
 
 
 def _of_each_size(edges: list[int]) -> list[tuple[int, int]]:
-    """Of bands with these borders, one of each height."""
+    """Returns one band of each height, of the bands with these borders."""
     return list({bottom - top: (top, bottom) for top, bottom in itertools.pairwise(edges)}.values())
 
 
 def _cancelling(conv: Convolution, shape: Sequence[int], dtype: torch.dtype) -> tuple[Convolution, torch.Tensor]:
-    """Such a convolution and its input, in which products cancel: what is left is rounding.
+    """Returns such a convolution and an input whose products cancel, so that the result consists of rounding errors.
 
-    In bf16 another order of adding up changes one result in ten thousand; here it changes most. Which channels cancel
-    is drawn by lot, and they are of several magnitudes: some processors add up channels in blocks, and of two blocks
-    that mirror each other nothing is left.
+    In bf16 a different summation order changes one result in ten thousand; with cancellation it changes most of them.
+    The channels that cancel are chosen at random, and have several magnitudes: some processors sum channels in blocks,
+    and two blocks that mirror each other would cancel completely.
     """
-    generator = torch.Generator("cpu").manual_seed(0)  # the user's random state is not ours to move
+    generator = torch.Generator("cpu").manual_seed(0)  # leaves the user's random state unchanged
     half = conv.in_channels // 2
 
     def random(*sizes: int) -> torch.Tensor:
@@ -146,5 +146,5 @@ def _cancelling(conv: Convolution, shape: Sequence[int], dtype: torch.dtype) -> 
 
 
 def _is_rounding(result: torch.Tensor) -> bool:
-    """Whether anything is left of what cancels: zeros, which would be equal to zeros, tell nothing."""
+    """Whether enough of a cancelling result is nonzero: zeros are always equal, so they prove nothing."""
     return bool(4 * result.count_nonzero() > result.numel())

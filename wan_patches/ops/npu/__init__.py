@@ -1,8 +1,8 @@
 """Operations of torch_npu, for tensors on Ascend NPUs.
 
-Written after the documentation and the schemas of its wheels (`schemas.json`), tested with a stand-in on an emulated
-device, and not run on hardware. torch_npu is imported where a tensor on an NPU is about to be computed with, and
-nowhere else: whether it is installed says nothing about whether it works.
+Written from its documentation and the schemas of its wheels (`schemas.json`) and tested with a stand-in on an emulated
+device; not run on hardware. torch_npu is imported only when a computation with an NPU tensor is about to run: an
+installed torch_npu may still be unusable.
 """
 
 from __future__ import annotations
@@ -17,22 +17,25 @@ _problems: dict[str, str] = {}
 
 @functools.cache
 def function(path: str) -> Callable[..., Any] | None:
-    """The function at `"module:name"`, as `"torch_npu:npu_rotary_mul"`; None if it cannot be had, see `problems`."""
+    """Returns the function at `"module:name"`, such as `"torch_npu:npu_rotary_mul"`.
+
+    None if it is unavailable, see `problems`.
+    """
     module, _, name = path.partition(":")
     try:
         return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
-    except Exception as error:  # without CANN not only an ImportError
+    except Exception as error:  # without CANN, other errors than ImportError
         _problems[path] = f"{type(error).__name__}: {error}"
         return None
 
 
 def problem(path: str) -> str:
-    """Why `function` gave None for `path`; nothing if it did not."""
+    """Returns why `function` returned None for `path`, or an empty string."""
     return _problems.get(path, "")
 
 
 def problems() -> list[str]:
-    """A sentence for each reason why functions that were wanted cannot be had."""
+    """Returns a sentence for each reason why requested functions are unavailable."""
     wanted: dict[str, list[str]] = {}
     for path, reason in _problems.items():
         wanted.setdefault(reason, []).append(path.replace(":", "."))
@@ -40,6 +43,6 @@ def problems() -> list[str]:
 
 
 def forget() -> None:
-    """Looks for functions anew."""
+    """Clears the cache, so that functions are looked up again."""
     function.cache_clear()
     _problems.clear()

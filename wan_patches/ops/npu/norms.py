@@ -1,7 +1,7 @@
-"""RMS norm and layer norm by one operation of torch_npu each. CLOSE: only rounding moves.
+"""RMS norm and layer norm by one operation of torch_npu each. CLOSE: only rounding differs.
 
-How these operations round inside is not documented. So they prove themselves at first sight: on a sample of tokens
-their mean error against float64 must be at most 1.01 times that of the formulation they stand for.
+The internal rounding of these operations is not documented, so it is verified at first sight: on a sample of tokens,
+the mean error against float64 must be at most 1.01 times that of the formulation they replace.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ def _agrees(ours: torch.Tensor, stock: torch.Tensor, x: torch.Tensor, weight: to
 
 @op("RMS norm by torch_npu", fidelity=Fidelity.CLOSE, agree=_agrees)
 def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float | None = None) -> torch.Tensor:
-    """`x / sqrt(mean(x ** 2) + eps) * weight` over the last axis.
+    """Returns `x / sqrt(mean(x ** 2) + eps) * weight` over the last axis.
 
     Args:
         x: `(..., dim)`, of two to eight axes; fp32, bf16 or fp16.
         weight: `(dim,)`, or None for ones; any floating dtype.
-        eps: None for the machine epsilon that `torch.nn.functional.rms_norm` takes.
+        eps: None for the machine epsilon that `torch.nn.functional.rms_norm` uses.
 
     Returns:
-        A new tensor of the shape and dtype that `torch.nn.functional.rms_norm` gives.
+        A new tensor with the shape and dtype of `torch.nn.functional.rms_norm`.
     """
     return F.rms_norm(x, x.shape[-1:], weight, eps)
 
@@ -44,7 +44,7 @@ def _rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float | None = 
     assert operation is not None  # see its refusal
     if weight is None:
         return operation(x, torch.ones(x.shape[-1], dtype=x.dtype, device=x.device), eps)[0]
-    dtype = torch.promote_types(x.dtype, weight.dtype)  # both must be of one, and neither may lose digits
+    dtype = torch.promote_types(x.dtype, weight.dtype)  # the operation requires one dtype, and neither may lose digits
     return operation(x.to(dtype), weight.to(dtype), eps)[0].to(x.dtype)
 
 
@@ -54,7 +54,7 @@ def _(x: torch.Tensor, weight: torch.Tensor | None, eps: float | None = None) ->
 
 
 def layer_norm(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
-    """Layer norm of `x` in fp32, rounded to the dtype of `x`: as `FP32LayerNorm` of diffusers, without its casts.
+    """Returns the layer norm of `x` in fp32, rounded to its dtype: diffusers' `FP32LayerNorm` without the casts.
 
     Args:
         x: `(..., dim)`; fp32, bf16 or fp16.
@@ -74,7 +74,7 @@ def layer_norm(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor 
 
 
 def why_no_layer_norm(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None) -> str | None:
-    """Why `layer_norm` does not take such input, or the installed torch_npu has no such operation."""
+    """Returns why `layer_norm` does not support such input, or is missing from the installed torch_npu; or None."""
     return _why_not(x, _LAYER, weight, bias)
 
 
@@ -87,7 +87,7 @@ def _why_not(x: torch.Tensor, path: str, *parameters: torch.Tensor | None) -> st
 
 
 def _sample(x: torch.Tensor) -> torch.Tensor:
-    """Some tokens from all over `x`, in float64."""
+    """Returns tokens spread over `x`, in float64."""
     tokens = x.detach().reshape(-1, x.shape[-1])
     return double(tokens[:: max(1, tokens.shape[0] // SAMPLE)])
 

@@ -1,10 +1,10 @@
-"""Reads the schemas of the operations that are called here out of torch-npu's wheels, and writes `schemas.json`.
+"""Reads the schemas of the operations that are called here from torch-npu's wheels, and writes `schemas.json`.
 
     python -m wan_patches.ops.npu.refresh 2.13.0 2.14.0       # versions, downloaded with pip
-    python -m wan_patches.ops.npu.refresh torch_npu-....whl   # or wheels that are here
+    python -m wan_patches.ops.npu.refresh torch_npu-....whl   # or local wheels
 
-They are read as text from the library in which torch_npu registers them; nothing of a wheel is run or installed. Its
-YAML files are not asked: their names of arguments are not those that are registered.
+The schemas are read as text from the library in which torch_npu registers them; nothing in a wheel is run or installed.
+The YAML files in a wheel are not used, because their argument names differ from the registered ones.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ PATH = Path(__file__).with_name("schemas.json")
 
 
 def read(wheel: Path, functions: Iterable[str] = FUNCTIONS) -> dict[str, str]:
-    """The schema of each function in a wheel.
+    """Returns the schema of each function in a wheel.
 
     Raises:
-        LookupError: a function has no schema in it, or several.
+        LookupError: the wheel has no schema of a function, or several.
     """
     with zipfile.ZipFile(wheel) as archive:
         library = archive.read(LIBRARY)
@@ -43,18 +43,18 @@ def read(wheel: Path, functions: Iterable[str] = FUNCTIONS) -> dict[str, str]:
 
 
 def version_of(wheel: Path) -> str:
-    """The version in the name of a wheel."""
+    """Returns the version in the name of a wheel."""
     return wheel.name.split("-")[1]
 
 
 def schemas() -> dict[str, dict[str, str]]:
-    """What `schemas.json` holds: by version of torch-npu the schema of each function."""
+    """Returns the contents of `schemas.json`: the schema of each function, by version of torch-npu."""
     found: dict[str, dict[str, str]] = json.loads(PATH.read_text())
     return found
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """See the module."""
+    """Runs the command line; see the module."""
     parser = argparse.ArgumentParser(prog="python -m wan_patches.ops.npu.refresh", description=__doc__)
     parser.add_argument("wheels", nargs="+", help="versions of torch-npu, or paths of its wheels")
     known = schemas() if PATH.exists() else {}

@@ -10,10 +10,10 @@ _OP = "torch_npu:npu_rotary_mul"
 
 
 def why_not(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> str | None:
-    """Why `rotary_mul` does not take such input, or the installed torch_npu has no such operation; None where it does.
+    """Returns why `rotary_mul` does not support such input, or is missing from the installed torch_npu; or None.
 
-    Documented limits of "interleave": four dimensions, batch * heads < 1000, an even head_dim < 896, tables
-    `(1, seq, 1, head_dim)`. The result is contiguous, which stock's is unless `x` has its axes in another order.
+    Documented limits of "interleave": four dimensions, batch * heads < 1000, an even head_dim < 896, tables `(1, seq,
+    1, head_dim)`. The result is contiguous, like stock's unless the axes of `x` are in another order.
     """
     if x.dim() != 4 or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return "npu_rotary_mul is not for such queries and keys"
@@ -36,8 +36,8 @@ def rotary_mul(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
         cos, sin: `(1, seq, 1, head_dim / 2)`, fp32.
 
     Returns:
-        A new tensor like `x`. Meant to be EXACT, behind the gate. Computed in fp32 and rounded once, as stock does:
-        what the operation makes of half precision beside tables in fp32 is not documented.
+        A new tensor like `x`. Intended to be EXACT, verified by the gate. Computed in fp32 and rounded once, as in
+        stock, because the operation's handling of half precision with fp32 tables is not documented.
     """
     op = function(_OP)
     assert op is not None  # see `why_not`
@@ -45,5 +45,5 @@ def rotary_mul(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
 
 
 def _pairs(table: torch.Tensor) -> torch.Tensor:
-    """Each value twice, in one copy: of a table, which is as small as one of many heads."""
+    """Repeats each value twice, in one copy; a table is small, as it has only one head."""
     return table.unsqueeze(-1).expand(*table.shape, 2).flatten(-2)

@@ -1,4 +1,4 @@
-"""Kernels for GPUs. Triton is imported only where one is about to run."""
+"""Kernels for GPUs. Triton is imported only when a kernel is about to run."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 
 
 def is_usable(device: torch.device) -> bool:
-    """Whether kernels run on tensors of `device`, as far as is known here."""
+    """Whether kernels can run on tensors of `device`, as far as can be checked without importing Triton."""
     return device.type == "cuda" and _is_installed()
 
 
 def launching_on(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Makes `device` the current one, which is where Triton launches, wherever the arguments are."""
+    """Makes `device` the current one: Triton launches there, regardless of the arguments' device."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 

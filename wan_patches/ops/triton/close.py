@@ -1,8 +1,8 @@
-"""Norms and what follows them, in one pass over memory: CLOSE, never exact.
+"""Norms fused with the operations after them, in one pass over memory: CLOSE, never exact.
 
-Means, variances and everything else are fp32, and rounded to another dtype once, where the result is stored. A row of
-channels stays in registers, so its variance is that of the centred values. Products are fused with sums by name: the
-residual sum, which must not be, is in the same kernel.
+Means, variances and all other values are fp32, and rounded to another dtype once, at the store. A row of channels stays
+in registers, so its variance is that of the centred values. Multiply-adds are fused explicitly (`tl.fma`), because the
+residual sum in the same kernel must not be fused.
 
 Scales, shifts and gates are as in `modulation`.
 """
@@ -24,7 +24,7 @@ MAX_DIM = 8192  # channels that a program keeps in registers
 
 @triton.jit
 def _row(rows, batch_stride, row_stride, batch, token, split_index, place, inside, KIND: tl.constexpr):
-    """What a token has of scales, shifts or gates."""
+    """Loads a token's row of a scale, shift or gate."""
     row = batch * batch_stride
     if KIND == "each":
         row += token * row_stride
@@ -33,7 +33,7 @@ def _row(rows, batch_stride, row_stride, batch, token, split_index, place, insid
     return tl.load(rows + row + place, mask=inside, other=0.0)
 
 
-@triton.jit(do_not_specialize=["seq", "split_index"])  # which change from chunk to chunk
+@triton.jit(do_not_specialize=["seq", "split_index"])  # these change from chunk to chunk
 def _layer_norm_modulate(
     x, y, gate, weight, bias, scale, shift, h, out, eps, seq, dim, split_index,
     x_batch, x_token, y_batch, y_token, gate_batch, gate_row, scale_batch, scale_row, shift_batch, shift_row,
@@ -103,20 +103,20 @@ def layer_norm_modulate(
     eps: float,
     split_index: int | None = None,
 ) -> torch.Tensor:
-    """`layer_norm(x, weight, bias) * (1 + scale) + shift`.
+    """Computes `layer_norm(x, weight, bias) * (1 + scale) + shift`.
 
     Args:
         x: `(batch, seq, dim)`, fp32, bf16 or fp16; any strides with the last one 1; `dim` at most `MAX_DIM`.
         weight, bias: `dim` values of any of these dtypes, contiguous, or None.
         scale, shift: rows, or None for both.
         eps: added to the variance.
-        split_index: how many tokens have the first of two rows; None where there are not two.
+        split_index: number of tokens with the first of two rows; None if there are not two.
 
     Returns:
         A new contiguous tensor of the dtype of `x`.
 
     Raises:
-        ValueError: for more channels, or rows that do not fit.
+        ValueError: too many channels, or rows that do not fit.
     """
     return _launch(x, None, None, weight, bias, scale, shift, eps, split_index)[1]
 
@@ -132,16 +132,16 @@ def residual_layer_norm_modulate(
     eps: float,
     split_index: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The residual sum `h = x + y * gate`, and `layer_norm_modulate(h, ...)`.
+    """Computes the residual sum `h = x + y * gate`, and `layer_norm_modulate(h, ...)`.
 
     Args:
-        x, y: `(batch, seq, dim)`, as in `layer_norm_modulate`, each of its own dtype.
-        gate: rows; None leaves it out.
+        x, y: `(batch, seq, dim)`, as in `layer_norm_modulate`, each with its own dtype.
+        gate: rows, or None for no gate.
         weight, bias, scale, shift, eps, split_index: as in `layer_norm_modulate`.
 
     Returns:
-        `h`, rounded to the dtype of `x` with the very bits of `gated_residual` (of `x + y` without a gate), and its
-        norm, of the dtype of `x`; both contiguous.
+        `h`, rounded to the dtype of `x` with exactly the bits of `gated_residual` (of `x + y` without a gate), and its
+        norm, in the dtype of `x`; both contiguous.
     """
     return _launch(x, y, gate, weight, bias, scale, shift, eps, split_index)
 
@@ -149,7 +149,7 @@ def residual_layer_norm_modulate(
 def rms_norm_rope(
     x: torch.Tensor, weight: torch.Tensor, eps: float, cos: torch.Tensor, sin: torch.Tensor, heads: int
 ) -> torch.Tensor:
-    """RMS norm across all heads, and the rotary embedding of each.
+    """Applies the RMS norm across all heads, then the rotary embedding of each.
 
     Args:
         x: `(batch, seq, heads * head_dim)`, fp32, bf16 or fp16; any strides with the last one 1; at most `MAX_DIM`
@@ -157,7 +157,7 @@ def rms_norm_rope(
         weight: `heads * head_dim` values of any of these dtypes, contiguous.
         eps: added to the mean square.
         cos, sin: `(1 or batch, seq, 1, head_dim / 2)`, fp32, any strides.
-        heads: how many there are.
+        heads: number of heads.
 
     Returns:
         `(batch, seq, heads, head_dim)`, a new contiguous tensor of the dtype of `x`.
@@ -212,5 +212,5 @@ def _launch(
 
 
 def _warps(block: int) -> int:
-    """Sixteen values to a thread: few enough that none of the arrays leaves its registers."""
+    """Returns the warps for sixteen values per thread, few enough to keep all arrays in registers."""
     return max(1, min(16, block // 512))

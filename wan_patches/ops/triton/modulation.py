@@ -1,8 +1,8 @@
-"""What stands between attention, feed-forward and norms of a transformer block: elementwise, one pass over memory each.
+"""Elementwise operations between attention, feed-forward and norms of a transformer block, one pass over memory each.
 
 Scales, shifts and gates ("rows" below) are fp32, `(1 or batch, rows, dim)`, any strides with the last one 1: one row
 for all tokens, one for each token, or two with a `split_index`: the first for the tokens before it, the second for the
-rest. Every operation is rounded in fp32, as ATen rounds, and the result once more to its own dtype.
+rest. Every operation is rounded in fp32, like ATen's, and the result once more to its own dtype.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import triton.language as tl
 from wan_patches.ops.triton import launching_on
 
 _BLOCK = 1024  # channels at a time: eight bf16 values, 16 bytes, for each of 128 threads
-_TOKENS = 4  # for which rows are read once
+_TOKENS = 4  # tokens per program, which loads shared rows once
 
 
 @triton.jit
 def load_shared(rows, row_stride, place, inside, KIND: tl.constexpr):
-    """The row for all tokens twice, or the two rows."""
+    """Loads the row for all tokens twice, or the two rows."""
     first = tl.load(rows + place, mask=inside, other=0.0)
     rest = first
     if KIND == "two":
@@ -31,7 +31,7 @@ def load_shared(rows, row_stride, place, inside, KIND: tl.constexpr):
 
 @triton.jit
 def load_own(shared, rows, row_stride, token, split_index, place, inside, KIND: tl.constexpr):
-    """The row of one token; `shared` are those that many tokens have."""
+    """Returns the row of one token; `shared` are the rows that many tokens have."""
     if KIND == "each":
         return tl.load(rows + token * row_stride + place, mask=inside, other=0.0)
     if KIND == "two":
@@ -95,13 +95,13 @@ def _add_and_cast(x, y, out, wide, size, BLOCK: tl.constexpr):
 def modulate(
     normed: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, dtype: torch.dtype, split_index: int | None = None
 ) -> torch.Tensor:
-    """`(normed * (1 + scale) + shift).to(dtype)`.
+    """Computes `(normed * (1 + scale) + shift).to(dtype)`.
 
     Args:
         normed: `(batch, seq, dim)`, fp32, contiguous.
         scale, shift: rows (see above), each of its own kind.
         dtype: fp32, bf16 or fp16.
-        split_index: how many tokens have the first of two rows; None where there are not two.
+        split_index: number of tokens with the first of two rows; None if there are not two.
 
     Returns:
         A new tensor of `dtype`, contiguous.
@@ -113,7 +113,7 @@ def modulate(
         launch(
             normed, scale, shift, out, seq, dim, split_index or 0, *row_strides(scale), *row_strides(shift),
             SCALE=kind_of(scale, seq, split_index), SHIFT=kind_of(shift, seq, split_index),
-            TOKENS=_TOKENS, BLOCK=_BLOCK, num_warps=4, enable_fp_fusion=False,  # product and sum are rounded each
+            TOKENS=_TOKENS, BLOCK=_BLOCK, num_warps=4, enable_fp_fusion=False,  # product and sum are rounded separately
         )  # fmt: skip
     return out
 
@@ -121,13 +121,13 @@ def modulate(
 def gated_residual(
     x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor, split_index: int | None = None
 ) -> torch.Tensor:
-    """`(x.float() + y.float() * gate).to(x.dtype)`.
+    """Computes `(x.float() + y.float() * gate).to(x.dtype)`.
 
     Args:
         x: `(batch, seq, dim)`, contiguous; fp32, bf16 or fp16.
-        y: as `x`, with a dtype of its own and any strides with the last one 1.
+        y: like `x`, with its own dtype and any strides with the last one 1.
         gate: rows (see above).
-        split_index: how many tokens have the first of two rows; None where there are not two.
+        split_index: number of tokens with the first of two rows; None if there are not two.
 
     Returns:
         A new tensor like `x`.
@@ -145,7 +145,7 @@ def gated_residual(
 
 
 def add_and_cast(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`x + y` and the same in fp32.
+    """Computes `x + y`, and the same in fp32.
 
     Args:
         x, y: of one shape and one half dtype, contiguous.
@@ -162,7 +162,7 @@ def add_and_cast(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.
 
 
 def kind_of(rows: torch.Tensor, seq: int, split_index: int | None) -> str:
-    """`"one"` row for all tokens, `"each"` its own, or `"two"`. Raises ValueError for any other number of rows."""
+    """Returns `"one"` row for all tokens, `"each"` its own, or `"two"`. Raises ValueError for other numbers of rows."""
     found = rows.shape[1]
     if found == 1:
         return "one"
@@ -172,7 +172,7 @@ def kind_of(rows: torch.Tensor, seq: int, split_index: int | None) -> str:
 
 
 def row_strides(rows: torch.Tensor) -> tuple[int, int]:
-    """Of the batch and of the rows; rows for all of a batch are not moved along it."""
+    """Returns the strides of the batch and of the rows; 0 for the batch if all samples share the rows."""
     return (rows.stride(0) if rows.shape[0] > 1 else 0), rows.stride(1)
 
 

@@ -1,4 +1,4 @@
-"""RMS norm over channels and SiLU of Wan's video autoencoder: what follows the reduction, in one pass over memory."""
+"""RMS norm over channels and SiLU of Wan's video autoencoder: the steps after the reduction, in one memory pass."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import triton.language as tl
 
 from wan_patches.ops.triton import launching_on
 
-if os.environ.get("TRITON_INTERPRET") == "1":  # which has no libraries of a device
+if os.environ.get("TRITON_INTERPRET") == "1":  # the interpreter has no device libraries
 
     @triton.jit
     def _exp(x):
@@ -22,7 +22,7 @@ else:
 
     @triton.jit
     def _exp(x):
-        return libdevice.exp(x)  # the one that ATen calls; `tl.exp` is an approximation
+        return libdevice.exp(x)  # the function that ATen calls; `tl.exp` is an approximation
 
 
 _BLOCK = 1024  # eight bf16 values, 16 bytes, for each of 128 threads
@@ -44,12 +44,12 @@ def _kernel(
     row = x + batch * x_batch + channel.to(tl.int64) * x_channel + frame * x_frame
     value = tl.load(row + place, mask=inside, other=0.0).to(tl.float32)
     divisor = tl.load(denominator + batch * d_batch + frame * d_frame + place, mask=inside, other=1.0).to(tl.float32)
-    # as stock rounds: after every operation
+    # rounded after every operation, as in stock
     value = tl.div_rn(value, divisor).to(dtype).to(tl.float32)
     value = (value * scale).to(dtype).to(tl.float32)
     value = (value * tl.load(gamma + channel).to(tl.float32)).to(dtype).to(tl.float32)
     shift = tl.load(bias + channel).to(tl.float32) if HAS_BIAS else 0.0
-    value = (value + shift).to(dtype).to(tl.float32)  # also of nothing: -0 becomes 0
+    value = (value + shift).to(dtype).to(tl.float32)  # also without a bias: -0 becomes 0
     if SILU:
         value = tl.div_rn(value, 1.0 + _exp(-value))
     row = out + batch * out_batch + channel.to(tl.int64) * out_channel + frame * out_frame
@@ -65,15 +65,15 @@ def norm_silu(
     *,
     silu: bool = True,
 ) -> torch.Tensor:
-    """`silu(x / denominator * scale * gamma + bias)`, rounded to the dtype of `x` after each operation.
+    """Computes `silu(x / denominator * scale * gamma + bias)`, rounded to the dtype of `x` after each operation.
 
     Args:
         x: `(batch, channels, frames, height, width)`, where each frame of a channel is contiguous; fp32, bf16, fp16.
         denominator: `(batch, 1, frames, height, width)`, contiguous; the dtype of `x` or fp32.
         scale: a number.
         gamma: `channels` values, contiguous.
-        bias: as `gamma`; None for zero.
-        silu: False leaves SiLU out.
+        bias: like `gamma`; None for zero.
+        silu: False omits SiLU.
 
     Returns:
         A new tensor, in the memory order of `x`.
@@ -88,6 +88,6 @@ def norm_silu(
             x, denominator, gamma, gamma if bias is None else bias, out, scale, size, channels, frames,
             *x.stride()[:3], denominator.stride(0), denominator.stride(2), *out.stride()[:3],
             HAS_BIAS=bias is not None, SILU=silu, BLOCK=_BLOCK,
-            num_warps=4, enable_fp_fusion=False,  # product and sum are rounded each
+            num_warps=4, enable_fp_fusion=False,  # product and sum are rounded separately
         )  # fmt: skip
     return out

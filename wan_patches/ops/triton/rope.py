@@ -15,7 +15,7 @@ _TILE = 1024  # elements at a time: eight bf16 values, 16 bytes, for each of 128
 
 @triton.jit
 def _turned(pairs, cos, sin, HEADS: tl.constexpr, DIM: tl.constexpr):
-    # neighbours are loaded together, 16 bytes at once, and only then told apart
+    # neighbours are loaded together, 16 bytes at once, and separated afterwards
     first, second = tl.split(pairs.reshape(HEADS, DIM // 2, 2))
     first, second = first.to(tl.float32), second.to(tl.float32)
     turned = tl.join(first * cos - second * sin, first * sin + second * cos)
@@ -33,7 +33,7 @@ def _kernel(
     token, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     pair = tl.arange(0, TILE_DIM // 2)[None, :]
     known = pair < DIM // 2
-    # one token for all of its heads: its angles are read once
+    # one program per token processes all its heads, so its angles are read once
     cosines = tl.load(cos + batch * cos_batch + token * cos_token + pair * cos_pair, mask=known, other=0.0)
     sines = tl.load(sin + batch * sin_batch + token * sin_token + pair * sin_pair, mask=known, other=0.0)
     q += batch * q_batch + token * q_token
@@ -45,7 +45,7 @@ def _kernel(
         head = (start + tl.arange(0, TILE_HEADS)[:, None]).to(tl.int64)
         inside = (head < HEADS) & (place < DIM)
         queries = tl.load(q + head * q_head + place * q_dim, mask=inside, other=0.0)
-        if HAS_K:  # before anything is stored, which later loads would have to wait for
+        if HAS_K:  # before any store, because later loads would have to wait for it
             keys = tl.load(k + head * k_head + place * k_dim, mask=inside, other=0.0)
         queries = _turned(queries, cosines, sines, TILE_HEADS, TILE_DIM)
         tl.store(q_out + head * q_out_head + place * q_out_dim, queries, mask=inside)
@@ -57,17 +57,17 @@ def _kernel(
 def rotate(
     q: torch.Tensor, k: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Rotates pairs of neighbouring channels of `q`, and of `k` if there is one.
+    """Rotates pairs of neighbouring channels of `q`, and of `k` if given.
 
     Each product and each sum is rounded in fp32, and the result once more to the dtype of `q`.
 
     Args:
-        q, k: `(batch, seq, heads, head_dim)`, alike in shape and dtype (fp32, bf16, fp16); `head_dim` is even; any
-            strides, 16 bytes at a time where the last one is 1.
+        q, k: `(batch, seq, heads, head_dim)`, with equal shapes and dtypes (fp32, bf16, fp16); `head_dim` is even; any
+            strides, 16 bytes at a time if the last one is 1.
         cos, sin: `(1 or batch, seq, 1, head_dim / 2)`, fp32, any strides.
 
     Returns:
-        New tensors, each in the memory order of its input; None for no `k`.
+        New tensors, each in the memory order of its input; None if there is no `k`.
     """
     batch, seq, heads, dim = q.shape
     q_out = torch.empty_like(q)
@@ -81,12 +81,12 @@ def rotate(
             q, key, q_out, key_out, cos, sin,
             *q.stride(), *key.stride(), *q_out.stride(), *key_out.stride(), *table_strides(cos), *table_strides(sin),
             HAS_K=k is not None, HEADS=heads, DIM=dim, TILE_HEADS=tile_heads, TILE_DIM=tile_dim,
-            num_warps=4, enable_fp_fusion=False,  # products and sums are rounded each
+            num_warps=4, enable_fp_fusion=False,  # products and sums are rounded separately
         )  # fmt: skip
     return q_out, k_out
 
 
 def table_strides(table: torch.Tensor) -> tuple[int, int, int]:
-    """Of the batch, the tokens and the pairs; a table for all of a batch is not moved along it."""
+    """Returns the strides of the batch, the tokens and the pairs; 0 for the batch if all samples share the table."""
     batch, token, _, pair = table.stride()
     return (batch if table.shape[0] > 1 else 0), token, pair
