@@ -16,7 +16,7 @@ pytestmark = pytest.mark.upstream
 @pytest.mark.parametrize("temporal", [1, 2, 4, 8])
 @pytest.mark.parametrize("last_frame", [False, True])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_latent_frames_hold_what_pixel_frames_say(temporal, last_frame, batch):
+def test_mask_in_latent_frames_equals_mask_in_pixel_frames(temporal, last_frame, batch):
     for latent_frames in (1, 2, 3, 21):
         args = (batch, (latent_frames - 1) * temporal + 1, 3, 5, temporal, torch.device("cpu"), last_frame)
         expected = condition_mask.reference(*args)
@@ -78,7 +78,7 @@ def test_prepare_latents_is_bit_identical_to_stock(dtype, frames, last, batch):
         assert stock[1].dtype == torch.float32  # stock's mask is, and the concatenation with it
 
 
-def test_frames_that_do_not_fit_raise_what_stock_raises():
+def test_frames_that_do_not_fit_raise_as_in_stock():
     pipe = object.__new__(_pipelines()[0])
     pipe.__dict__.update(vae=_Vae(), vae_scale_factor_temporal=4, vae_scale_factor_spatial=8)
     pipe.__dict__["_internal_dict"] = type("Config", (dict,), {"expand_timesteps": False})()
@@ -121,7 +121,7 @@ def test_modular_steps_are_bit_identical_to_stock(last):
 
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("zeros", [0, 1, 3, 8])
-def test_a_condition_video_is_cut_like_the_one_that_is_built(last, zeros):
+def test_condition_video_slices_equal_those_of_the_built_video(last, zeros):
     pictures = torch.randn(2, 2, 3, 1, 4, 5)
     first, final = pictures[0].transpose(3, 4).contiguous().transpose(3, 4), pictures[1] if last else None
     built = torch.cat([first, first.new_zeros(2, 3, zeros, 4, 5), *([final] if last else [])], dim=2).bfloat16()

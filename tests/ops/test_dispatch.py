@@ -1,4 +1,4 @@
-"""The dispatcher by itself: decisions, what they depend on, and how forms prove themselves."""
+"""The dispatcher in isolation: decisions, their keys, and the verification of forms."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NAN = float("nan")
 
 
 @pytest.fixture(autouse=True)
-def _ops_of_their_own(monkeypatch):
+def _isolated_ops(monkeypatch):
     """Those that tests make are forgotten."""
     monkeypatch.setattr(dispatch, "_ops", list(dispatch._ops))
     monkeypatch.setattr(gate, "_deciders", list(gate._deciders))
@@ -31,7 +31,7 @@ def _ops_of_their_own(monkeypatch):
 
 
 @pytest.fixture
-def elsewhere(monkeypatch):
+def fake_accelerator(monkeypatch):
     """Tensors on the CPU pass for such on an accelerator."""
     monkeypatch.setattr(dispatch, "_device", lambda args: torch.device("cuda"))
 
@@ -64,7 +64,7 @@ def ways():
 # Decisions
 
 
-def test_a_form_that_has_proved_itself_runs_alone(elsewhere):
+def test_verified_form_runs_without_the_reference(fake_accelerator):
     add, form, reference = made(lambda x: 1 + x)
     x = torch.randn(3)
     for _ in range(3):
@@ -78,7 +78,7 @@ def test_a_form_that_has_proved_itself_runs_alone(elsewhere):
     assert ways() == {("", tally.FIRST_SIGHT): 2, ("ours", ""): 2}
 
 
-def test_on_cpus_forms_need_no_proof():
+def test_cpu_forms_need_no_verification():
     add, form, reference = made(lambda x: 1 + x, device="cpu")
     for _ in range(3):
         add(torch.randn(3))
@@ -96,7 +96,7 @@ def test_on_cpus_forms_need_no_proof():
         (lambda x: x.no_such_method(), "raised AttributeError"),
     ],
 )
-def test_what_differs_is_warned_about_once_and_not_used(wrong, reason, caplog, elsewhere):
+def test_differing_form_is_warned_about_once_and_not_used(wrong, reason, caplog, fake_accelerator):
     add, form, _ = made(wrong)
     with caplog.at_level(logging.WARNING, "wan_patches"):
         for size in (3, 3, 4):
@@ -109,7 +109,7 @@ def test_what_differs_is_warned_about_once_and_not_used(wrong, reason, caplog, e
     assert {why for _, why in ways()} == {f"ours {gate.verdicts()[0].reason}"}
 
 
-def test_the_next_form_is_tried_where_one_fails(elsewhere):
+def test_next_form_is_tried_if_one_fails(fake_accelerator):
     add, broken, reference = made(lambda x: x.no_such_method(), name="broken")
     wrong = add.form("wrong", ACCELERATOR)(Counted(lambda x: x + 2))
     right = add.form("right", ACCELERATOR)(Counted(lambda x: 1 + x))
@@ -130,7 +130,7 @@ def test_forms_are_for_devices(monkeypatch):
     assert add._forms_on("cuda") == [others["cuda"], others[ACCELERATOR], others[None]]
 
 
-def test_refusals_are_asked_once_for_a_key_and_told(elsewhere):
+def test_refusals_are_queried_once_per_key_and_reported(fake_accelerator):
     add, form, reference = made(lambda x: 1 + x)
     asked = []
     form.refuses(lambda x: asked.append(1) or ("too long" if x.shape[0] > 3 else None))
@@ -141,7 +141,7 @@ def test_refusals_are_asked_once_for_a_key_and_told(elsewhere):
     assert reference.calls == 4
 
 
-def test_a_refusal_that_raises_is_a_reason():
+def test_refusal_that_raises_is_a_reason():
     add, form, _ = made(plus_one, device="cpu")
     form.refuses(lambda x: 1 / 0)
     assert torch.equal(add(torch.zeros(1)), torch.ones(1))
@@ -149,7 +149,7 @@ def test_a_refusal_that_raises_is_a_reason():
     assert "ZeroDivisionError" in reason
 
 
-def test_small_inputs_are_the_references_before_anything_is_asked():
+def test_small_inputs_use_the_reference_before_any_query():
     add, form, _ = made()
     form = add.form("ours", "cpu", smallest=10)(Counted(plus_one))
     form.refuses(lambda x: pytest.fail("asked"))
@@ -164,7 +164,7 @@ def test_small_inputs_are_the_references_before_anything_is_asked():
     assert ways() == {("", SMALL): 2, ("ours", ""): 2}
 
 
-def test_in_fp32_the_limit_is_another():
+def test_fp32_has_its_own_limit():
     add, _, _ = made()
     add.form("ours", "cpu", smallest=10, smallest_in_fp32=20)(plus_one)
     for dtype, size in ((torch.bfloat16, 9), (torch.bfloat16, 10), (torch.float32, 19), (torch.float32, 20)):
@@ -177,7 +177,7 @@ def test_in_fp32_the_limit_is_another():
         assert add.least_for(torch.zeros(1)) == 0
 
 
-def test_the_table_is_bounded(monkeypatch, elsewhere):
+def test_the_table_is_bounded(monkeypatch, fake_accelerator):
     monkeypatch.setattr(dispatch, "CAPACITY", 5)
     add, _, _ = made(plus_one)
     for size in range(1, 20):
@@ -231,7 +231,7 @@ def _tensors():
 
 @pytest.mark.parametrize("on_cpu", [True, False])
 @pytest.mark.parametrize("what", _tensors())
-def test_keys_tell_tensors_apart(what, on_cpu, monkeypatch):
+def test_keys_distinguish_tensors(what, on_cpu, monkeypatch):
     """Kernels of accelerators read memory as it is, torch's operations on CPUs do not."""
     describe = dispatch._describe
     monkeypatch.setattr(
@@ -242,7 +242,7 @@ def test_keys_tell_tensors_apart(what, on_cpu, monkeypatch):
     assert key_of(x, 1) == key_of(torch.ones(4, 6), 1)
 
 
-def test_keys_tell_values_apart():
+def test_keys_distinguish_values():
     x = torch.zeros(2)
     norm = torch.nn.LayerNorm(2)
     values = (
@@ -256,7 +256,7 @@ def test_keys_tell_values_apart():
 
 
 @pytest.mark.parametrize("change", ["threads", "deterministic", "cudnn"])
-def test_keys_hold_what_torch_is_told(change):
+def test_keys_contain_torch_settings(change):
     x, threads = torch.zeros(2, device="cpu" if change == "threads" else "meta"), torch.get_num_threads()
     before = key_of(x)
     try:
@@ -274,7 +274,7 @@ def test_keys_hold_what_torch_is_told(change):
 
 
 @pytest.mark.parametrize("key", [lambda x: (x.shape, x.dtype), lambda x: (x.stride(), x.dtype)])
-def test_a_key_that_lacks_something_is_found_out(key):
+def test_incomplete_key_is_detected(key):
     """Of strides, or of shapes."""
     add, form, _ = made(plus_one, device="cpu", key=key)
     form.refuses(lambda x: None if x.is_contiguous() and x.shape[0] < 5 else "not for this form")
@@ -286,7 +286,7 @@ def test_a_key_that_lacks_something_is_found_out(key):
                     add(x)
 
 
-def test_a_form_that_its_key_refuses_is_found_out():
+def test_form_refused_by_its_key_is_detected():
     add, form, _ = made(plus_one, device="cpu", key=lambda x: (x.dtype,))
     form.refuses(lambda x: "too long" if x.shape[0] > 3 else None)
     with rechecking():
@@ -295,7 +295,7 @@ def test_a_form_that_its_key_refuses_is_found_out():
             add(torch.zeros(3))
 
 
-def test_a_form_that_is_wrong_for_some_values_is_found_out():
+def test_form_that_is_wrong_for_some_values_is_detected():
     add, _, _ = made(lambda x: x + 1 + (x > 3), device="cpu")
     with rechecking():
         add(torch.tensor([1.0, 2.0]))
@@ -304,7 +304,7 @@ def test_a_form_that_is_wrong_for_some_values_is_found_out():
             add(torch.tensor([1.0, 4.0]))
 
 
-def test_what_a_key_cannot_describe_takes_the_reference():
+def test_arguments_without_a_key_use_the_reference():
     add, _, _ = made(lambda x, norm: pytest.fail("a form ran"), lambda x, norm: norm(x), device="cpu")
     assert torch.equal(add(torch.zeros(2), lambda x: x + 1), torch.ones(2))
     assert ways() == {("", OBSERVED): 1}
@@ -326,13 +326,13 @@ def test_autograd_sees_the_traced_form():
     assert _sees_traced(lambda add: add(torch.zeros(2, requires_grad=True)).sum().backward()) == {("", OBSERVED): 1}
 
 
-def test_tracers_and_transforms_see_it():
+def test_tracers_and_transforms_see_the_traced_form():
     assert _sees_traced(lambda add: make_fx(add)(torch.zeros(2)))
     assert _sees_traced(lambda add: torch.func.vmap(add)(torch.zeros(2, 3)))
     assert _sees_traced(lambda add: torch.func.jvp(add, (torch.zeros(2),), (torch.ones(2),)))
 
 
-def test_subclasses_and_autocast_see_it():
+def test_subclasses_and_autocast_see_the_traced_form():
     class Mine(torch.Tensor):
         pass
 
@@ -341,14 +341,14 @@ def test_subclasses_and_autocast_see_it():
         assert _sees_traced(lambda add: add(torch.zeros(2)))
 
 
-def test_a_default_device_is_no_tracer():
+def test_default_device_is_not_a_tracer():
     add, form, _ = made(plus_one, device="cpu")
     with torch.device("cpu"):
         add(torch.zeros(2))
     assert form.function.calls == 1
 
 
-def test_compilers_see_it_in_one_graph_without_recompiling():
+def test_compilers_see_the_traced_form_in_one_graph_without_recompiling():
     torch._dynamo.reset()
     add, _, _ = made(lambda x: pytest.fail("a form ran"), lambda x: x + 1, device="cpu")
     add.reference = add.traced = plus_one
@@ -361,7 +361,7 @@ def test_compilers_see_it_in_one_graph_without_recompiling():
     torch._dynamo.reset()
 
 
-def test_while_a_graph_is_captured_nothing_is_proved(monkeypatch, elsewhere):
+def test_nothing_is_verified_during_graph_capture(monkeypatch, fake_accelerator):
     monkeypatch.setattr(dispatch, "AGAIN", 1)  # nor proved again
     add, form, reference = made(plus_one)
     seen, new = torch.randn(3), torch.randn(4)
@@ -379,7 +379,7 @@ def test_while_a_graph_is_captured_nothing_is_proved(monkeypatch, elsewhere):
 # Proofs
 
 
-def test_nan_where_stock_has_nan_is_exact(elsewhere):
+def test_nan_equal_to_stock_is_exact(fake_accelerator):
     made(plus_one)[0](torch.tensor([NAN, 1.0, 2.0]))
     assert gate.verdicts()[0].exact
 
@@ -387,7 +387,7 @@ def test_nan_where_stock_has_nan_is_exact(elsewhere):
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError("planted"), RuntimeError("NPU out of memory. Tried to allocate 2 GiB")]
 )
-def test_after_out_of_memory_a_form_is_not_tried_again(error, elsewhere):
+def test_after_out_of_memory_a_form_is_not_tried_again(error, fake_accelerator):
     add, form, _ = made(lambda x: (_ for _ in ()).throw(error))
     x = torch.randn(3)
     for _ in range(3):
@@ -399,7 +399,7 @@ def test_after_out_of_memory_a_form_is_not_tried_again(error, elsewhere):
 
 
 @pytest.mark.parametrize("fails", ["form", "reference", "comparison"])
-def test_out_of_memory_holds_on_to_nothing(fails, elsewhere):
+def test_out_of_memory_keeps_no_memory_alive(fails, fake_accelerator):
     """Stock runs when what had been made until then is gone: it may need that memory."""
     results, alive = [], []
 
@@ -428,7 +428,7 @@ def test_out_of_memory_holds_on_to_nothing(fails, elsewhere):
     assert [tensor() for tensor in results] == [None]
 
 
-def test_the_users_own_shortage_of_memory_reaches_the_user(elsewhere):
+def test_out_of_memory_of_the_reference_propagates(fake_accelerator):
     def stock(x):
         raise torch.OutOfMemoryError("planted")
 
@@ -438,7 +438,7 @@ def test_the_users_own_shortage_of_memory_reaches_the_user(elsewhere):
 
 @pytest.mark.parametrize("device", ["cpu", ACCELERATOR])
 @pytest.mark.parametrize("form", [plus_one, lambda x: x.no_such_method()])
-def test_errors_of_stock_reach_the_user_and_no_form_is_blamed(device, form, monkeypatch):
+def test_errors_of_stock_propagate_and_no_form_is_rejected(device, form, monkeypatch):
     if device != "cpu":
         monkeypatch.setattr(dispatch, "_device", lambda args: torch.device("cuda"))
 
@@ -464,7 +464,7 @@ def test_errors_of_stock_reach_the_user_and_no_form_is_blamed(device, form, monk
     ids=["zeros", "ones", "nan", "-0", "expanded"],
 )
 @pytest.mark.parametrize("wrap", [lambda rows: rows, lambda rows: Rows(rows, 3)], ids=["tensor", "tuple"])
-def test_values_that_would_let_anything_pass_prove_nothing(rows, wrap, elsewhere):
+def test_uninformative_values_do_not_verify_a_form(rows, wrap, fake_accelerator):
     """Zeros are what a model has before it is trained, and what servers warm up with."""
 
     def scaled(x, by):
@@ -482,7 +482,7 @@ def test_values_that_would_let_anything_pass_prove_nothing(rows, wrap, elsewhere
         assert [verdict.exact for verdict in scale.verdicts()] == [exact]
 
 
-def test_what_is_tried_instead_has_the_layout_of_the_arguments(elsewhere):
+def test_substituted_values_have_the_layout_of_the_arguments(fake_accelerator):
     x = torch.zeros(4, 6, dtype=torch.bfloat16)[:, ::2].t()
     seen = []
 
@@ -497,7 +497,7 @@ def test_what_is_tried_instead_has_the_layout_of_the_arguments(elsewhere):
     assert not x.any()
 
 
-def test_a_close_form_waits_for_values_that_tell(elsewhere):
+def test_close_form_waits_for_informative_values(fake_accelerator):
     add, form, _ = made(plus_one, agree=lambda ours, stock, x: torch.equal(ours, stock), fidelity=Fidelity.CLOSE)
     for x in (torch.zeros(30), torch.zeros(30), torch.randn(30)):
         add(x)
@@ -506,14 +506,14 @@ def test_a_close_form_waits_for_values_that_tell(elsewhere):
     assert ways() == {("", BLIND): 2, ("", tally.FIRST_SIGHT): 1}
 
 
-def test_arguments_that_are_no_tensors_can_tell_nothing_as_well(elsewhere):
+def test_non_tensor_arguments_can_be_uninformative(fake_accelerator):
     add, form, _ = made(plus_one, tells_nothing=lambda x: bool(x.isnan().any()))
     add(torch.tensor([NAN, 1.0, 2.0]))
     assert form.function.calls == 0
     assert not add.decisions()
 
 
-def test_a_proof_is_repeated_on_later_values(monkeypatch, elsewhere):
+def test_verification_is_repeated_on_later_values(monkeypatch, fake_accelerator):
     """A form that is right for the first values only."""
     monkeypatch.setattr(dispatch, "AGAIN", 4)
     add, form, _ = made(lambda x: x + 1 + (x > 3))
@@ -525,7 +525,7 @@ def test_a_proof_is_repeated_on_later_values(monkeypatch, elsewhere):
     assert [verdict.exact for verdict in gate.verdicts()] == [True, False]
 
 
-def test_a_form_outlives_a_shortage_of_memory_in_a_later_proof(monkeypatch, elsewhere):
+def test_form_survives_out_of_memory_in_a_later_verification(monkeypatch, fake_accelerator):
     monkeypatch.setattr(dispatch, "AGAIN", 2)
     short = []
 
@@ -544,7 +544,7 @@ def test_a_form_outlives_a_shortage_of_memory_in_a_later_proof(monkeypatch, else
     assert ways()["ours", ""] == 3
 
 
-def test_without_the_gate_forms_run_unchecked_until_it_returns(elsewhere):
+def test_without_the_gate_forms_run_unchecked_until_it_returns(fake_accelerator):
     add, _, reference = made(lambda x: x + 2)
     gate.enabled = False
     for _ in range(2):

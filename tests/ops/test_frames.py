@@ -125,7 +125,7 @@ def test_uint8_of_other_channel_counts(channels):
     check_uint8(make((2, channels, 3, 6, 7), torch.bfloat16))
 
 
-def test_uint8_of_many_channels_is_that_of_each():
+def test_uint8_of_many_channels_equals_each_channel():
     video = make((1, 6, 3, 5, 4))
     ours = video_to_uint8(video)
     assert torch.equal(ours[..., :3], video_to_uint8(video[:, :3]))
@@ -140,7 +140,7 @@ def test_every_half_precision_value(dtype):
     check_float(video)
 
 
-def test_rounding_is_half_to_even_at_every_border():
+def test_rounding_is_half_to_even_at_every_boundary():
     levels = (torch.arange(0, 256, dtype=torch.float64) + 0.5) / 255 * 2 - 1
     half = levels.float()
     near = torch.stack([half, *(torch.nextafter(half, torch.tensor(end)) for end in (-9.0, 9.0))])
@@ -150,7 +150,7 @@ def test_rounding_is_half_to_even_at_every_border():
 
 @pytest.mark.parametrize("width", [1, 3, 8, 16, 17, 100])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_infinities_are_clamped_and_nan_is_as_in_stock(dtype, width):
+def test_infinities_are_clamped_and_nan_behaves_as_in_stock(dtype, width):
     video = make((1, 3, 3, 4, width), dtype)
     video[:, :, 0], video[:, :, 1], video[:, :, 2, 2] = INF, -INF, NAN
     check_uint8(video)
@@ -161,7 +161,7 @@ def test_infinities_are_clamped_and_nan_is_as_in_stock(dtype, width):
     assert not ours[:, 2, 2].any()
 
 
-def test_the_video_is_left_as_it_was():
+def test_video_is_not_modified():
     video = make((2, 3, 4, 5, 6))
     before = video.clone()
     video_to_uint8(video)
@@ -180,7 +180,7 @@ RESULTS = ((video_to_uint8, torch.uint8), (video_to_float, torch.float32))
 @pytest.mark.parametrize(("op", "kind"), RESULTS)
 @settings(max_examples=100, deadline=None)
 @given(videos, st.permutations(range(5)), st.sampled_from((None, 1, 2)))
-def test_the_memory_that_is_given_may_have_any_order(op, kind, video, order, frames_per_chunk):
+def test_given_memory_can_have_any_strides(op, kind, video, order, frames_per_chunk):
     expected = op(video)
     out = make(expected.shape, order=order, sliced=True).mul(0).to(kind)
     assert op(video, out, frames_per_chunk) is out
@@ -190,13 +190,13 @@ def test_the_memory_that_is_given_may_have_any_order(op, kind, video, order, fra
 @pytest.mark.parametrize(("op", "kind"), RESULTS)
 @settings(max_examples=100, deadline=None)
 @given(videos)
-def test_layout_is_that_of_the_result(op, kind, video):
+def test_layout_matches_the_result(op, kind, video):
     result = op(video)
     assert layout(video, kind) == (tuple(result.shape), result.stride())
 
 
 @pytest.mark.parametrize(("op", "kind"), RESULTS)
-def test_memory_that_does_not_fit_is_refused(op, kind):
+def test_memory_that_does_not_fit_raises(op, kind):
     video = torch.zeros(1, 3, 2, 4, 5)
     with pytest.raises(TypeError, match="float16"):
         op(video, torch.empty(1, 2, 4, 5, 3, dtype=torch.float16))
@@ -205,7 +205,7 @@ def test_memory_that_does_not_fit_is_refused(op, kind):
 
 
 @pytest.mark.parametrize("op", [video_to_uint8, video_to_float])
-def test_other_tensors_are_refused(op):
+def test_other_tensors_raise(op):
     with pytest.raises(TypeError, match="int32"):
         op(torch.zeros(1, 3, 2, 4, 5, dtype=torch.int32))
     with pytest.raises(ValueError, match="batch, channels"):
@@ -215,7 +215,7 @@ def test_other_tensors_are_refused(op):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_device_is_never_waited_for_and_copied_from_at_most_once(dtype):
+def test_device_is_not_synchronised_and_copied_from_at_most_once(dtype):
     video = torch.empty(2, 3, 9, 16, 16, dtype=dtype, device="meta")  # raises on every look at a value
     with Recorder() as pixels:
         assert video_to_uint8(video, frames_per_chunk=2).device.type == "meta"
@@ -228,7 +228,7 @@ def test_a_device_is_never_waited_for_and_copied_from_at_most_once(dtype):
 
 @pytest.mark.parametrize(("op", "kind"), RESULTS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_device_is_copied_from_once_to_the_memory_that_is_given(op, kind, dtype):
+def test_device_is_copied_from_once_to_the_given_memory(op, kind, dtype):
     video = torch.empty(2, 3, 9, 16, 16, dtype=dtype, device="meta")
     shape, strides = layout(video, kind)
     out = torch.empty_strided(shape, strides, dtype=kind)
@@ -239,7 +239,7 @@ def test_a_device_is_copied_from_once_to_the_memory_that_is_given(op, kind, dtyp
 
 
 @pytest.mark.parametrize("op", [video_to_uint8, video_to_float])
-def test_nothing_larger_than_a_chunk_is_allocated_beside_the_result(op):
+def test_only_chunks_are_allocated_besides_the_result(op):
     class Sizes(TorchDispatchMode):
         largest: tuple[int, ...] = (0, 0)
 
@@ -256,7 +256,7 @@ def test_nothing_larger_than_a_chunk_is_allocated_beside_the_result(op):
 
 
 @pytest.mark.parametrize(("op", "kind"), RESULTS)
-def test_nothing_larger_than_a_chunk_is_allocated_beside_the_memory_that_is_given(op, kind):
+def test_only_chunks_are_allocated_besides_the_given_memory(op, kind):
     class Sizes(TorchDispatchMode):
         total = 0
 

@@ -1,4 +1,4 @@
-"""Norms in one pass: what kernels are given, and that a kernel has to be as accurate as stock."""
+"""Norms in one pass: the arguments of kernels, and the requirement that a kernel is as accurate as stock."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def _stock(norm, x, y, modulations):
 @pytest.mark.parametrize("kind", ["row", "token", "two rows"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @torch.no_grad()
-def test_kernels_get_what_makes_the_result(dtype, kind, affine, kernel):
+def test_kernels_get_the_right_arguments(dtype, kind, affine, kernel):
     inputs = _inputs(dtype, kind, affine=affine)
     stock = _stock(*inputs)
     for _ in range(2):  # at first sight, and after it
@@ -127,7 +127,7 @@ def test_residual_sums_keep_their_bits(dtype, kernel):
 
 
 @torch.no_grad()
-def test_a_kernel_that_is_less_accurate_is_not_used(kernel):
+def test_less_accurate_kernel_is_not_used(kernel):
     inputs = _inputs(torch.bfloat16, "row")
     kernel.error = 0.02
     for _ in range(2):
@@ -140,7 +140,7 @@ def test_a_kernel_that_is_less_accurate_is_not_used(kernel):
 
 @pytest.mark.parametrize("why", ["too wide", "weight dtype", "no kernel"])
 @torch.no_grad()
-def test_other_input_takes_the_exact_forms(why, kernel, monkeypatch):
+def test_other_input_uses_the_exact_forms(why, kernel, monkeypatch):
     norm, *rest = _inputs(torch.bfloat16, "row", dim=80 if why == "too wide" else 48, affine=True)
     if why == "weight dtype":
         norm.double()

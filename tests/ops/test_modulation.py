@@ -148,7 +148,7 @@ def test_residual_norms_have_the_bits_of_stock(form, large):
 
 
 @torch.no_grad()
-def test_sums_of_two_dtypes_have_the_one_that_stock_gives_them(large):
+def test_sums_of_two_dtypes_have_the_dtype_of_stock(large):
     x, y = torch.randn(1, 9, 8).bfloat16(), torch.randn(1, 9, 8)
     h, normed = ops.residual_norm(x, y, None, _norm, None, None)
     assert (h.dtype, normed.dtype) == (torch.float32, torch.float32)
@@ -175,7 +175,7 @@ def test_real_chunks_and_threads(dtype, threads):
 
 @pytest.mark.parametrize("change", ["dimensions", "fp64", "modulation dtype", "other split_index", "shape of y"])
 @torch.no_grad()
-def test_other_inputs_take_the_operations_of_stock(change, large):
+def test_other_inputs_use_stock_operations(change, large):
     x, y = torch.randn(2, 2, 12, 8)
     scale, shift = torch.randn(2, 2, 1, 8)
     if change == "dimensions":
@@ -209,7 +209,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("of_y", LAYOUTS)
 @pytest.mark.parametrize("of_x", LAYOUTS)
 @torch.no_grad()
-def test_any_layout_takes_a_fast_form_and_results_lie_as_stocks(of_x, of_y, large):
+def test_any_layout_uses_a_fast_form_and_results_have_the_strides_of_stock(of_x, of_y, large):
     for batch, dtype, other in itertools.product((1, 2), DTYPES, DTYPES):
         torch.manual_seed(0)
         x, y = LAYOUTS[of_x](torch.randn(batch, 12, 8).to(dtype)), LAYOUTS[of_y](torch.randn(batch, 12, 8).to(other))
@@ -280,7 +280,7 @@ def kernels(as_on_cuda, monkeypatch):
 @pytest.mark.parametrize("kind", ["row", "two rows"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @torch.no_grad()
-def test_what_kernels_are_given_gives_the_bits_of_stock(dtype, kind, kernels):
+def test_kernel_arguments_give_the_bits_of_stock(dtype, kind, kernels):
     given = kernels
     x, y = torch.randn(2, 2, 9, 8).to(dtype)
     tensors = torch.randn(2, 2, 1 if kind == "row" else 2, 8)

@@ -1,4 +1,4 @@
-"""RMS norm and SiLU against the installed `WanRMS_norm`, where no kernel can run and where one is put in its place."""
+"""RMS norm and SiLU against the installed `WanRMS_norm`, without a kernel and with a stand-in for it."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_cpus_run_the_norm_itself(dtype, monkeypatch):
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @torch.no_grad()
-def test_what_the_kernel_is_given_gives_the_bits_of_the_norm(dtype, bias, kernel):
+def test_kernel_arguments_give_the_bits_of_the_norm(dtype, bias, kernel):
     norm, x = case(dtype, bias)
     expected = F.silu(norm(x))
     for _ in range(2):  # the second time without comparison
@@ -85,7 +85,7 @@ def test_what_the_kernel_is_given_gives_the_bits_of_the_norm(dtype, bias, kernel
 
 
 @torch.no_grad()
-def test_weights_of_one_prove_nothing(kernel, monkeypatch):
+def test_weights_of_one_do_not_verify_a_kernel(kernel, monkeypatch):
     """As a norm has them before it is trained; with these, a kernel that leaves them out passes."""
     norm, x = case(torch.float32)
     torch.nn.init.ones_(norm.gamma)
@@ -100,7 +100,7 @@ def test_weights_of_one_prove_nothing(kernel, monkeypatch):
 
 
 @torch.no_grad()
-def test_a_kernel_that_differs_is_not_used(kernel, monkeypatch):
+def test_differing_kernel_is_not_used(kernel, monkeypatch):
     norm, x = case(torch.bfloat16)
     monkeypatch.setattr(op.by_kernel, "function", lambda *args: op.norm_silu.reference(*args) * 1.01)
     for _ in range(2):

@@ -79,7 +79,7 @@ def test_resize_has_pillows_bytes(in_height, in_width, height, width, channels, 
 
 @settings(max_examples=150, deadline=None)
 @given(st.integers(2, 40), st.integers(2, 40), st.integers(1, 40), st.integers(-2, 2), st.integers(0, 2**32))
-def test_resize_has_pillows_bytes_where_its_pass_order_turns(in_width, width, height, offset, seed):
+def test_resize_has_pillows_bytes_where_its_pass_order_changes(in_width, width, height, offset, seed):
     in_height = max(1, height + 2 * (in_width - width) + offset)
     check(pixels(seed, 1, in_height, in_width, 3), height, width)
 
@@ -128,7 +128,7 @@ def test_resize_in_chunks_and_of_strided_images(monkeypatch):
     np.testing.assert_array_equal(lanczos_resize(strided, 12, 15).numpy(), by_pillow(images, 12, 15))
 
 
-def test_resize_to_the_same_size_copies_and_no_images_give_none():
+def test_resize_to_the_same_size_copies_and_empty_input_gives_empty_output():
     images = torch.from_numpy(pixels(4, 2, 5, 6, 3))
     same = lanczos_resize(images, 5, 6)
     assert torch.equal(same, images)
@@ -136,7 +136,7 @@ def test_resize_to_the_same_size_copies_and_no_images_give_none():
     assert lanczos_resize(images[:0], 3, 4).shape == (0, 3, 4, 3)
 
 
-def test_resize_refuses_what_it_cannot_do():
+def test_resize_rejects_unsupported_input():
     images = torch.zeros(1, 4, 4, 3, dtype=torch.uint8)
     with pytest.raises(TypeError, match="float32"):
         lanczos_resize(images.float(), 2, 2)
@@ -180,7 +180,7 @@ def forget_pass_order():
 
 
 @pytest.mark.parametrize("rule", list(resize._RULES))
-def test_the_probe_tells_every_pass_order(rule, monkeypatch, forget_pass_order):
+def test_probes_distinguish_every_pass_order(rule, monkeypatch, forget_pass_order):
     def pillow(image, size, resample):
         assert resample == LANCZOS
         pixels, (width, height) = np.asarray(image), size
@@ -283,7 +283,7 @@ def test_tables_are_bounded_and_shared_by_threads(no_tables, monkeypatch):
     assert len(resize._tables) == 4
 
 
-def test_tables_made_in_inference_mode_serve_outside_it(no_tables):
+def test_tables_made_in_inference_mode_are_usable_outside_it(no_tables):
     images = pixels(7, 1, 20, 20, 3)
     with torch.inference_mode():
         lanczos_resize(torch.from_numpy(images), 9, 9)
@@ -326,7 +326,7 @@ def test_normalize_writes_into_any_strides(order, chunk, monkeypatch):
     assert (memory == 9).sum() == memory.numel() - out.numel()
 
 
-def test_normalize_refuses_other_tensors():
+def test_normalize_rejects_other_tensors():
     images = torch.zeros(1, 4, 5, 3, dtype=torch.uint8)
     with pytest.raises(TypeError, match="float32"):
         normalize_uint8(images.float())

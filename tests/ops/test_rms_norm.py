@@ -69,14 +69,14 @@ def test_real_sizes_and_threads(dtype, threads, dim, fast_forms):
 
 
 @torch.no_grad()
-def test_where_torch_has_another_order_it_is_torch(fast_forms, any_size, monkeypatch):
+def test_torch_is_used_if_its_order_of_operations_differs(fast_forms, any_size, monkeypatch):
     monkeypatch.setattr(op, "_is_exact", lambda *args: False)
     x = torch.randn(1, 700, 640)
     assert torch.equal(op.rms_norm(x, None, 1e-6), F.rms_norm(x, (640,), None, 1e-6))
     assert fast_forms == []
 
 
-def test_the_trial_finds_another_order(monkeypatch):
+def test_trial_detects_another_order_of_operations(monkeypatch):
     op._is_exact.cache_clear()
     form = op.in_chunks.function
     monkeypatch.setattr(op.in_chunks, "function", lambda x, weight, eps: form(x, weight, 2 * eps))

@@ -131,7 +131,7 @@ def _forget():
     rope.apply_rotary_emb.forget()
 
 
-def test_an_inexact_processor_is_found_out(monkeypatch):
+def test_inexact_processor_is_detected(monkeypatch):
     """Where complex products round differently, the probe must keep the plain formulation."""
     exact = rope.complex_rows.function
     monkeypatch.setattr(rope.complex_rows, "function", lambda x, cos, sin: exact(x, cos, sin) * (1 + 2**-7))
@@ -142,7 +142,7 @@ def test_an_inexact_processor_is_found_out(monkeypatch):
         _forget()
 
 
-def test_the_users_random_state_and_input_are_left_alone():
+def test_user_random_state_and_input_are_unchanged():
     _forget()
     torch.manual_seed(3)
     x = torch.randn(1, 3000, 4, 64)
@@ -172,7 +172,7 @@ def test_autograd_and_transforms_see_plain_torch():
 
 @pytest.mark.parametrize("learnt", [("cos",), ("sin",), ("cos", "sin"), ("x", "cos", "sin")], ids=" ".join)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_tables_that_are_learnt_have_the_gradients_of_stock(dtype, learnt):
+def test_learnt_tables_have_the_gradients_of_stock(dtype, learnt):
     torch.manual_seed(0)
     cos, sin = _tables(600, 64)
     inputs = {"x": torch.randn(1, 600, 4, 64).to(dtype), "cos": cos, "sin": sin}
@@ -190,7 +190,7 @@ def test_tables_that_are_learnt_have_the_gradients_of_stock(dtype, learnt):
     assert all(map(torch.equal, both, expected))
 
 
-def test_a_helios_table_that_is_learnt_has_the_gradients_of_stock():
+def test_learnt_helios_table_has_the_gradients_of_stock():
     helios = pytest.importorskip("diffusers.models.transformers.transformer_helios")
     import wan_patches
 
@@ -206,7 +206,7 @@ def test_a_helios_table_that_is_learnt_has_the_gradients_of_stock():
         assert torch.equal(gradient(), expected)
 
 
-def test_tables_of_another_kind_see_plain_torch():
+def test_other_tables_use_plain_torch():
     class Watched(torch.Tensor):
         seen = 0
 
@@ -263,7 +263,7 @@ def test_queries_and_keys_together_are_bit_identical_to_stock(dtype, heads):
         ((1, 2, 1024, 64), (1, 2, 1, 32), torch.bfloat16),  # more channels than one block goes through
     ],
 )
-def test_input_that_the_kernel_is_not_for_takes_the_plain_formulation(shape, tables, dtype, monkeypatch):
+def test_input_unsupported_by_the_kernel_uses_the_plain_formulation(shape, tables, dtype, monkeypatch):
     monkeypatch.setattr(rope.kernels, "is_usable", lambda device: True)
     x, (cos, sin) = torch.randn(shape).to(dtype), torch.randn(2, *tables)
     assert torch.equal(rope.apply_rotary_emb_qk(x, x, cos, sin)[1], rope.apply_rotary_emb.reference(x, cos, sin))

@@ -1,4 +1,4 @@
-"""Small tensors kept on the host and on a device at once, against what torch makes of the same values."""
+"""Small tensors kept on both host and device, against torch's results for the same values."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SPECIAL = [0.0, -0.0, 1.0, 0.5, 1 / 3, -2.7e-9, 1e-45, 1e30, math.inf, -math.inf
 
 @pytest.mark.parametrize("default", [torch.float32, torch.float64])
 @pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_numbers_are_what_torch_makes_of_them(default, dtype, request):
+def test_numbers_equal_torch_tensor(default, dtype, request):
     before = torch.get_default_dtype()
     request.addfinalizer(lambda: torch.set_default_dtype(before))
     torch.set_default_dtype(default)
@@ -44,7 +44,7 @@ def test_numbers_are_what_torch_makes_of_them(default, dtype, request):
     assert same(step_loop.numbers([0, 1, 7], CPU, torch.long), torch.tensor([0, 1, 7]))
 
 
-def test_a_copy_is_made_once_for_equal_values_and_gone_with_its_owner(monkeypatch):
+def test_copy_is_made_once_per_values_and_freed_with_its_owner(monkeypatch):
     made = []
     monkeypatch.setattr(torch.Tensor, "to", lambda self, device, copy: made.append(1) or self.clone())
     owner, other, values = Owner(), Owner(), torch.tensor([1.0, 0.5, 0.0])
@@ -66,7 +66,7 @@ def test_a_copy_is_made_once_for_equal_values_and_gone_with_its_owner(monkeypatc
     assert len(step_loop._copies) == known - 2
 
 
-def test_what_was_moved_is_known_until_it_is_written_to():
+def test_moved_values_are_known_until_modified():
     values = torch.tensor([9, 5, 1])
     made = step_loop.moved(Owner(), values, CPU)
     again = step_loop.moved(Owner(), values, CPU)
@@ -124,7 +124,7 @@ def matrix(values, order):
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])
-def test_what_is_apart_is_never_singular(order):
+def test_matrices_of_apart_steps_are_never_singular(order):
     random.seed(order)
     passed = 0
     for _ in range(4000):
@@ -150,6 +150,6 @@ def test_what_is_apart_is_never_singular(order):
         [0.0, math.nan, 1.0], [0.0, 1e-4, 1.0], [0.0, 1.0, 2.0, 3.0, 4.0], [0.0, 0.0015, 1.0, 2.0],
     ],
 )  # fmt: skip
-def test_what_is_not_clearly_apart_is_not_said_to_be(values):
+def test_close_steps_are_not_apart(values):
     assert not step_loop.apart(values)
     assert step_loop.apart([0.0, 1.0, 2.5, 3.0])

@@ -84,7 +84,7 @@ def test_any_tiles(shape, second, extent, dim, dtype, chunk, seed):
 
 @pytest.mark.parametrize("dim", [-2, -1])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_what_is_not_finite_stays_so(dtype, dim):
+def test_non_finite_values_are_kept(dtype, dim):
     first, second = tiles((1, 3, 2, 24, 24), dtype)
     for nth, value in enumerate((NAN, INF, -INF, -0.0)):
         first[0, 0, 0, :, nth::7] = value
@@ -96,7 +96,7 @@ def test_what_is_not_finite_stays_so(dtype, dim):
 @pytest.mark.parametrize("dim", [-2, -1])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("order", [(0, 1, 2, 3, 4), (0, 2, 3, 4, 1), (4, 3, 2, 1, 0)])
-def test_any_order_in_memory(order, dtype, dim):
+def test_any_strides(order, dtype, dim):
     back = sorted(range(5), key=order.__getitem__)
     first, second = (tile.permute(order).contiguous().permute(back) for tile in tiles((2, 3, 5, 40, 48), dtype))
     check(first, second, 16, dim)
@@ -105,7 +105,7 @@ def test_any_order_in_memory(order, dtype, dim):
 
 @pytest.mark.parametrize("dim", [-2, -1])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_form_is_the_same(dtype, dim):
+def test_all_forms_are_bit_identical(dtype, dim):
     tail, head = tiles((1, 3, 5, 17, 23), dtype)
     expected = cross_fade.reference(tail, head, dim)
     same_bits(expected, STOCK[dim](tail, head.clone(), 100))
@@ -114,7 +114,7 @@ def test_every_form_is_the_same(dtype, dim):
     same_bits(head, expected)
 
 
-def test_a_fused_product_would_be_noticed():
+def test_fused_multiply_add_is_detected():
     tail, head = tiles((1, 3, 5, 17, 23), torch.float32)
     falling, rising = tiling._weights(head, -2)
     assert not torch.equal(torch.addcmul(tail * falling, head, rising), cross_fade.reference(tail, head, -2))
@@ -132,7 +132,7 @@ def test_any_number_of_threads(threads):
         torch.set_num_threads(before)
 
 
-def test_scratch_is_small_beside_the_overlap(monkeypatch):
+def test_scratch_is_small_compared_to_the_overlap(monkeypatch):
     sizes = []
     mul = torch.mul
     monkeypatch.setattr(torch, "mul", lambda *args, out: sizes.append(out.numel()) or mul(*args, out=out))
@@ -142,13 +142,13 @@ def test_scratch_is_small_beside_the_overlap(monkeypatch):
     assert max(sizes) <= tiling._CHUNK
 
 
-def test_a_processor_on_which_it_is_not_exact_takes_the_plain_form(monkeypatch):
+def test_inexact_processor_uses_the_plain_form(monkeypatch):
     monkeypatch.setattr(tiling, "_is_exact", lambda dtype: False)
     monkeypatch.setattr(tiling, "chunked", lambda *_: pytest.fail("used"))
     check(*tiles((1, 3, 5, 17, 23), torch.float32), 5, -1)
 
 
-def test_other_devices_go_through_the_gate(as_on_cuda):
+def test_other_devices_are_verified_by_the_gate(as_on_cuda):
     first, second = tiles((1, 3, 5, 17, 23), torch.bfloat16)
     expected = STOCK[-1](first, second.clone(), 6)
     for _ in range(2):  # at first sight, and after it

@@ -1,4 +1,4 @@
-"""What surrounds the causal convolutions: the same inputs as joined, padded and cloned tensors, and nothing more."""
+"""Operations around the causal convolutions: the same inputs as concatenated, padded and cloned tensors, no more."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_activations_come_before_history_and_border(small_pieces, monkeypatch):
 @pytest.mark.parametrize(("height", "least"), [(12, 4), (13, 4), (11, 4), (7, 3), (9, 9), (5, 100)])
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("channels", [6, 8])
-def test_bands_give_what_whole_frames_give(height, least, overwrite, channels, monkeypatch):
+def test_bands_equal_whole_frames(height, least, overwrite, channels, monkeypatch):
     """In integers, which add up to the same in any order; that floats do is another matter, tried for each shape."""
     monkeypatch.setattr(vae, "least_rows", lambda elements: least)
     weight = torch.randint(-4, 5, (channels, 6, 3, 3, 3)).double()
@@ -159,7 +159,7 @@ def test_upsampled_bands_have_their_neighbours(height, rows):
 
 
 @pytest.mark.parametrize("axes", [4, 5])
-def test_memory_formats_are_what_aten_goes_on_with(axes):
+def test_memory_formats_are_those_that_aten_keeps(axes):
     """Which of two formats a padded tensor is in, `(batch, channels, ..., height, width)`."""
     last = torch.channels_last if axes == 4 else torch.channels_last_3d
     drawing, found = random.Random(0), Counter()
@@ -187,7 +187,7 @@ def test_shared_memory_comes_in_both_formats():
 
 
 @pytest.mark.parametrize("steps", [(4,), (2, 2)])
-def test_windows_lie_as_what_stock_joins(steps):
+def test_windows_have_the_memory_format_of_stock(steps):
     """A chunk is in channels-last memory where all of it is, and the frames before it: its steps, too."""
     caches, seen = FrameCaches(1), []
 

@@ -1,4 +1,4 @@
-"""A name more for `set_attention_backend`: there while enabled, chosen by nobody else, gone without a trace."""
+"""The extra name for `set_attention_backend`: available while enabled, never chosen by default, removed completely."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def forward(model):
         return model(latents, torch.tensor([500]), prompt, return_dict=False)[0]
 
 
-def test_the_name_is_there_while_enabled_and_leaves_no_trace(registry):
+def test_name_is_registered_while_enabled_and_leaves_no_trace(registry):
     before = snapshot()
     assert NAME not in names.__members__.values()
     for _ in range(3):
@@ -106,7 +106,7 @@ def test_nothing_is_chosen_by_enabling(registry):
     assert torch.equal(forward(model), stock)
 
 
-def test_who_names_it_without_torch_npu_is_told(registry, monkeypatch):
+def test_selecting_it_without_torch_npu_raises(registry, monkeypatch):
     monkeypatch.setattr(module, "_CAN_USE_NPU_ATTN", False)
     registry.enable()
     before = snapshot()
@@ -115,7 +115,7 @@ def test_who_names_it_without_torch_npu_is_told(registry, monkeypatch):
     assert snapshot() == before
 
 
-def test_who_names_it_without_mindie_is_told(registry, usable, monkeypatch):
+def test_selecting_it_without_mindie_raises(registry, usable, monkeypatch):
     monkeypatch.setitem(sys.modules, "mindiesd", None)
     npu.forget()
     registry.enable()
@@ -123,7 +123,7 @@ def test_who_names_it_without_mindie_is_told(registry, usable, monkeypatch):
         transformer().set_attention_backend(NAME)
 
 
-def test_other_backends_are_named_and_refused_as_ever(registry):
+def test_other_backends_are_selected_and_rejected_as_in_stock(registry):
     model = transformer()
     registry.enable()
     model.set_attention_backend("native")
@@ -135,7 +135,7 @@ def test_other_backends_are_named_and_refused_as_ever(registry):
         model.set_attention_backend("nope")
 
 
-def test_short_sequences_get_what_native_npu_gives(registry, usable):
+def test_short_sequences_use_native_npu(registry, usable):
     model = transformer()
     stock = forward(model)
     model.set_attention_backend("_native_npu")
@@ -147,7 +147,7 @@ def test_short_sequences_get_what_native_npu_gives(registry, usable):
     assert torch.equal(forward(model), fused)
 
 
-def test_a_model_that_uses_it_goes_on_after_disable_and_nobody_else_can_name_it(registry, usable):
+def test_models_keep_it_after_disable_but_it_cannot_be_selected(registry, usable):
     model = transformer()
     registry.enable()
     model.set_attention_backend(NAME)
@@ -260,7 +260,7 @@ def test_other_attention_is_fused_attention(given, laser):
     assert not calls
 
 
-def test_masks_go_where_they_are_heeded_or_are_refused(laser):
+def test_masks_use_a_backend_that_supports_them_or_raise(laser):
     backend, calls = laser
     given, mask = tensors(), torch.ones(1, 16, dtype=torch.bool)
     mask[:, 8:] = False
@@ -277,7 +277,7 @@ def test_masks_go_where_they_are_heeded_or_are_refused(laser):
     assert not calls
 
 
-def test_autograd_goes_where_there_is_a_backward(laser):
+def test_autograd_uses_a_backend_with_a_backward(laser):
     backend, calls = laser
     given = [tensor.requires_grad_() for tensor in tensors()]
     backend(*given).sum().backward()
@@ -288,7 +288,7 @@ def test_autograd_goes_where_there_is_a_backward(laser):
 # What is not known
 
 
-def test_other_tables_of_backends_are_left_alone(registry, monkeypatch):
+def test_unknown_backend_tables_are_left_alone(registry, monkeypatch):
     before = snapshot()
     with monkeypatch.context() as changed:
         changed.delattr(table, "_constraints")
@@ -298,7 +298,7 @@ def test_other_tables_of_backends_are_left_alone(registry, monkeypatch):
     assert snapshot() == before
 
 
-def test_a_backend_of_that_name_in_diffusers_is_left_alone(registry, monkeypatch):
+def test_diffusers_backend_of_the_same_name_is_left_alone(registry, monkeypatch):
     with monkeypatch.context() as changed:
         changed.setitem(names._member_map_, NAME.upper(), names.NATIVE)
         assert "has an attention backend 'mindiesd_laser' of its own" in registry.enable().reports[0].reason
@@ -315,7 +315,7 @@ class FakeNPU:
 
 
 @pytest.mark.parametrize("mindie", [True, False])
-def test_status_recommends_fused_attention_where_there_is_an_npu(mindie, registry, monkeypatch):
+def test_status_recommends_fused_attention_with_an_npu(mindie, registry, monkeypatch):
     monkeypatch.setattr(torch, "npu", FakeNPU(True), raising=False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: mindie or None)
     status = registry.enable()
@@ -325,7 +325,7 @@ def test_status_recommends_fused_attention_where_there_is_an_npu(mindie, registr
     assert " ".join(line.split()) in " ".join(str(status).split())
 
 
-def test_status_says_nothing_of_it_elsewhere(registry, monkeypatch):
+def test_status_does_not_mention_it_without_an_npu(registry, monkeypatch):
     monkeypatch.setattr(torch, "npu", FakeNPU(False), raising=False)
     assert registry.enable().advice == ()
     monkeypatch.delattr(torch, "npu")

@@ -1,4 +1,4 @@
-"""The condition video: encoded in chunks by whom takes them, built for whom does not."""
+"""The condition video: encoded in chunks by VAEs that support it, built for all others."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_first_and_last_frame_and_lists_of_generators(name, frames, encoded):
     assert all(map(torch.equal, stock, patched))
 
 
-def test_the_whole_video_is_never_there():
+def test_the_whole_video_is_never_built():
     """Of 81 frames, no tensor with more pixels than a chunk of four is made while the video is encoded."""
     pipe = _pipe("wan21_i2v")
 
@@ -89,7 +89,7 @@ def test_the_whole_video_is_never_there():
 
 
 @pytest.mark.parametrize("change", ["subclass", "encode", "tiled_encode"])
-def test_an_autoencoder_of_ones_own_gets_the_tensor(change, encoded):
+def test_custom_autoencoder_gets_the_tensor(change, encoded):
     pipe = _pipe("wan21_i2v")
     stock, seen = _prepared(pipe), []
     vae = pipe.vae
@@ -115,7 +115,7 @@ def test_an_autoencoder_of_ones_own_gets_the_tensor(change, encoded):
     assert all(map(torch.equal, stock, patched))
 
 
-def test_an_image_of_another_size_fails_as_in_stock():
+def test_image_of_another_size_fails_as_in_stock():
     pipe = _pipe("wan21_i2v")
     image, latents = torch.zeros(1, 3, 16, 16), torch.zeros(1, 4, 2, 4, 6)
     arguments = (image, 1, 4, 32, 48, 5, torch.float32, torch.device("cpu"), None, latents)

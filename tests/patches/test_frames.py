@@ -1,4 +1,4 @@
-"""`VideoProcessor.postprocess_video`, patched in place, against what it was."""
+"""`VideoProcessor.postprocess_video`, patched in place, against stock."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_defaults_and_other_input():
     same(processor, torch.zeros(1, 3, 1, 8, 8, dtype=torch.uint8), "pil")
 
 
-def test_processors_of_someone_elses_keep_their_ways():
+def test_custom_processors_are_left_alone():
     class Inverted(VideoProcessor):
         @staticmethod
         def denormalize(images):
@@ -83,7 +83,7 @@ def test_processors_of_someone_elses_keep_their_ways():
     same(instance, video, "np")
 
 
-def test_the_fast_way_is_taken(monkeypatch):
+def test_fast_path_is_taken(monkeypatch):
     from wan_patches.ops import frames
 
     monkeypatch.setattr(frames, "video_to_uint8", lambda *_, **__: torch.full((1, 2, 8, 8, 3), 7, dtype=torch.uint8))
@@ -122,7 +122,7 @@ class Memory:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_arrays_lie_in_the_memory_that_is_given(dtype, transposed):
+def test_arrays_are_written_to_the_given_memory(dtype, transposed):
     processor, memory = VideoProcessor(vae_scale_factor=8), Memory()
     video = torch.randn(2, 3, 5, 16, 24).to(dtype)
     video = video.transpose(3, 4) if transposed else video
@@ -136,7 +136,7 @@ def test_arrays_lie_in_the_memory_that_is_given(dtype, transposed):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_images_are_made_of_the_memory_by_the_function_that_is_given(dtype):
+def test_images_are_made_from_the_given_memory_by_the_given_function(dtype):
     processor, memory = VideoProcessor(vae_scale_factor=8), Memory()
     video = torch.randn(2, 3, 5, 16, 24).to(dtype)
     stock = as_array(processor.postprocess_video(video, "pil"))
@@ -150,7 +150,7 @@ def test_images_are_made_of_the_memory_by_the_function_that_is_given(dtype):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_what_stock_makes_goes_where_stock_puts_it():
+def test_stock_results_ignore_the_given_memory():
     processor, memory = VideoProcessor(vae_scale_factor=8), Memory()
     with wan_patches.enabled(["frames"]), delivering(Delivery(memory.empty_strided, memory.image)):
         processor.postprocess_video(torch.rand(1, 3, 2, 8, 8, dtype=torch.float64), "pil")

@@ -1,4 +1,4 @@
-"""Blocks of every family, stock against patched, and what Helios hands its blocks."""
+"""Blocks of every model family, stock against patched, and the tensors that Helios passes to its blocks."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_mixed_dtypes_are_bit_identical_to_stock(mixed, fast_forms):
     assert bool(fast_forms) == (mixed == "fp32 table")
 
 
-def test_training_takes_the_operations_of_stock(fast_forms):
+def test_training_uses_stock_operations(fast_forms):
     module = "transformer_wan"
     block, inputs = _block(module, torch.float32), _inputs(module, torch.float32)
 
@@ -149,7 +149,7 @@ def test_training_takes_the_operations_of_stock(fast_forms):
 
 
 @torch.no_grad()
-def test_a_norm_that_someone_watches_is_called_as_stock_calls_it(fast_forms):
+def test_observed_norm_is_called_as_in_stock(fast_forms):
     module = "transformer_wan"
     block, inputs = _block(module, torch.bfloat16), _inputs(module, torch.bfloat16)
     seen = []
@@ -159,12 +159,12 @@ def test_a_norm_that_someone_watches_is_called_as_stock_calls_it(fast_forms):
     with wan_patches.enabled(["modulation"]):
         assert torch.equal(block(*inputs), expected)
     assert [shape for shape, *_ in seen] == [(2, SEQ, DIM)] * 4
-    assert all(torch.equal(before, now) for _, before, now in seen)  # nobody wrote to what it returned
+    assert all(torch.equal(before, now) for _, before, now in seen)  # no returned tensor was modified
     assert fast_forms == {"residual_norm_in_chunks": 1, "gated_residual_in_chunks": 1}  # the third norm
 
 
 @torch.no_grad()
-def test_norms_whose_class_has_another_forward_are_called_as_stock_calls_them(fast_forms, monkeypatch):
+def test_norms_with_a_replaced_class_forward_are_called_as_in_stock(fast_forms, monkeypatch):
     module = "transformer_wan"
     block, inputs, seen = _block(module, torch.bfloat16), _inputs(module, torch.bfloat16), []
     norm = type(block.norm1)
@@ -184,7 +184,7 @@ def test_norms_whose_class_has_another_forward_are_called_as_stock_calls_them(fa
 
 
 @torch.no_grad()
-def test_norms_that_had_a_hook_are_called_a_few_tokens_at_a_time(fast_forms):
+def test_norms_after_hook_removal_are_called_a_few_tokens_at_a_time(fast_forms):
     module = "transformer_wan"
     block, inputs = _block(module, torch.bfloat16), _inputs(module, torch.bfloat16)
     expected = block(*inputs)
@@ -236,7 +236,7 @@ def _is_wan(report):
 
 
 @torch.no_grad()
-def test_a_row_per_token_is_never_whole_in_fp32(fast_forms, monkeypatch):
+def test_row_per_token_is_never_materialised_in_fp32(fast_forms, monkeypatch):
     monkeypatch.setattr(ops.RowPerToken, "dense", lambda self: pytest.fail("it is whole"))
     block = _block("transformer_wan", torch.bfloat16)
     inputs = _inputs("transformer_wan", torch.bfloat16, per_token=True)
@@ -275,8 +275,8 @@ def _request(batch=1, history=True, dtype=torch.float32):
 
 
 @pytest.fixture
-def handed(any_size, monkeypatch):
-    """What blocks are handed."""
+def block_inputs(any_size, monkeypatch):
+    """The modulations that blocks receive."""
     found, real = [], patch.modulations
 
     def modulations(table, temb):
@@ -303,15 +303,15 @@ def _forget_calls():
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("dtype", DTYPES)
 @torch.no_grad()
-def test_helios_is_bit_identical_with_two_rows(dtype, batch, history, config, fast_forms, handed):
+def test_helios_is_bit_identical_with_two_rows(dtype, batch, history, config, fast_forms, block_inputs):
     model, request = _helios(**config).to(dtype), _request(batch, history, dtype)
     expected = model(**request)[0]
     with wan_patches.enabled(["modulation"], strict=True):
         actual = model(**request)[0]
     assert torch.equal(actual, expected)
     assert actual.stride() == expected.stride()
-    assert len(handed) == (2 if history else 0)  # one row for all tokens is as in Wan
-    for value in handed:
+    assert len(block_inputs) == (2 if history else 0)  # one row for all tokens is as in Wan
+    for value in block_inputs:
         assert isinstance(value, SegmentedModulation)
         assert value.rows.shape == (batch, 2, 6, 48)
         assert 0 < value.split_index < value.seq
@@ -319,7 +319,7 @@ def test_helios_is_bit_identical_with_two_rows(dtype, batch, history, config, fa
 
 
 @torch.no_grad()
-def test_helios_without_a_timestep_of_its_own_for_history_has_one_row(fast_forms, monkeypatch):
+def test_helios_without_a_separate_history_timestep_has_one_row(fast_forms, monkeypatch):
     model, request = _helios(zero_history_timestep=False), _request()
     expected = model(**request)[0]
     seen, real = [], ops.modulated_norm_in_chunks.function
@@ -334,85 +334,85 @@ def test_helios_without_a_timestep_of_its_own_for_history_has_one_row(fast_forms
     assert seen[:2] == [(1, 1, 48)] * 2
 
 
-def _look_by_torch(module, look, finish):
-    module.register_forward_pre_hook(lambda _, args: look(*args))
+def _observe_by_torch_hook(module, observe, finish):
+    module.register_forward_pre_hook(lambda _, args: observe(*args))
 
 
-def _look_by_torch_everywhere(module, look, finish):
+def _observe_by_global_torch_hook(module, observe, finish):
     hook = torch.nn.modules.module.register_module_forward_pre_hook(
-        lambda other, args: look(*args) if other is module else None
+        lambda other, args: observe(*args) if other is module else None
     )
     finish.callback(hook.remove)
 
 
-def _look_in_the_object(module, look, finish):
+def _observe_by_attribute(module, observe, finish):
     forward = module.forward
-    module.forward = lambda *args: look(*args) or forward(*args)
+    module.forward = lambda *args: observe(*args) or forward(*args)
 
 
-def _look_in_the_class(module, look, finish):
+def _observe_in_class(module, observe, finish):
     stock = type(module).forward
 
     @functools.wraps(stock)
     def forward(self, *args):
         if self is module:
-            look(*args)
+            observe(*args)
         return stock(self, *args)
 
     type(module).forward = forward
     finish.callback(setattr, type(module), "forward", stock)
 
 
-def _look_in_a_subclass(module, look, finish):
+def _observe_in_subclass(module, observe, finish):
     class Own(type(module)):
         def forward(self, *args):
-            look(*args)
+            observe(*args)
             return super().forward(*args)
 
     Own.__name__ = type(module).__name__
     module.__class__ = Own
 
 
-def _look_by_diffusers(module, look, finish):
+def _observe_by_diffusers_hook(module, observe, finish):
     from diffusers.hooks import HookRegistry, ModelHook
 
-    class Looking(ModelHook):
+    class ObservingHook(ModelHook):
         def pre_forward(self, module, *args, **kwargs):
-            look(*args)
+            observe(*args)
             return args, kwargs
 
-    HookRegistry.check_if_exists_or_initialize(module).register_hook(Looking(), "looking")
+    HookRegistry.check_if_exists_or_initialize(module).register_hook(ObservingHook(), "observing")
 
 
-def _look_by_accelerate(module, look, finish):
+def _observe_by_accelerate_hook(module, observe, finish):
     hooks = pytest.importorskip("accelerate.hooks")
 
-    class Looking(hooks.ModelHook):
+    class ObservingHook(hooks.ModelHook):
         def pre_forward(self, module, *args, **kwargs):
-            look(*args)
+            observe(*args)
             return args, kwargs
 
-    hooks.add_hook_to_module(module, Looking())
+    hooks.add_hook_to_module(module, ObservingHook())
 
 
-LOOKS = [
-    _look_by_torch, _look_by_torch_everywhere, _look_in_the_object, _look_in_the_class, _look_in_a_subclass,
-    _look_by_diffusers, _look_by_accelerate,
+OBSERVERS = [
+    _observe_by_torch_hook, _observe_by_global_torch_hook, _observe_by_attribute, _observe_in_class,
+    _observe_in_subclass, _observe_by_diffusers_hook, _observe_by_accelerate_hook,
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("at", ["block", "output norm"])
-@pytest.mark.parametrize("look_in", LOOKS)
+@pytest.mark.parametrize("attach", OBSERVERS)
 @torch.no_grad()
-def test_helios_hands_out_what_stock_does_where_someone_looks(look_in, at, handed):
+def test_helios_passes_stock_tensors_if_observed(attach, at, block_inputs):
     model, request, seen = _helios(), _request(), []
 
-    def look(*args):
+    def observe(*args):
         temb = args[2] if at == "block" else args[1]
         seen.append((temb.shape, temb[:, -3:].clone()))
 
     with contextlib.ExitStack() as finish:
-        look_in(model.blocks[1] if at == "block" else model.norm_out, look, finish)
+        attach(model.blocks[1] if at == "block" else model.norm_out, observe, finish)
         expected = model(**request)[0]
         with wan_patches.enabled(["modulation"]):
             actual = model(**request)[0]
@@ -420,11 +420,11 @@ def test_helios_hands_out_what_stock_does_where_someone_looks(look_in, at, hande
     (shape, rows), (same_shape, same_rows) = seen
     assert shape == same_shape
     assert torch.equal(rows, same_rows)
-    assert not any(isinstance(value, SegmentedModulation) for value in handed)
+    assert not any(isinstance(value, SegmentedModulation) for value in block_inputs)
 
 
 @torch.no_grad()
-def test_helios_hands_out_what_stock_does_for_few_elements(handed, monkeypatch):
+def test_helios_passes_stock_tensors_for_few_elements(block_inputs, monkeypatch):
     """No form would take two rows: stock's tensor is made once, and not in each operation."""
     model, request = _helios(), _request()
     expected = model(**request)[0]
@@ -432,18 +432,18 @@ def test_helios_hands_out_what_stock_does_for_few_elements(handed, monkeypatch):
     monkeypatch.setattr(dispatch, "_any_size", False)
     with wan_patches.enabled(["modulation"]):
         assert torch.equal(model(**request)[0], expected)
-    assert handed
-    assert not any(isinstance(value, SegmentedModulation) for value in handed)
+    assert block_inputs
+    assert not any(isinstance(value, SegmentedModulation) for value in block_inputs)
     assert {way.reason for way in tally.counted() if way.op == "rows of two kinds"} == {dispatch.SMALL}
 
 
-def test_helios_hands_out_what_stock_does_for_gradients(handed):
+def test_helios_passes_stock_tensors_for_gradients(block_inputs):
     model, request = _helios(), _request()
     expected = model(**request)[0]
     with wan_patches.enabled(["modulation"]):
         assert torch.equal(model(**request)[0], expected)
-    assert handed
-    assert not any(isinstance(value, SegmentedModulation) for value in handed)
+    assert block_inputs
+    assert not any(isinstance(value, SegmentedModulation) for value in block_inputs)
 
 
 @pytest.mark.parametrize("config", [{}, {"zero_history_timestep": False}])
@@ -463,36 +463,36 @@ def test_helios_has_the_gradients_of_stock(dtype, config, fast_forms):
     assert fast_forms == {}
 
 
-def _move_by_groups(model):
+def _offload_by_groups(model):
     with pytest.MonkeyPatch.context() as patch:  # up to 0.40 diffusers asks for one, streams or not
         patch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cpu"))
         model.enable_group_offload(torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1)
 
 
-def _move_by_leaves(model):
+def _offload_by_leaves(model):
     pytest.importorskip("accelerate").cpu_offload(model, torch.device("cpu"))
 
 
-def _move_by_align(model):
+def _align_devices(model):
     hooks = pytest.importorskip("accelerate.hooks")
     for module in (model, *model.blocks, model.norm_out):
         hooks.add_hook_to_module(module, hooks.AlignDevicesHook("cpu", io_same_device=True))
 
 
-@pytest.mark.parametrize("move", [_move_by_groups, _move_by_leaves, _move_by_align])
+@pytest.mark.parametrize("move", [_offload_by_groups, _offload_by_leaves, _align_devices])
 @torch.no_grad()
-def test_hooks_of_offloading_hand_two_rows_on(move, handed):
+def test_offloading_hooks_keep_two_rows(move, block_inputs):
     model, request = _helios(), _request()
     expected = model(**request)[0]
     move(model)
     with wan_patches.enabled(["modulation"]):
         assert torch.equal(model(**request)[0], expected)
-    assert len(handed) == 2
-    assert all(isinstance(value, SegmentedModulation) for value in handed)
+    assert len(block_inputs) == 2
+    assert all(isinstance(value, SegmentedModulation) for value in block_inputs)
 
 
 @torch.no_grad()
-def test_a_dense_modulation_of_two_tokens_is_no_two_rows(fast_forms):
+def test_dense_modulation_of_two_tokens_is_not_two_rows(fast_forms):
     """A sequence of two tokens has a dense modulation of the same shape as two rows."""
     block, inputs = _block("transformer_helios", torch.bfloat16), list(_inputs("transformer_helios", torch.bfloat16, 1))
     inputs[0], inputs[3], inputs[4] = inputs[0][:, :2], inputs[3][:, :2], 1
@@ -503,7 +503,7 @@ def test_a_dense_modulation_of_two_tokens_is_no_two_rows(fast_forms):
 
 
 @torch.no_grad()
-def test_compiled_helios_blocks_take_two_rows(handed):
+def test_compiled_helios_blocks_take_two_rows(block_inputs):
     model, request = _helios(), _request()
     expected = model(**request)[0]
     torch.compiler.reset()
@@ -513,5 +513,5 @@ def test_compiled_helios_blocks_take_two_rows(handed):
             block.compile(backend="aot_eager", fullgraph=True)
         actual = compiled(**request)[0]
     assert torch.equal(actual, expected)
-    assert all(isinstance(value, SegmentedModulation) for value in handed)
-    assert handed
+    assert all(isinstance(value, SegmentedModulation) for value in block_inputs)
+    assert block_inputs

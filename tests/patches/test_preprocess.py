@@ -144,7 +144,7 @@ class Doubled(VideoProcessor):
         return 2 * VideoProcessor.normalize(images)
 
 
-def test_processors_of_someone_elses_keep_their_ways(monkeypatch):
+def test_custom_processors_are_left_alone(monkeypatch):
     image = images(0, 1, (90, 70))[0]
 
     def check(processor):
@@ -181,7 +181,7 @@ def test_the_device_form_gives_the_pixels_of_the_cpu_form(monkeypatch):
     assert not torch.equal(on_device(frames, size, torch.device("cpu"), stock), expected)
 
 
-def test_pictures_are_not_changed():
+def test_input_images_are_not_modified():
     image = images(0, 1, (90, 70))[0]
     before = image.tobytes()
     preprocess(VideoProcessor(vae_scale_factor=8), "cpu", image, 32, 48)

@@ -1,4 +1,4 @@
-"""Attention of every family, stock against patched."""
+"""Attention of every model family, stock against patched."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_attention_is_bit_identical_to_stock(module, dtype, fused, fast_forms):
 
 
 @pytest.mark.parametrize("module", ["transformer_wan", "transformer_chronoedit"])
-def test_keys_of_images_too(module, fast_forms):
+def test_image_keys_are_bit_identical_to_stock(module, fast_forms):
     attention = _attention(module, added_kv_proj_dim=DIM, cross_attention_dim_head=24)
     text = torch.randn(2, 512 + 5, DIM).bfloat16()
     expected = _call(attention, module, text=text)
@@ -85,7 +85,7 @@ def test_keys_of_images_too(module, fast_forms):
 
 
 @pytest.mark.parametrize("other", ["hook", "own forward", "other kind", "global hook", "compiled"])
-def test_a_norm_that_is_not_torchs_alone_is_called(other, fast_forms):
+def test_norm_that_is_not_plain_torch_is_called(other, fast_forms):
     module = "transformer_wan"
     attention, seen = _attention(module), []
     handle = None
@@ -121,7 +121,7 @@ def test_a_norm_that_is_not_torchs_alone_is_called(other, fast_forms):
 
 
 @pytest.mark.parametrize("fidelity", ["exact", "close"])
-def test_norms_whose_class_has_another_forward_are_called(fidelity, fast_forms, monkeypatch):
+def test_norms_with_a_replaced_class_forward_are_called(fidelity, fast_forms, monkeypatch):
     attention, seen, stock = _attention("transformer_wan"), [], torch.nn.RMSNorm.forward
     monkeypatch.setattr(torch.nn.RMSNorm, "forward", lambda self, x: seen.append(1) or stock(self, x) / 2)
     expected = _call(attention, "transformer_wan")
@@ -131,7 +131,7 @@ def test_norms_whose_class_has_another_forward_are_called(fidelity, fast_forms, 
     assert fast_forms == []
 
 
-def test_norms_that_had_a_hook_are_torchs_own(fast_forms):
+def test_norms_after_hook_removal_are_plain_torch(fast_forms):
     attention = _attention("transformer_wan")
     expected = _call(attention, "transformer_wan")
     for norm in (attention.norm_q, attention.norm_k):
@@ -186,7 +186,7 @@ def test_close_attention_norms_and_rotates_in_one_pass(module, text, fused):
     assert all(verdict.exact for verdict in gate.verdicts())
 
 
-def test_a_rotation_that_is_not_known_comes_after_the_norm(fused):
+def test_unknown_rotation_is_applied_after_the_norm(fused):
     attention = _attention("transformer_wan")
     expected = _call(attention, "transformer_wan", tables=_tables("transformer_wan"))
     with wan_patches.enabled(["qk"], fidelity="close"):  # `rope` is not in force

@@ -1,4 +1,4 @@
-"""Where queries and keys are rotated together, every family, against stock."""
+"""Joint rotation of queries and keys in every model family, against stock."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def pairs(as_on_cuda, monkeypatch):
 
 
 @pytest.mark.parametrize("name", available())
-def test_processors_hand_queries_and_keys_over_together(name, pairs):
+def test_processors_rotate_queries_and_keys_together(name, pairs):
     pipe = FAMILIES[name].build()
     pipe.set_progress_bar_config(disable=True)
     stock = latents(pipe, name)
@@ -46,7 +46,7 @@ def test_processors_hand_queries_and_keys_over_together(name, pairs):
     assert bool(pairs) is (type(pipe.transformer).__module__ not in complex_tables)
 
 
-def test_what_another_library_computes_is_not_taken_over(pairs):
+def test_rotation_replaced_by_another_library_is_called(pairs):
     """Its function has the name and the calls, and another text."""
     from wan_patches.bindings.qk import rotate_both
 
@@ -63,7 +63,7 @@ def test_what_another_library_computes_is_not_taken_over(pairs):
 
 
 @pytest.mark.parametrize("names", [["qk"], ["rope"]])
-def test_either_patch_alone_leaves_the_calls_as_they_are(names, pairs):
+def test_either_patch_alone_keeps_separate_calls(names, pairs):
     pipe = FAMILIES["wan_t2v"].build()
     pipe.set_progress_bar_config(disable=True)
     stock = latents(pipe, "wan_t2v")

@@ -1,4 +1,4 @@
-"""What rotary tables are made of, on a CPU taken for an accelerator, against the installed code."""
+"""The inputs of rotary tables, on a CPU treated as an accelerator, against the installed code."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_the_two_ends_of_a_video(frames, skip, fast):
 
 @pytest.mark.skipif("helios" not in available(), reason="this version has no Helios")
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.float32])
-def test_frame_indices_are_uploaded_once_for_their_values(dtype, fast):
+def test_frame_indices_are_uploaded_once_per_values(dtype, fast):
     from diffusers.models.transformers.transformer_helios import HeliosRotaryPosEmbed
 
     rope, device = HeliosRotaryPosEmbed((12, 10, 10), 10000.0), torch.device("cpu")

@@ -1,7 +1,7 @@
-"""Schedulers and loops of the installed diffusers, patched in place, against what they were.
+"""Schedulers and loops of the installed diffusers, patched in place, against stock.
 
-On a CPU nobody waits and stock's way is taken: here the CPU is taken for an accelerator. What is counted on one is
-in `tests/emulated_device`.
+A CPU has no waits and uses stock's code, so the CPU is treated as an accelerator here. Counts of waits and copies on an
+accelerator are in `tests/emulated_device`.
 """
 
 from __future__ import annotations
@@ -180,7 +180,7 @@ def test_the_second_half_of_a_schedule(fast):
     assert fast["noted"] > 0
 
 
-def test_a_schedule_that_is_set_again_and_written_to(fast):
+def test_schedule_that_is_set_again_and_modified(fast):
     def call(scheduler):
         first = denoised(scheduler, 5)
         second = denoised(scheduler, 4)
@@ -192,7 +192,7 @@ def test_a_schedule_that_is_set_again_and_written_to(fast):
     both(lambda: UNIPC(**FLOW), call, fast)
 
 
-def test_sigmas_written_to_between_steps(fast):
+def test_sigmas_modified_between_steps(fast):
     def call(scheduler):
         scheduler.set_timesteps(6)
         latents, found = noise((1, 4, 2, 6, 8)), []
@@ -217,7 +217,7 @@ CUSTOM = {
 
 @pytest.mark.parametrize("order", [2, 3])
 @pytest.mark.parametrize("name", CUSTOM)
-def test_schedules_with_steps_of_nothing_fail_or_not_as_in_stock(name, order, fast):
+def test_schedules_with_zero_steps_behave_as_in_stock(name, order, fast):
     def call(scheduler):
         scheduler.set_timesteps(4)
         scheduler.sigmas = torch.tensor([*CUSTOM[name], 0.0])
@@ -248,7 +248,7 @@ def _wrong(function):
 
 
 @pytest.mark.parametrize("name", ["numbers", "on_device", "apart"])
-def test_something_wrong_would_be_noticed(name, fast, monkeypatch):
+def test_wrong_values_are_detected(name, fast, monkeypatch):
     """That the comparisons of this file can fail."""
     wrong = (lambda values: True) if name == "apart" else _wrong(getattr(ops, name))
     monkeypatch.setattr(ops, name, wrong)
@@ -270,7 +270,7 @@ def test_something_wrong_would_be_noticed(name, fast, monkeypatch):
 # Subclasses and changes of one's own
 
 
-def test_what_users_change_in_a_scheduler_is_used(fast):
+def test_user_changes_of_a_scheduler_take_effect(fast):
     class Mine(UNIPC):
         def index_for_timestep(self, timestep, schedule_timesteps=None):
             assert schedule_timesteps is None
@@ -291,7 +291,7 @@ def test_what_users_change_in_a_scheduler_is_used(fast):
     assert both(instance, lambda s: denoised(s, 8, skip=3), fast)[-1] == 7
 
 
-def test_a_scheduler_with_an_equality_of_its_own_stays_stock(fast):
+def test_scheduler_with_custom_equality_stays_stock(fast):
     class Mine(UNIPC):
         __hash__ = None
 
@@ -302,7 +302,7 @@ def test_a_scheduler_with_an_equality_of_its_own_stays_stock(fast):
     assert fast["on_device"] == 0
 
 
-def test_others_are_as_they_were(fast):
+def test_other_schedulers_are_unchanged(fast):
     both(lambda: diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0), denoised, fast)
     flow = diffusers.DPMSolverMultistepScheduler
     both(lambda: flow(**FLOW, flow_shift=5.0), denoised, fast)
@@ -333,7 +333,7 @@ def test_inference_mode(fast):
     assert fast["solve"] == 0
 
 
-def test_a_compiled_step_sees_stock(fast):
+def test_compiled_step_uses_stock(fast):
     values = [torch.tensor(0.3), 1.0]
 
     def made(x):
@@ -401,7 +401,7 @@ def test_helios(options, steps, fast):
 
 
 @needs_helios
-def test_helios_with_sigmas_of_ones_own(fast):
+def test_helios_with_custom_sigmas(fast):
     """They are not those of the schedule: what is known of that says nothing about them."""
 
     def call(scheduler):
@@ -441,7 +441,7 @@ def test_helios_distilled(amplify, fast):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64, torch.bfloat16])
-def test_a_timestep_for_each_in_the_batch(dtype, fast):
+def test_timestep_per_sample(dtype, fast):
     for value in (999.0, 333.9, 0.0, 1.0):
         timestep = torch.tensor([value, 7]).to(dtype)[0]
         made = step_loop.timesteps(noise((3, 4)), timestep)
@@ -466,7 +466,7 @@ def test_the_boundary(fast):
     assert fast["noted"] == before
 
 
-def test_the_boundary_after_a_write(fast):
+def test_boundary_after_a_modification(fast):
     timesteps = torch.tensor([900, 700, 500])
     elements = list(timesteps)
     assert not step_loop.reaches(timesteps, elements[1], 800)
@@ -486,7 +486,7 @@ def test_rows_of_a_template(fast):
 
 
 @pytest.mark.parametrize("with_timesteps", [False, True])
-def test_the_modular_loop_chooses_as_stock(with_timesteps, fast):
+def test_modular_loop_chooses_the_transformer_as_in_stock(with_timesteps, fast):
     try:
         from diffusers.modular_pipelines.wan.denoise import Wan22LoopDenoiser
     except ImportError:

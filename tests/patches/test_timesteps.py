@@ -1,4 +1,4 @@
-"""Wan 2.2 TI2V: two timesteps instead of one for each token."""
+"""Wan 2.2 TI2V: two timesteps instead of one per token."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.upstream, pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.fixture
-def handed(monkeypatch):
+def model_inputs(monkeypatch):
     """The timesteps that models are given."""
     found = []
 
@@ -57,14 +57,14 @@ def _latents(pipe, seed=0, **more):
 
 
 @pytest.mark.parametrize("kind", ["image", "text"])
-def test_models_are_handed_what_the_pipeline_knows(kind, handed):
+def test_models_get_distinct_timesteps_from_the_pipeline(kind, model_inputs):
     pipe = _pipeline(kind)
     stock = _latents(pipe)
     with wan_patches.enabled(["modulation", "timesteps"], fidelity="close", strict=True):
         ours = _latents(pipe)
     torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-4)
-    assert len(handed) == 4  # two steps, with and without the prompt
-    for timestep in handed:
+    assert len(model_inputs) == 4  # two steps, with and without the prompt
+    for timestep in model_inputs:
         if kind == "image":
             assert isinstance(timestep, SegmentedTimesteps)
             assert timestep.values[0] == 0 < timestep.values[1]
@@ -78,7 +78,7 @@ def test_models_are_handed_what_the_pipeline_knows(kind, handed):
 
 @pytest.mark.parametrize("kind", ["image", "text"])
 @torch.no_grad()
-def test_what_two_rows_stand_for_has_the_bits_of_a_row_per_token(kind, handed, any_size, monkeypatch):
+def test_two_rows_have_the_bits_of_a_row_per_token(kind, model_inputs, any_size, monkeypatch):
     """Where the embedding of a timestep does not depend on how many there are, so does nothing else."""
     pipe = _pipeline(kind)
     embed = type(pipe.transformer.condition_embedder.time_embedder).forward
@@ -96,15 +96,15 @@ def test_what_two_rows_stand_for_has_the_bits_of_a_row_per_token(kind, handed, a
         return torch.cat([linear(row[None]) for row in flat]).reshape(*rows.shape[:-1], -1)
 
     monkeypatch.setattr(project, "forward", each)
-    monkeypatch.setattr(patch, "runs_only_library_code", lambda module: True)  # although somebody looks
+    monkeypatch.setattr(patch, "runs_only_library_code", lambda module: True)  # despite the observer
     stock = _latents(pipe, steps=1)
     with wan_patches.enabled(["modulation", "timesteps"], fidelity="close"):
         assert torch.equal(_latents(pipe, steps=1), stock)
-    assert handed
+    assert model_inputs
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)])
-def test_errors_over_a_whole_loop_are_those_of_stock(dtype, handed):
+def test_errors_over_a_whole_loop_are_those_of_stock(dtype, model_inputs):
     """Over many models: of one, either embedding may be luckier by several percent, as the CPU's kernels have it."""
     errors = {"stock": 0.0, "ours": 0.0}
     for seed in range(32):
@@ -114,13 +114,13 @@ def test_errors_over_a_whole_loop_are_those_of_stock(dtype, handed):
         errors["stock"] += (_latents(pipe, seed, steps=4).double() - exact).abs().mean().item()
         with wan_patches.enabled(["modulation", "timesteps"], fidelity="close"):
             errors["ours"] += (_latents(pipe, seed, steps=4).double() - exact).abs().mean().item()
-    assert any(isinstance(timestep, SegmentedTimesteps) for timestep in handed)
+    assert any(isinstance(timestep, SegmentedTimesteps) for timestep in model_inputs)
     assert errors["stock"] > 0
     assert errors["ours"] <= 1.01 * errors["stock"], errors
 
 
 @pytest.mark.parametrize("why", ["exact", "alone", "hooks", "block hooks", "own latents", "subclass"])
-def test_stock_is_left_alone(why, handed):
+def test_stock_is_left_alone(why, model_inputs):
     pipe = _pipeline("image")
     if why == "hooks":
         pipe.transformer.register_forward_pre_hook(lambda *args: None)
@@ -135,62 +135,64 @@ def test_stock_is_left_alone(why, handed):
     with wan_patches.enabled(names, fidelity="exact" if why == "exact" else "close") as status:
         assert torch.equal(_latents(pipe), stock)
         assert all(report.fidelity is Fidelity.CLOSE for report in status.of("timesteps"))
-    assert not any(isinstance(timestep, SegmentedTimesteps) for timestep in handed)
-    assert len(handed) == (0 if why == "exact" else 4)
+    assert not any(isinstance(timestep, SegmentedTimesteps) for timestep in model_inputs)
+    assert len(model_inputs) == (0 if why == "exact" else 4)
 
 
-def _look_in_the_object(module, look):
+def _observe_by_attribute(module, observe):
     forward = module.forward
-    module.forward = lambda *args, **kwargs: look(*args, **kwargs) or forward(*args, **kwargs)
+    module.forward = lambda *args, **kwargs: observe(*args, **kwargs) or forward(*args, **kwargs)
 
 
-def _look_in_the_class(module, look):
+def _observe_in_class(module, observe):
     stock = type(module).forward
 
     @functools.wraps(stock)
     def forward(self, *args, **kwargs):
-        look(*args, **kwargs)
+        observe(*args, **kwargs)
         return stock(self, *args, **kwargs)
 
     type(module).forward = forward
     return lambda: setattr(type(module), "forward", stock)
 
 
-def _look_by_diffusers(module, look):
+def _observe_by_diffusers_hook(module, observe):
     from diffusers.hooks import HookRegistry, ModelHook
 
-    class Looking(ModelHook):
+    class ObservingHook(ModelHook):
         def pre_forward(self, module, *args, **kwargs):
-            look(*args, **kwargs)
+            observe(*args, **kwargs)
             return args, kwargs
 
-    HookRegistry.check_if_exists_or_initialize(module).register_hook(Looking(), "looking")
+    HookRegistry.check_if_exists_or_initialize(module).register_hook(ObservingHook(), "observing")
 
 
-def _look_by_accelerate(module, look):
+def _observe_by_accelerate_hook(module, observe):
     hooks = pytest.importorskip("accelerate.hooks")
 
-    class Looking(hooks.ModelHook):
+    class ObservingHook(hooks.ModelHook):
         def pre_forward(self, module, *args, **kwargs):
-            look(*args, **kwargs)
+            observe(*args, **kwargs)
             return args, kwargs
 
-    hooks.add_hook_to_module(module, Looking())
+    hooks.add_hook_to_module(module, ObservingHook())
 
 
 @pytest.mark.parametrize("at", ["model", "embedder", "time embedder", "block"])
-@pytest.mark.parametrize("look_in", [_look_in_the_object, _look_in_the_class, _look_by_diffusers, _look_by_accelerate])
-def test_stock_is_left_alone_where_someone_looks(look_in, at, handed, request):
+@pytest.mark.parametrize(
+    "attach", [_observe_by_attribute, _observe_in_class, _observe_by_diffusers_hook, _observe_by_accelerate_hook]
+)
+def test_stock_is_left_alone_if_observed(attach, at, model_inputs, request):
     pipe, seen = _pipeline("image"), []
     model = pipe.transformer
 
-    def look(*args, timestep=None, timestep_seq_len=None, **kwargs):
+    def observe(*args, timestep=None, timestep_seq_len=None, **kwargs):
         value = timestep if at == "model" else args[-2] if at == "block" else args[0]
         seen.append((value.shape, value[..., -1] / 1000, timestep_seq_len))
 
     embedder = model.condition_embedder
     places = {"model": model, "embedder": embedder, "time embedder": embedder.time_embedder, "block": model.blocks[0]}
-    finish = look_in(places[at], look)
+    finish = attach(places[at], observe)
     if finish is not None:
         request.addfinalizer(finish)
     stock, before = _latents(pipe), seen.copy()
@@ -199,12 +201,12 @@ def test_stock_is_left_alone_where_someone_looks(look_in, at, handed, request):
         assert torch.equal(_latents(pipe), stock)
     assert [(shape, seq) for shape, _, seq in seen] == [(shape, seq) for shape, _, seq in before]
     assert all(torch.equal(value, other) for (_, value, _), (_, other, _) in zip(seen, before, strict=True))
-    assert len(handed) == 4
-    assert not any(isinstance(timestep, SegmentedTimesteps) for timestep in handed)
+    assert len(model_inputs) == 4
+    assert not any(isinstance(timestep, SegmentedTimesteps) for timestep in model_inputs)
 
 
 @pytest.mark.parametrize("offload", ["model", "sequential", "groups"])
-def test_hooks_of_offloading_hand_it_on(offload, handed, monkeypatch):
+def test_offloading_hooks_keep_segmented_timesteps(offload, model_inputs, monkeypatch):
     accelerate = pytest.importorskip("accelerate")
     pipe = _pipeline("image")
     stock = _latents(pipe)
@@ -224,10 +226,10 @@ def test_hooks_of_offloading_hand_it_on(offload, handed, monkeypatch):
     with wan_patches.enabled(["modulation", "timesteps"], fidelity="close"):
         ours = _latents(pipe)
     torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-4)
-    assert all(isinstance(timestep, SegmentedTimesteps) for timestep in handed)
+    assert all(isinstance(timestep, SegmentedTimesteps) for timestep in model_inputs)
 
 
-def test_two_rows_and_timesteps_are_handed_on_as_tensors_are():
+def test_segmented_modulation_and_timesteps_behave_like_tensors():
     rows = SegmentedModulation(torch.randn(1, 2, 12), 3, 7)
     assert rows.ndim == rows.dense().ndim == 3
     assert torch.equal(rows.unflatten(2, (6, -1)).dense(), rows.dense().unflatten(2, (6, -1)))

@@ -1,4 +1,4 @@
-"""Wan's autoencoder: the installed diffusers against the same diffusers patched, and who keeps stock's code."""
+"""Wan's autoencoder, stock against patched, and the cases that fall back to stock code."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_batches_slices_and_tiles(kind, slicing, tiling):
     "kind", ["tiled", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("sliced", "residual", "divided"))]
 )
 @torch.no_grad()
-def test_patches_may_come_and_go_in_the_middle_of_a_pass(kind, rounds, toggled):
+def test_patches_can_be_toggled_in_the_middle_of_a_pass(kind, rounds, toggled):
     vae = _build({"residual": RESIDUAL, "divided": REAL}.get(kind, SMALL))
     vae.use_slicing = kind == "sliced"
     if kind == "tiled":
@@ -176,7 +176,7 @@ def test_channels_last(what, dtype):
     "what", ["image", "video", *(pytest.param(what, marks=pytest.mark.slow) for what in ("batch", "tiles"))]
 )
 @torch.no_grad()
-def test_pictures_are_encoded_as_they_lie(what, dtype):
+def test_images_are_encoded_in_their_memory_format(what, dtype):
     """PIL images become tensors in channels-last memory, and stock's encoder goes on in that."""
     vae = _build(REAL, dtype)
     if what == "tiles":
@@ -197,7 +197,7 @@ def test_pictures_are_encoded_as_they_lie(what, dtype):
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("order", list(itertools.permutations(range(5)))[1::4])
 @torch.no_grad()
-def test_videos_may_lie_in_any_order(order):
+def test_videos_can_have_any_strides(order):
     vae = _build(SMALL)
     video = _video(vae, 9, 2, 3, batch=2).permute(order).contiguous().permute([order.index(axis) for axis in range(5)])
     stock = vae.encode(video).latent_dist.parameters
@@ -216,7 +216,7 @@ def test_videos_may_lie_in_any_order(order):
     ],
 )
 @torch.no_grad()
-def test_what_is_found_divisible_is(channels, kernel, threads, monkeypatch):
+def test_convolutions_found_divisible_are_bit_identical(channels, kernel, threads, monkeypatch):
     """oneDNN adds up 1x1 convolutions in bf16 in an order that depends on the number of rows."""
     from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 
@@ -237,7 +237,7 @@ def test_what_is_found_divisible_is(channels, kernel, threads, monkeypatch):
 
 @pytest.mark.parametrize("channels", [64, 67])
 @torch.no_grad()
-def test_what_is_tried_tells_orders_of_adding_up_apart(channels):
+def test_trial_input_distinguishes_summation_orders(channels):
     """On random numbers most results round to the same bf16 value in any order."""
     from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 
@@ -248,7 +248,7 @@ def test_what_is_tried_tells_orders_of_adding_up_apart(channels):
 
 
 @torch.no_grad()
-def test_a_trial_that_can_tell_nothing_apart_means_no(monkeypatch):
+def test_inconclusive_trial_means_not_divisible(monkeypatch):
     """Zeros equal zeros in any order of adding up."""
     from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 
@@ -290,7 +290,7 @@ def test_bits_do_not_depend_on_what_was_decoded_before():
         assert torch.equal(first, vae.decode(_latents(vae, 3, 4, 4)).sample)
 
 
-def test_the_result_is_the_only_thing_left(taken):
+def test_no_memory_besides_the_result_is_kept(taken):
     vae = _build(SMALL)
     with wan_patches.enabled(["vae"]), torch.inference_mode():
         sample = vae.decode(_latents(vae, 2, 4, 4)).sample
@@ -311,7 +311,7 @@ def test_a_failure_leaves_no_caches(monkeypatch):
     assert all(entry is None for entry in vae._feat_map)
 
 
-def test_tuples_are_given_where_asked_for():
+def test_tuples_are_returned_if_requested():
     vae = _build(SMALL)
     with torch.no_grad():
         stock = vae.decode(_latents(vae, 2, 4, 4), return_dict=False)
@@ -357,7 +357,7 @@ def _own_convolution(vae):
 
 
 @pytest.mark.parametrize("change", [_hooked, _own_forward, _other_module, _own_convolution])
-def test_a_changed_module_is_called_as_often_as_by_stock(change):
+def test_modified_module_is_called_as_often_as_in_stock(change):
     vae = _build(SMALL)
     calls = change(vae)
     latents, video = _latents(vae, 2, 4, 4), _video(vae, 5, 4, 4)
@@ -379,7 +379,7 @@ def test_seamless_padding_is_kept():
 
 
 @pytest.mark.parametrize("cls", ["WanCausalConv3d", "WanRMS_norm", "WanUpsample", "Conv2d", "Conv3d", "SiLU"])
-def test_classes_that_are_changed_later_are_called(cls, monkeypatch):
+def test_classes_modified_later_are_called(cls, monkeypatch):
     from diffusers.models.autoencoders import autoencoder_kl_wan as wan
 
     kind = getattr(wan, cls, None) or getattr(torch.nn, cls)
@@ -405,7 +405,7 @@ def test_weights_of_several_dtypes_get_stock_code():
             assert torch.equal(vae.decode(latents).sample, stock)
 
 
-def test_fake_tensors_have_shapes_to_be_asked_for(monkeypatch):
+def test_fake_tensors_have_the_right_shapes(monkeypatch):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     monkeypatch.setattr(division, "_divided", {})
@@ -414,7 +414,7 @@ def test_fake_tensors_have_shapes_to_be_asked_for(monkeypatch):
         assert vae.decode(torch.empty(1, 4, 2, 16, 16)).sample.shape == (1, 3, 5, 128, 128)
 
 
-def test_a_saved_autoencoder_does_without_this_package():
+def test_saved_autoencoder_does_not_need_this_package():
     vae = _build(SMALL)
     with wan_patches.enabled(["vae"]), torch.no_grad():
         vae.decode(_latents(vae, 1, 4, 4))
@@ -422,7 +422,7 @@ def test_a_saved_autoencoder_does_without_this_package():
         assert b"wan_patches" not in pickle.dumps(vae)
 
 
-def test_only_the_changed_half_keeps_stock_code():
+def test_only_the_modified_half_keeps_stock_code():
     vae = _build(SMALL)
     _own_forward(vae)
     with wan_patches.enabled(["vae"]), torch.no_grad():
@@ -459,10 +459,10 @@ def test_autocast_and_global_hooks_get_stock_code(taken):
         assert taken
 
 
-def test_who_keeps_stock_code_can_be_read_in_the_log(caplog):
+def test_fallback_to_stock_code_is_logged(caplog):
     vae = _build(SMALL)
     _hooked(vae)
-    patch._tell.cache_clear()
+    patch._log_fallback.cache_clear()
     with wan_patches.enabled(["vae"]), torch.no_grad(), caplog.at_level(logging.INFO, "wan_patches"):
         vae.decode(_latents(vae, 2, 4, 4))
         vae.decode(_latents(vae, 2, 4, 4))
@@ -471,7 +471,7 @@ def test_who_keeps_stock_code_can_be_read_in_the_log(caplog):
 
 
 @pytest.mark.parametrize("part", ["decoder", "encoder"])
-def test_half_an_autoencoder(part):
+def test_autoencoder_without_encoder_or_decoder(part):
     """Who only decodes may have thrown the encoder away."""
     vae = _build(SMALL)
     latents, video = _latents(vae, 2, 4, 4), _video(vae, 5, 4, 4)
@@ -513,7 +513,7 @@ def test_a_compiled_decoder_keeps_stock_code(taken):
     torch._dynamo.reset()
 
 
-def test_the_random_state_is_the_users():
+def test_user_random_state_is_unchanged():
     vae = _build(REAL)
     state = torch.random.get_rng_state()
     division._divided.clear()

@@ -1,4 +1,4 @@
-"""Tiled encoding and decoding by the installed `AutoencoderKLWan`, patched in place, against what it was."""
+"""Tiled encoding and decoding by the installed `AutoencoderKLWan`, patched in place, against stock."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_with_gradients_stock_runs(registry, fast, monkeypatch):
     ],
 )
 @pytest.mark.parametrize("method", ["blend_v", "blend_h"])
-def test_everything_else_is_stocks(method, a, b, extent, registry, fast):
+def test_all_other_input_uses_stock(method, a, b, extent, registry, fast):
     def call():
         try:
             return getattr(autoencoders.AutoencoderKLWan, method)(None, a, b.clone(), extent)
@@ -137,7 +137,7 @@ def test_everything_else_is_stocks(method, a, b, extent, registry, fast):
 
 
 @pytest.mark.parametrize("method", ["blend_v", "blend_h"])
-def test_tiles_that_share_memory_are_stocks(method, registry, fast):
+def test_tiles_that_share_memory_use_stock(method, registry, fast):
     def call():
         whole = random(1, 2, 3, 24, 24)
         blend = getattr(autoencoders.AutoencoderKLWan, method)
@@ -148,7 +148,7 @@ def test_tiles_that_share_memory_are_stocks(method, registry, fast):
     assert not fast
 
 
-def test_compiled_blends_are_stocks(registry, fast):
+def test_compiled_blends_use_stock(registry, fast):
     def call():
         compiled = torch.compile(
             lambda a, b: autoencoders.AutoencoderKLWan.blend_v(None, a, b, 4), backend="eager", fullgraph=True
@@ -160,7 +160,7 @@ def test_compiled_blends_are_stocks(registry, fast):
     assert not fast
 
 
-def test_disable_puts_stock_back(registry):
+def test_disable_restores_stock(registry):
     method = autoencoders.AutoencoderKLWan.blend_v
     before = method.__code__
     registry.enable()

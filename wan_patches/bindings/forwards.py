@@ -93,14 +93,14 @@ def has_global_hooks() -> bool:
 def _calls_forward(cls: type[nn.Module]) -> bool:
     """Whether instances are called by torch's `__call__`, or by this package's own that watches or divides modules."""
     return (
-        (cls.__call__ is nn.Module.__call__ or _is_ours(cls.__call__))
+        (cls.__call__ is nn.Module.__call__ or _is_from_this_package(cls.__call__))
         and cls._call_impl is nn.Module._call_impl
         and is_library_function(nn.Module.__call__)
         and is_library_function(nn.Module._call_impl)
     )
 
 
-def _is_ours(function: object) -> bool:
+def _is_from_this_package(function: object) -> bool:
     return type(function) is FunctionType and function.__globals__["__name__"].startswith("wan_patches.")
 
 

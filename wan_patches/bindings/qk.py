@@ -52,7 +52,7 @@ def close_qk_norm(norm: nn.RMSNorm, x: torch.Tensor, tables: object = None) -> t
     """Returns `qk_norm` with different rounding, or `x` unchanged if `close_rotate_both` will apply the norm."""
     if tables is not None and _is_left_to_rotation(norm, x):
         return x
-    if x.device.type != "npu" or not _is_torchs_own(norm, x):
+    if x.device.type != "npu" or not _is_plain_rms_norm(norm, x):
         return qk_norm(norm, x)
     return rms_norm(x, norm.weight, norm.eps)
 
@@ -88,7 +88,7 @@ def _is_left_to_rotation(norm: nn.RMSNorm, x: torch.Tensor) -> bool:
     """Whether one kernel applies norm and rotation; splitting `x` into heads does not change the answer."""
     return (
         triton.is_usable(x.device)
-        and _is_torchs_own(norm, x)
+        and _is_plain_rms_norm(norm, x)
         and norm.weight is not None
         and norm.eps is not None
         and not is_observed(x, norm.weight)
@@ -98,10 +98,10 @@ def _is_left_to_rotation(norm: nn.RMSNorm, x: torch.Tensor) -> bool:
 def _reason_against_norm(norm: nn.RMSNorm, x: torch.Tensor) -> str | None:
     if not x.is_cpu:
         return "on other devices than CPUs the norm is torch's"
-    return None if _is_torchs_own(norm, x) else "the norm is another, is watched, or is being compiled"
+    return None if _is_plain_rms_norm(norm, x) else "the norm is another, is watched, or is being compiled"
 
 
-def _is_torchs_own(norm: nn.RMSNorm, x: torch.Tensor) -> bool:
+def _is_plain_rms_norm(norm: nn.RMSNorm, x: torch.Tensor) -> bool:
     """Whether `norm` is a plain `torch.nn.RMSNorm` over all features of a token in `x`, and nothing observes it."""
     return not torch.compiler.is_compiling() and (
         type(norm) is torch.nn.RMSNorm

@@ -48,7 +48,7 @@ def clear_cache(stock: Callable[..., None], vae: Any) -> None:
         if reason is None:
             setattr(vae, caches, FrameCaches(len(getattr(vae, caches))))
         else:
-            _tell(type(vae).__name__, reason)
+            _log_fallback(type(vae).__name__, reason)
 
 
 def decode(stock: Callable[..., Any], vae: Any, z: torch.Tensor, return_dict: bool = True) -> Any:
@@ -381,7 +381,7 @@ def _begins_fast(
         reason = reason_against_input(x) or _reason_against(coder)
         if reason is not None:
             feat_cache.declined = True
-            _tell("A pass over a video", reason)
+            _log_fallback("A pass over a video", reason)
     elif not torch.compiler.is_compiling():
         reason = _reason_against(coder) or reason  # the reason why the caches are stock's
     return _noted(type(coder).__name__, reason)
@@ -441,7 +441,7 @@ def _reason_against(coder: Any) -> str | None:
 def _peculiarity(module: nn.Module) -> str | None:
     """Returns how a module of an encoder or decoder differs from what diffusers builds, or None."""
     name = type(module).__name__
-    if type(module) not in _kinds():
+    if type(module) not in _stock_types():
         return f"it has a {name} in it"
     if own_methods(module) or is_hooked(module):
         return f"a {name} has hooks or methods of its own"
@@ -472,7 +472,7 @@ def _bypassed() -> tuple[tuple[Any, str], ...]:
     If one of them is replaced, stock code has to run.
     """
     return (
-        *((cls, "forward") for cls in _kinds() if "forward" in vars(cls)),
+        *((cls, "forward") for cls in _stock_types() if "forward" in vars(cls)),
         *((cls, "_conv_forward") for cls in (nn.Conv2d, nn.Conv3d)),
         *((cls, "forward") for cls in (nn.Conv3d, nn.Upsample)),
         (nn.Module, "__call__"),
@@ -483,7 +483,7 @@ def _bypassed() -> tuple[tuple[Any, str], ...]:
 
 
 @functools.lru_cache(maxsize=1)
-def _kinds() -> frozenset[type]:
+def _stock_types() -> frozenset[type]:
     own = (
         *("WanDecoder3d", "WanEncoder3d", "WanMidBlock", "WanUpBlock", "WanResidualUpBlock", "WanResidualDownBlock"),
         *("WanResidualBlock", "WanAttentionBlock", "WanResample", "WanUpsample", "WanCausalConv3d", "WanRMS_norm"),
@@ -494,5 +494,5 @@ def _kinds() -> frozenset[type]:
 
 
 @functools.lru_cache(maxsize=64)
-def _tell(name: str, reason: str) -> None:
+def _log_fallback(name: str, reason: str) -> None:
     logger.info("%s runs stock code: %s", name, reason)

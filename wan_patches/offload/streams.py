@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from wan_patches.patching.codeswap import functions_behind, says, site, stock
+from wan_patches.patching.codeswap import functions_behind, has_fingerprint, site, stock
 from wan_patches.patching.fingerprints import GROUP_OFFLOADING, PRE_FORWARD_WITHOUT_WAIT, texts
 from wan_patches.patching.rewrite import Replace, Unknown, rewritten
 
@@ -142,7 +142,7 @@ def _function(module: ModuleType) -> FunctionType:
 
 
 def _says(module: ModuleType, qualname: str, fingerprints: Container[str]) -> bool:
-    return any(says(function, fingerprints) for function in _functions(module, qualname))
+    return any(has_fingerprint(function, fingerprints) for function in _functions(module, qualname))
 
 
 def _functions(module: ModuleType, qualname: str) -> list[FunctionType]:

@@ -191,7 +191,7 @@ def _holders(items: list[Any], index: int) -> tuple[int, ...]:
 
 
 @functools.lru_cache(maxsize=1)
-def _nobody() -> tuple[int, ...]:
+def _counts_if_unshared() -> tuple[int, ...]:
     """Returns `_holders` of a tensor held only by its list; interpreters count their own references differently."""
     return _holders([torch.empty(1)], 0)
 
@@ -199,7 +199,7 @@ def _nobody() -> tuple[int, ...]:
 def _is_held(items: list[Any], index: int) -> bool:
     """Whether anything else holds a tensor of a list, or its memory, and would see writes to it."""
     try:
-        return _holders(items, index) != _nobody()
+        return _holders(items, index) != _counts_if_unshared()
     except AttributeError:  # a torch version without these counts
         return True
 

@@ -69,13 +69,13 @@ def convolves_divided(conv: Convolution, shape: Sequence[int], dtype: torch.dtyp
         return False
     size = (batch, conv.in_channels, before + frames, height + above, width + beside)
     conv, window = _cancelling(conv, size, dtype)
-    window = _laid(window, channels_last)
+    window = _in_format(window, channels_last)
     convolve = convolution(conv)
     whole = convolve(window)
     edges = bands(height, least) if above else [0, height]
     return _is_rounding(whole) and all(
         torch.equal(
-            convolve(_laid(window[:, :, : before + STEP, top : bottom + above], channels_last)),
+            convolve(_in_format(window[:, :, : before + STEP, top : bottom + above], channels_last)),
             whole[:, :, :STEP, top:bottom],
         )
         for top, bottom in _of_each_size(edges)
@@ -93,22 +93,22 @@ def resizes_divided(conv: Convolution, shape: Sequence[int], dtype: torch.dtype,
     size = (2 * height + 2, 2 * width) if up else (height + 1, width + 1)
     conv, frames = _cancelling(conv, (images, channels, *size), dtype)
     if not up:
-        convolve, frames = convolution(conv), _laid(frames, channels_last)
+        convolve, frames = convolution(conv), _in_format(frames, channels_last)
         whole = convolve(frames)
         return _is_rounding(whole) and torch.equal(whole[:1], convolve(frames[:1]))
     frames[..., 0, :] = frames[..., -1, :] = 0
-    whole = convolution(conv, conv.padding)(_laid(frames[..., 1:-1, :], channels_last))
+    whole = convolution(conv, conv.padding)(_in_format(frames[..., 1:-1, :], channels_last))
     convolve = convolution(conv, (0, conv.padding[1]))
     return _is_rounding(whole) and all(
         torch.equal(
-            convolve(_laid(frames[:1, :, 2 * top : 2 * bottom + 2], channels_last)),
+            convolve(_in_format(frames[:1, :, 2 * top : 2 * bottom + 2], channels_last)),
             whole[:1, :, 2 * top : 2 * bottom],
         )
         for top, bottom in _of_each_size(bands(height, ROWS))
     )
 
 
-def _laid(x: torch.Tensor, channels_last: bool) -> torch.Tensor:
+def _in_format(x: torch.Tensor, channels_last: bool) -> torch.Tensor:
     """Returns `x`, contiguous in the given memory format."""
     last = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
     return x.contiguous(memory_format=last if channels_last else torch.contiguous_format)

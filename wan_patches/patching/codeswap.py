@@ -100,7 +100,7 @@ def stock(function: types.FunctionType) -> types.FunctionType:
     return found.stock if found is not None and found.in_place() else function
 
 
-def says(function: types.FunctionType, fingerprints: Container[str]) -> bool:
+def has_fingerprint(function: types.FunctionType, fingerprints: Container[str]) -> bool:
     """Whether a function, as it was before any edit of this package, has one of these fingerprints."""
     try:
         return fingerprint(stock(function)) in fingerprints

@@ -9,7 +9,7 @@ from __future__ import annotations
 import types
 from collections.abc import Mapping
 
-from wan_patches.patching.codeswap import says
+from wan_patches.patching.codeswap import has_fingerprint
 from wan_patches.patching.registry import Known
 
 AUTOENCODER = "diffusers.models.autoencoders.autoencoder_kl_wan"
@@ -105,4 +105,4 @@ def relied_on(module: str, *functions: str) -> tuple[Known, ...]:
 
 def is_known(found: object, module: str, function: str) -> bool:
     """Whether `found`, as it was before any patch, has a known text of the function of this name."""
-    return type(found) is types.FunctionType and says(found, texts(module, function))
+    return type(found) is types.FunctionType and has_fingerprint(found, texts(module, function))

@@ -23,7 +23,7 @@ import wrapt
 from packaging.version import Version
 
 from wan_patches.patching import tally
-from wan_patches.patching.codeswap import functions_behind, says, site, stock
+from wan_patches.patching.codeswap import functions_behind, has_fingerprint, site, stock
 from wan_patches.patching.fidelity import Fidelity, gate
 from wan_patches.patching.rewrite import Edit, Unknown
 from wan_patches.patching.status import ACTIVE, OFF, SKIPPED, WAITING, Report, Status
@@ -559,7 +559,7 @@ def _advice(patch: Patch) -> list[str]:
 def _check(known: Known) -> None:
     module = importlib.import_module(known.module)
     behind = functions_behind(_attribute(module, known.qualname), getattr(module, "__file__", None))
-    if not any(says(function, known.fingerprints) for function in behind):
+    if not any(has_fingerprint(function, known.fingerprints) for function in behind):
         raise Unknown(f"it relies on {known.qualname}, whose text is not known")
 
 

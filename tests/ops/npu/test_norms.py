@@ -19,7 +19,7 @@ def draw(*shape, seed=0, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_other_devices_get_the_bits_of_torch_and_import_nothing(dtype, monkeypatch):
+def test_other_devices_have_the_bits_of_torch_and_import_nothing(dtype, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_npu", None)
     npu.forget()
     x, weight = draw(2, 5, 32, dtype=dtype), draw(32, seed=1, dtype=dtype)
@@ -31,7 +31,7 @@ def test_other_devices_get_the_bits_of_torch_and_import_nothing(dtype, monkeypat
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("of_weight", [None, *DTYPES])
-def test_no_operand_loses_digits_on_its_way_into_the_operation(dtype, of_weight, torch_npu_stand_in, monkeypatch):
+def test_operands_lose_no_digits_before_the_operation(dtype, of_weight, torch_npu_stand_in, monkeypatch):
     seen = []
     for name in ("npu_rms_norm", "npu_layer_norm_eval"):
         function = getattr(torch_npu_stand_in, name)

@@ -1,4 +1,4 @@
-"""`npu_rotary_mul` in its safe form, by a stand-in: the plain formulation's bits, and no call beyond its limits."""
+"""`npu_rotary_mul` with a stand-in: the bits of the plain formulation, and no call beyond its documented limits."""
 
 from __future__ import annotations
 
@@ -59,16 +59,16 @@ def test_same_bits_for_part_of_a_fused_projection(dtype, torch_npu_stand_in):
     ],
     ids=["batch of tables", "B*N", "D", "fp64", "3-D", "bf16 tables", "fp64 tables", "one token", "other strides"],
 )
-def test_what_is_beyond_the_limits_is_not_for_it(given, torch_npu_stand_in):
+def test_input_beyond_the_limits_is_refused(given, torch_npu_stand_in):
     assert rope.why_not(*given)
 
 
-def test_an_odd_head_dim_is_not_for_it(torch_npu_stand_in):
+def test_odd_head_dim_is_refused(torch_npu_stand_in):
     x, cos, sin = inputs()
     assert rope.why_not(x[..., :7], cos[..., :3], sin[..., :3])
 
 
-def test_the_stand_in_refuses_what_is_beyond_the_limits(torch_npu_stand_in):
+def test_stand_in_rejects_input_beyond_the_limits(torch_npu_stand_in):
     """Or the tests above would prove nothing."""
     for shape in ({"batch": 100, "heads": 10}, {"dim": 896}):
         with pytest.raises(RuntimeError, match="stand-in"):
@@ -83,7 +83,7 @@ def test_the_stand_in_refuses_what_is_beyond_the_limits(torch_npu_stand_in):
     [(None, "ModuleNotFoundError: import of torch_npu halted"), (sys, "AttributeError: module 'sys' has no attribute")],
     ids=["missing", "without the operation"],
 )
-def test_a_torch_npu_that_cannot_be_used_is_a_line(module, reason, monkeypatch):
+def test_unusable_torch_npu_is_reported_in_a_line(module, reason, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_npu", module)
     npu.forget()
     assert rope.why_not(*inputs())
@@ -93,7 +93,7 @@ def test_a_torch_npu_that_cannot_be_used_is_a_line(module, reason, monkeypatch):
     assert not npu.problems()
 
 
-def test_torch_npu_whose_import_raises_what_is_no_import_error_is_a_line(tmp_path, monkeypatch):
+def test_other_errors_of_importing_torch_npu_are_reported_in_a_line(tmp_path, monkeypatch):
     (tmp_path / "torch_npu.py").write_text("raise RuntimeError('libhccl.so: no such file')")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "torch_npu", raising=False)

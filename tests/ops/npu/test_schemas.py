@@ -1,4 +1,4 @@
-"""Every call that is made of torch_npu, against the schemas that its wheels register."""
+"""All calls of torch_npu, against the schemas that its wheels register."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_diffusers_calls_of_fused_attention_fit_the_schemas_of_every_version(cal
         ("npu_layer_norm_eval", (torch.ones(1), [1.0]), {}, r"normalized_shape is \[1.0\], which is no List\[int\]"),
     ],
 )
-def test_calls_that_do_not_fit_are_found(name, args, kwargs, wrong):
+def test_calls_that_do_not_fit_are_detected(name, args, kwargs, wrong):
     with pytest.raises(AssertionError, match=wrong):
         assert complaint(SCHEMAS["2.13.0", name], args, kwargs) == ""
 
@@ -157,7 +157,7 @@ def test_schemas_are_read_from_a_wheel(tmp_path):
 
 
 @pytest.mark.parametrize(("texts", "many"), [(TEXTS, 2), (TEXTS[2:4], 0)])
-def test_no_schema_or_several_are_an_error(texts, many, tmp_path):
+def test_no_schema_or_several_raise(texts, many, tmp_path):
     with pytest.raises(LookupError, match=f"has {many} schemas of npu_rotary_mul"):
         refresh.read(wheel(tmp_path, "3.0.0", texts), ["npu_rotary_mul"])
 

@@ -34,7 +34,7 @@ def test_layer_norm_reads_hidden_states_once(ptx, residual):
 
 
 @pytest.mark.parametrize("given", ["weight", "bias", "both", "neither"])
-def test_weight_and_bias_are_read_where_they_are(ptx, given):
+def test_weight_and_bias_are_read_if_given(ptx, given):
     from wan_patches.ops.triton import close
 
     x, affine = torch.randn(1, 3, 5120).bfloat16(), torch.randn(5120).bfloat16()

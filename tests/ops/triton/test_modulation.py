@@ -23,7 +23,7 @@ def check(text, dtype, loads, stores):
 
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize(("rows", "read"), [(1, 1), (2, 2), (9, 4)])
-def test_what_is_compiled_for_a_gpu_rounds_as_stock_and_reads_rows_once(ptx, rows, read, dtype):
+def test_compiled_kernels_round_as_stock_and_read_rows_once(ptx, rows, read, dtype):
     """Of four tokens, one row for all is read once, two are read once each, and each token's own is."""
     from wan_patches.ops.triton import modulation
 

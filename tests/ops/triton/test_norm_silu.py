@@ -68,7 +68,7 @@ def test_norm_is_bit_identical_to_stock_and_silu_close():
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32", "fp16"])
-def test_what_is_compiled_for_a_gpu_rounds_as_stock_and_loads_sixteen_bytes(dtype):
+def test_compiled_kernel_rounds_as_stock_and_loads_sixteen_bytes(dtype):
     """Compiled, not run: no GPU is needed."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile

@@ -12,7 +12,7 @@ def test_kernel_is_bit_identical_to_stock(interpret):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
 @pytest.mark.parametrize("layout", ["query", "both", "fused"])
-def test_what_is_compiled_for_a_gpu_rounds_as_stock_and_moves_sixteen_bytes(ptx, dtype, layout):
+def test_compiled_kernel_rounds_as_stock_and_moves_sixteen_bytes(ptx, dtype, layout):
     from wan_patches.ops.triton import rope
 
     query, key, _ = torch.randn(1, 3, 3 * 40 * 128).to(dtype).unflatten(2, (120, 128)).chunk(3, dim=2)

@@ -1,4 +1,4 @@
-"""CLOSE kernels: their error against fp64 beside that of stock's operations on the same input."""
+"""CLOSE kernels: their error against fp64, compared with that of stock's operations on the same input."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_rotation_of_any_number_of_heads(heads, dim):
         torch.testing.assert_close(found, rotated(x, weight, cos, sin, heads))
 
 
-def test_norms_keep_apart_what_is_far_from_zero():
+def test_norms_keep_accuracy_far_from_zero():
     """The variance is that of centred values: a large mean does not drown it."""
     x = torch.randn(1, 4, 1536) + 4096
     exact = modulated(x.double(), None, None, None, None)
@@ -151,14 +151,14 @@ def test_norms_keep_apart_what_is_far_from_zero():
     assert mean_error(found, exact) <= 1.01 * mean_error(modulated(x, None, None, None, None), exact)
 
 
-def test_too_many_channels_are_refused():
+def test_too_many_channels_raise():
     with pytest.raises(ValueError, match="8194 channels, at most 8192"):
         layer_norm_modulate(torch.randn(1, 1, 8194), None, None, None, None, EPS)
     with pytest.raises(ValueError, match="8194 channels, at most 8192"):
         rms_norm_rope(torch.randn(1, 1, 8194), torch.randn(8194), EPS, *torch.randn(2, 1, 1, 1, 4097), 1)
 
 
-def test_error_of_a_worse_kernel_is_found():
+def test_error_of_a_worse_kernel_is_detected():
     """The bound above is one that rounding once too often breaks."""
     x = drawn(5, 1536, torch.bfloat16, 0)
     scale, shift = torch.randn(2, 1, 1, 1536) * 0.5

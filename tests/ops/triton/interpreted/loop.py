@@ -1,4 +1,4 @@
-"""The CLOSE kernels over a whole denoising loop of a small Wan model: error against fp64 beside that of stock."""
+"""The CLOSE kernels over a whole denoising loop of a small Wan model: error against fp64, compared with stock's."""
 
 from __future__ import annotations
 

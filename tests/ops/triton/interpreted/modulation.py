@@ -79,7 +79,7 @@ def test_add_and_cast(shape, dtype):
     same(wide, (x + y).float())
 
 
-def test_rows_that_do_not_fit_are_refused():
+def test_rows_that_do_not_fit_raise():
     normed, row = torch.randn(1, 5, 8), torch.randn(1, 1, 8)
     for wrong, split_index in ((2, None), (4, None), (5, 2), (3, 2)):
         with pytest.raises(ValueError, match=f"{wrong} rows for 5 tokens"):

@@ -130,7 +130,7 @@ def test_dispatch_and_gate(dtype, as_on_cuda, monkeypatch):
     assert len(calls) == 2
 
 
-def test_a_kernel_that_rounds_otherwise_is_found_out(as_on_cuda, monkeypatch, caplog):
+def test_kernel_that_rounds_differently_is_detected(as_on_cuda, monkeypatch, caplog):
     from wan_patches.ops import rope
     from wan_patches.patching.fidelity import gate
 
