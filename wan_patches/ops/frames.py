@@ -86,8 +86,8 @@ def video_to_float(
 
     Returns:
         `out`, or a new fp32 CPU tensor, `(batch, frames, height, width, channels)`, with the strides of stock's array:
-        a stack of items that each keep the memory order of the axes of `video` (so a contiguous video gives `(batch,
-        channels, frames, height, width)` in memory). EXACT.
+        a stack of items that each keep the memory order of the axes of `video` (so a contiguous video gives
+        `(batch, channels, frames, height, width)` in memory). EXACT.
 
     Raises:
         TypeError: `video` is not floating, or `out` not fp32.

@@ -29,7 +29,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # elements from which CPU forms take at most 0.9 of stock's time: `wan-patches bench forms`
 _SMALL, _SMALL_IN_FP32 = 1 << 21, 1 << 22
-SMALL_ELSEWHERE = 1 << 14  # on accelerators; not measured yet
+SMALL_ELSEWHERE = 1 << 14  # the same on accelerators; not measured yet
 SLOW = "stock's operations are the fastest in fp32, where channels do not lie next to each other"
 _CHUNK = 1 << 19  # elements processed at a time on CPUs: they stay in the cache from the first operation to the last
 

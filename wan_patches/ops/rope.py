@@ -22,7 +22,7 @@ from wan_patches.ops.npu import rope as npu
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _GRAIN = 32768  # at::internal::GRAIN_SIZE: elements below which ATen does not split an elementwise operation
 _SMALL, _SMALL_IN_FP32 = 1 << 14, 1 << 15  # elements below which stock's operations are the fastest on CPUs
-_SMALL_ELSEWHERE = 1 << 12  # on GPUs; not measured yet
+_SMALL_ELSEWHERE = 1 << 12  # the same on GPUs; not measured yet
 _CHUNK = 1 << 18  # complex numbers per thread and chunk: little scratch, and few parallel regions to synchronise
 _GRID = 65535  # blocks along the second axis of a launch
 _CHANNELS = 1 << 15  # of a token, processed by one block of a launch
@@ -34,8 +34,8 @@ def apply_rotary_emb(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> t
 
     Args:
         x: queries or keys, `(batch, seq, heads, head_dim)`, any floating dtype and strides.
-        cos, sin: one value per pair, broadcastable to `(batch, seq, heads, head_dim / 2)`; usually `(1 or batch, seq,
-            1, head_dim / 2)` in fp32.
+        cos, sin: one value per pair, broadcastable to `(batch, seq, heads, head_dim / 2)`; usually
+            `(1 or batch, seq, 1, head_dim / 2)` in fp32.
 
     Returns:
         A new tensor like `x`.

@@ -12,8 +12,8 @@ _OP = "torch_npu:npu_rotary_mul"
 def why_not(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> str | None:
     """Returns why `rotary_mul` does not support such input, or is missing from the installed torch_npu; or None.
 
-    Documented limits of "interleave": four dimensions, batch * heads < 1000, an even head_dim < 896, tables `(1, seq,
-    1, head_dim)`. The result is contiguous, like stock's unless the axes of `x` are in another order.
+    Documented limits of "interleave": four dimensions, batch * heads < 1000, an even head_dim < 896, tables
+    `(1, seq, 1, head_dim)`. The result is contiguous, like stock's unless the axes of `x` are in another order.
     """
     if x.dim() != 4 or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return "npu_rotary_mul is not for such queries and keys"
