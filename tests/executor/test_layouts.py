@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from wan_patches.executor.layouts import LAYOUTS, _only_accelerator, place
+from wan_patches.executor.layouts import LAYOUTS, place
+from wan_patches.executor.layouts.context import _only_accelerator
 
 CPU = torch.device("cpu")
 SECONDS = 240

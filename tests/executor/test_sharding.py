@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 
 from wan_patches.bench.measure import peak_extra_bytes
 from wan_patches.executor import ParallelExecutor, sharding
-from wan_patches.executor.layouts import loading_sharded, place
+from wan_patches.executor.layouts import LAYOUTS, loading_sharded, place
 from wan_patches.executor.session import Pretrained, Session
 from wan_patches.testing.families import FAMILIES
 
@@ -158,7 +158,7 @@ def sessions(folder: Path) -> dict[str, Any]:
     builds = {"ours": Pretrained(str(folder / "wan22_i2v")), "factory": lambda: load(folder / "wan22_i2v")}
     for name, build in builds.items():
         filled.clear()
-        session = Session(build, "sharded", CPU, ranks=2)
+        session = Session(build, LAYOUTS["sharded"], CPU, ranks=2)
         output, _ = session.run(0, (), FAMILIES["wan22_i2v"].inputs(seed=1))
         found[name] = {"filled": len(filled), "video": output.frames, "share": share(session._pipe.transformer_2)}
     sharding._fill = fill

@@ -22,7 +22,7 @@ from wan_patches.executor import main_module
 from wan_patches.executor.bounds import DEFAULT, Bounds, Default, check_count, check_seconds
 from wan_patches.executor.groups import Group, InlineGroup, Log, WorkerGroup
 from wan_patches.executor.health import Health
-from wan_patches.executor.layouts import device_named, resolve
+from wan_patches.executor.layouts import Layout, Parallel, device_named, resolve
 from wan_patches.executor.processes import Launcher
 from wan_patches.executor.progress import Bars
 from wan_patches.executor.rank import chosen_patches
@@ -277,7 +277,7 @@ class ParallelExecutor(PipelineExecutor):
         devices: str | int | Sequence[str | torch.device] = "auto",
         layout: str = "auto",
         group_size: int | None = None,
-        parallel: Any = None,
+        parallel: Parallel = None,
         vae_parallel: bool | str = False,
         retries: int = 0,
         timeout: float | None = None,
@@ -330,15 +330,15 @@ class ParallelExecutor(PipelineExecutor):
         bounds = bounds or Bounds()
         main_module.refuse_while_loading()
         chosen = _devices(devices)
-        layout, size = resolve(layout, chosen, group_size, parallel, vae_parallel)
+        placing, size = resolve(layout, chosen, group_size, parallel, vae_parallel)
         groups: list[Group]
         script = False
-        if layout == "inline":
-            groups = [InlineGroup(functools.partial(Session, factory, layout, chosen[0]), chosen[0])]
+        if placing.in_process:
+            groups = [InlineGroup(functools.partial(Session, factory, placing, chosen[0]), chosen[0])]
         else:
             if not hasattr(socket, "AF_UNIX"):
                 raise RuntimeError('workers need Unix sockets, which this system has not; use layout="inline"')
-            build, setup = _worker_setup(factory, layout, {"parallel": parallel, "vae_parallel": vae_parallel})
+            build, setup = _worker_setup(factory, placing, parallel, vae_parallel)
             script = setup["main"] is not None
             environment = {}
             if threads is not None or "OMP_NUM_THREADS" not in os.environ:
@@ -370,21 +370,22 @@ class ParallelExecutor(PipelineExecutor):
         )
 
 
-def _worker_setup(factory: Callable[[], Any], layout: str, options: dict[str, Any]) -> tuple[Packed, dict[str, Any]]:
-    """What a worker needs to build its pipeline: `(factory, options)`, and plain facts.
+def _worker_setup(
+    factory: Callable[[], Any], layout: Layout, parallel: Parallel, vae_parallel: bool | str
+) -> tuple[Packed, dict[str, Any]]:
+    """Returns what a worker needs to build its pipeline: what `Rank.load` takes, packed, and plain facts.
 
     Raises:
         ValueError: the factory cannot be sent, or cannot be found by another process.
     """
     try:
-        build = pack((factory, options))
+        build = pack((factory, {"layout": layout, "parallel": parallel, "vae_parallel": vae_parallel}))
     except Exception as error:
         raise ValueError(
             f"workers cannot be told about the factory {factory!r} ({error}); it must be a function at the top of a "
             "module, or anything else that pickles"
         ) from error
-    setup = {"layout": layout, "patches": chosen_patches()}
-    return build, setup | {"main": main_module.needed(factory)}
+    return build, {"patches": chosen_patches(), "main": main_module.needed(factory)}
 
 
 def check_options(

@@ -38,16 +38,14 @@ class Rank:
     def load(
         self,
         build: Callable[[], tuple[Callable[[], Any], dict[str, Any]]],
-        layout: str,
         patches: dict[str, Any] | None,
         store: Any = None,
     ) -> None:
         """Builds the pipeline.
 
         Args:
-            build: gives the factory, and `parallel` and `vae_parallel` by name; called when all that they may need
-                is there.
-            layout: as in `ParallelExecutor`.
+            build: gives the factory, and the arguments `layout`, `parallel` and `vae_parallel` of `Session` by name;
+                called when all that they may need is there.
             patches: arguments of `enable`; None if nothing is to be enabled.
             store: of torch.distributed, where the ranks find one another, if there are several.
         """
@@ -58,7 +56,7 @@ class Rank:
                 _BACKENDS.get(self._device.type, "gloo"), store=store, rank=self._rank, world_size=self._ranks
             )
         factory, options = build()
-        self._session = Session(factory, layout, self._device, ranks=self._ranks, **options)
+        self._session = Session(factory, device=self._device, ranks=self._ranks, **options)
 
     def run(
         self,

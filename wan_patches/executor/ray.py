@@ -38,7 +38,7 @@ from wan_patches.executor.groups import (
     find_hung,
     group_name,
 )
-from wan_patches.executor.layouts import resolve
+from wan_patches.executor.layouts import LAYOUTS, Parallel, named, resolve
 from wan_patches.executor.rank import Rank, chosen_patches, failed, failure_of
 from wan_patches.executor.rendezvous import Notes, Rendezvous
 from wan_patches.executor.requests import Progress, Request, logger
@@ -79,7 +79,7 @@ class RayParallelExecutor(PipelineExecutor):
         devices: str | int = "auto",
         layout: str = "auto",
         group_size: int | None = None,
-        parallel: Any = None,
+        parallel: Parallel = None,
         vae_parallel: bool | str = False,
         retries: int = 0,
         timeout: float | None = None,
@@ -118,14 +118,18 @@ class RayParallelExecutor(PipelineExecutor):
         check_options(retries, timeout, queue_timeout, patience, threads)
         bounds = bounds or Bounds()
         ray = _import_ray()
-        if layout == "inline":
-            raise ValueError('layout "inline" runs in this process and needs no Ray; use ParallelExecutor for it')
+        chosen = named(layout, auto=LAYOUTS["replicas"])
+        if chosen.in_process:
+            raise ValueError(
+                f'layout "{chosen.name}" runs in this process and needs no Ray; use ParallelExecutor for it'
+            )
         if not isinstance(devices, int) and devices != "auto":
             raise ValueError(
                 f'devices={devices!r}: Ray chooses the devices; give a number of workers or "auto", and in resources '
                 'what each needs, such as {"GPU": 1}'
             )
-        build = _pickled(ray, (factory, {"parallel": parallel, "vae_parallel": vae_parallel}))
+        options = {"layout": chosen, "parallel": parallel, "vae_parallel": vae_parallel}
+        build = _pickled(ray, (factory, options))
         _connection.enter(address)
         try:
             total = ray.cluster_resources()
@@ -139,10 +143,8 @@ class RayParallelExecutor(PipelineExecutor):
             if count < 1:
                 has, needs = _told(total, resources), _told(resources, resources)
                 raise ValueError(f"there is nothing to run on: each worker needs {needs}, and the cluster has {has}")
-            layout = "replicas" if layout == "auto" else layout
-            layout, size = resolve(layout, [torch.device("cpu")] * count, group_size, parallel, vae_parallel)
+            _, size = resolve(chosen.name, [torch.device("cpu")] * count, group_size, parallel, vae_parallel)
             setup = {
-                "layout": layout,
                 "patches": chosen_patches(),
                 "path": [str(path) for path in sys.path],
                 "resources": resources,
@@ -532,7 +534,7 @@ class PipelineWorker:
             if interface := _interface(ray.util.get_node_ip_address()):
                 os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         self._rank = Rank(rank, ranks, _device(setup["resources"]))
-        self._rank.load(lambda: ray.cloudpickle.loads(build), setup["layout"], setup["patches"], store)
+        self._rank.load(lambda: ray.cloudpickle.loads(build), setup["patches"], store)
         return "ready", None
 
     def _run(

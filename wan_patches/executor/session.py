@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from wan_patches.executor.layouts import loading_sharded, place
+from wan_patches.executor.layouts import Layout, Parallel, place
 from wan_patches.pipelines import stages
 from wan_patches.pipelines.streaming import Chunk, stream_frames
 
@@ -44,18 +44,19 @@ class Session:
     def __init__(
         self,
         build: Callable[[], Any],
-        layout: str,
+        layout: Layout,
         device: torch.device,
         *,
-        parallel: Any = None,
+        parallel: Parallel = None,
         vae_parallel: bool | str = False,
         ranks: int = 1,
     ) -> None:
-        """Builds the pipeline and puts it where `layout` says.
+        """Builds the pipeline and places it as the layout says.
 
         Args:
             build: gives the pipeline.
-            layout, parallel, vae_parallel: as in `ParallelExecutor`.
+            layout: a value of `LAYOUTS`.
+            parallel, vae_parallel: as in `ParallelExecutor`.
             device: of this process.
             ranks: how many processes work on each request; above one torch.distributed must be initialised.
 
@@ -64,9 +65,8 @@ class Session:
         """
         if device.index is not None and hasattr(getattr(torch, device.type, None), "set_device"):
             getattr(torch, device.type).set_device(device)
-        # what a factory does with its models after loading them is unknown, so only ours are divided that early
-        early = layout == "sharded" and isinstance(build, Pretrained)
-        with loading_sharded(device) if early else contextlib.nullcontext():
+        # what a user's factory does with its models after loading is unknown: the layout takes part in our own only
+        with layout.loading(device) if isinstance(build, Pretrained) else contextlib.nullcontext():
             pipe = build()
         if not callable(pipe):
             raise TypeError(f"the factory gave {type(pipe).__name__!r}, which cannot be called; return a pipeline")

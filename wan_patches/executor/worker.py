@@ -91,7 +91,7 @@ class Worker:
         store = None
         if info["ranks"] > 1:
             store = torch.distributed.FileStore(info["rendezvous"], info["ranks"])
-        self._rank.load(self._setup.load, info["layout"], info["patches"], store)
+        self._rank.load(self._setup.load, info["patches"], store)
 
     def _serve(self, message: Message) -> None:
         def report(step: int, total: int | None, bar: int) -> None:
