@@ -1,4 +1,4 @@
-"""Delivery of finished frames: the setting itself, and through a whole pipeline."""
+"""OutputBuffers of finished frames: the setting itself, and through a whole pipeline."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import pytest
 import torch
 
 import wan_patches
-from wan_patches.bindings.output_buffers import Delivery, delivering, delivery
+from wan_patches.bindings.output_buffers import OutputBuffers, writing_to, output_buffers
 from wan_patches.testing.families import FAMILIES
 
-TO = Delivery(torch.empty_strided, PIL.Image.fromarray)
-OTHER = Delivery(torch.empty_strided, PIL.Image.fromarray)
+TO = OutputBuffers(torch.empty_strided, PIL.Image.fromarray)
+OTHER = OutputBuffers(torch.empty_strided, PIL.Image.fromarray)
 
 
 class Shared:
@@ -34,28 +34,28 @@ class Shared:
 
 
 def test_no_delivery_by_default():
-    assert delivery.get() is None
+    assert output_buffers.get() is None
 
 
 def test_delivery_applies_inside_the_block_only():
-    with delivering(TO):
-        assert delivery.get() is TO
-        with delivering(OTHER):
-            assert delivery.get() is OTHER
-        assert delivery.get() is TO
-    assert delivery.get() is None
+    with writing_to(TO):
+        assert output_buffers.get() is TO
+        with writing_to(OTHER):
+            assert output_buffers.get() is OTHER
+        assert output_buffers.get() is TO
+    assert output_buffers.get() is None
 
 
 def test_delivery_ends_with_an_exception():
-    with pytest.raises(KeyError), delivering(TO):
+    with pytest.raises(KeyError), writing_to(TO):
         raise KeyError
-    assert delivery.get() is None
+    assert output_buffers.get() is None
 
 
 def test_delivery_is_per_thread():
     seen = []
-    with delivering(TO):
-        thread = threading.Thread(target=lambda: seen.append(delivery.get()))
+    with writing_to(TO):
+        thread = threading.Thread(target=lambda: seen.append(output_buffers.get()))
         thread.start()
         thread.join()
     assert seen == [None]
@@ -82,7 +82,7 @@ def test_pipeline_writes_its_video_to_the_given_memory(output_type):
         return PIL.Image.fromarray(frame)
 
     stock = call()
-    with wan_patches.enabled(), delivering(Delivery(shared.empty_strided, image)):
+    with wan_patches.enabled(), writing_to(OutputBuffers(shared.empty_strided, image)):
         frames = call()
     (memory,) = shared.results
     if output_type == "np":
@@ -100,6 +100,6 @@ def test_delivery_is_ignored_without_the_patch():
     from diffusers.video_processor import VideoProcessor
 
     shared = Shared()
-    with delivering(Delivery(shared.empty_strided, PIL.Image.fromarray)):
+    with writing_to(OutputBuffers(shared.empty_strided, PIL.Image.fromarray)):
         VideoProcessor(vae_scale_factor=8).postprocess_video(torch.rand(1, 3, 2, 8, 8), "np")
     assert not shared.results

@@ -9,7 +9,7 @@ import torch
 from diffusers.video_processor import VideoProcessor
 
 import wan_patches
-from wan_patches.bindings.output_buffers import Delivery, delivering
+from wan_patches.bindings.output_buffers import OutputBuffers, writing_to
 
 pytestmark = pytest.mark.upstream
 
@@ -127,7 +127,7 @@ def test_arrays_are_written_to_the_given_memory(dtype, transposed):
     video = torch.randn(2, 3, 5, 16, 24).to(dtype)
     video = video.transpose(3, 4) if transposed else video
     stock = processor.postprocess_video(video, "np")
-    with wan_patches.enabled(["frames"]), delivering(Delivery(memory.empty_strided, memory.image)):
+    with wan_patches.enabled(["frames"]), writing_to(OutputBuffers(memory.empty_strided, memory.image)):
         array = processor.postprocess_video(video, "np")
     assert np.array_equal(array, stock)
     assert array.strides == stock.strides
@@ -140,7 +140,7 @@ def test_images_are_made_from_the_given_memory_by_the_given_function(dtype):
     processor, memory = VideoProcessor(vae_scale_factor=8), Memory()
     video = torch.randn(2, 3, 5, 16, 24).to(dtype)
     stock = as_array(processor.postprocess_video(video, "pil"))
-    with wan_patches.enabled(["frames"]), delivering(Delivery(memory.empty_strided, memory.image)):
+    with wan_patches.enabled(["frames"]), writing_to(OutputBuffers(memory.empty_strided, memory.image)):
         images = processor.postprocess_video(video, "pil")
     assert [[image.getpixel((0, 0))[0] for image in batch] for batch in images] == [[1, 2, 3, 4, 5], [6, 7, 8, 9, 10]]
     (frames,) = memory.given
@@ -152,7 +152,7 @@ def test_images_are_made_from_the_given_memory_by_the_given_function(dtype):
 @pytest.mark.filterwarnings("ignore")
 def test_stock_results_ignore_the_given_memory():
     processor, memory = VideoProcessor(vae_scale_factor=8), Memory()
-    with wan_patches.enabled(["frames"]), delivering(Delivery(memory.empty_strided, memory.image)):
+    with wan_patches.enabled(["frames"]), writing_to(OutputBuffers(memory.empty_strided, memory.image)):
         processor.postprocess_video(torch.rand(1, 3, 2, 8, 8, dtype=torch.float64), "pil")
         processor.postprocess_video(torch.rand(1, 4, 2, 8, 8), "np")
         processor.postprocess_video(torch.rand(1, 3, 2, 8, 8), "pt")

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import wan_patches
 from wan_patches.bench.measure import identical
-from wan_patches.bindings.output_buffers import Delivery, delivering
+from wan_patches.bindings.output_buffers import OutputBuffers, writing_to
 from wan_patches.patching.objects import own_methods
 from wan_patches.pipelines import streaming
 from wan_patches.pipelines.stages import watching
@@ -143,7 +143,7 @@ def test_helios_hands_a_chunk_over_before_it_denoises_the_next(name, built):
     assert events == ["step", 0, 1, "step", 5]
 
 
-def test_frames_go_where_delivery_says(pipe):
+def test_frames_go_to_the_output_buffers(pipe):
     made = []
 
     def image(array):
@@ -154,7 +154,7 @@ def test_frames_go_where_delivery_says(pipe):
         return torch.empty_strided(shape, stride, dtype=dtype)
 
     chunks = []
-    with wan_patches.enabled(), delivering(Delivery(memory, image)):
+    with wan_patches.enabled(), writing_to(OutputBuffers(memory, image)):
         stream_frames(pipe, chunks.append, **inputs(output_type="pil"))
     assert len(made) == sum(len(chunk.frames[0]) for chunk in chunks) == 9
 

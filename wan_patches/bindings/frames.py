@@ -10,7 +10,7 @@ import numpy as np
 import PIL.Image
 import torch
 
-from wan_patches.bindings.output_buffers import Delivery, delivery
+from wan_patches.bindings.output_buffers import OutputBuffers, output_buffers
 from wan_patches.bindings.processors import is_stock
 from wan_patches.ops import frames
 from wan_patches.patches.processors import POSTPROCESS
@@ -29,7 +29,7 @@ def postprocess_video(
     if (reason := _reason_against(processor, video, output_type, kwargs)) is not None:
         tally.note("frames", "", reason)
         return stock(processor, video, output_type, **kwargs)
-    to = delivery.get()
+    to = output_buffers.get()
     if output_type == "np":
         return _to_numpy(stock, processor, video, to)
     return _to_pil(stock, processor, video, to)
@@ -54,7 +54,7 @@ def _reason_against(processor: Any, video: torch.Tensor, output_type: str, other
     return None
 
 
-def _to_pil(stock: Callable[..., Any], processor: Any, video: torch.Tensor, to: Delivery | None) -> Any:
+def _to_pil(stock: Callable[..., Any], processor: Any, video: torch.Tensor, to: OutputBuffers | None) -> Any:
     def of_stock(video: torch.Tensor) -> torch.Tensor:
         with np.errstate(invalid="ignore"):
             images = stock(processor, video, "pil")
@@ -69,7 +69,7 @@ def _to_pil(stock: Callable[..., Any], processor: Any, video: torch.Tensor, to: 
     return [[image(frame) for frame in batch] for batch in made.numpy()]
 
 
-def _to_numpy(stock: Callable[..., Any], processor: Any, video: torch.Tensor, to: Delivery | None) -> Any:
+def _to_numpy(stock: Callable[..., Any], processor: Any, video: torch.Tensor, to: OutputBuffers | None) -> Any:
     def of_stock(video: torch.Tensor) -> torch.Tensor:
         return torch.from_numpy(stock(processor, video, "np"))
 
@@ -82,7 +82,7 @@ def _made(
     of_stock: Callable[..., Any],
     video: torch.Tensor,
     dtype: torch.dtype,
-    to: Delivery | None,
+    to: OutputBuffers | None,
 ) -> torch.Tensor:
     """Returns the frames on the CPU, in the memory of `to` if given; on accelerators the gate checks them first."""
     out = None if to is None else to.empty_strided(*frames.layout(video, dtype), dtype)

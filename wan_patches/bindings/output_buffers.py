@@ -3,7 +3,7 @@
 By default frames go to newly allocated memory and `PIL.Image.fromarray`. A worker process instead has the frames
 computed directly into shared memory, and leaves making images to the receiving process:
 
-    with delivering(Delivery(empty_strided=shared_memory, image=lazy_image)):
+    with writing_to(OutputBuffers(empty_strided=shared_memory, image=lazy_image)):
         result = pipe(**arguments, output_type="pil")
 
 Only the "frames" patch (`wan_patches.patches.frames`) supports this, and only while it is active. When stock code makes
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Delivery:
+class OutputBuffers:
     """How finished frames leave a pipeline.
 
     empty_strided: allocates the CPU tensor for a result from its shape, its strides in elements and its dtype; called
@@ -39,14 +39,14 @@ class Delivery:
 
 
 #: How finished frames are delivered; None: in newly allocated memory, as in stock.
-delivery: ContextVar[Delivery | None] = ContextVar("wan_patches.bindings.output_buffers", default=None)
+output_buffers: ContextVar[OutputBuffers | None] = ContextVar("wan_patches.bindings.output_buffers", default=None)
 
 
 @contextlib.contextmanager
-def delivering(to: Delivery) -> Iterator[None]:
+def writing_to(to: OutputBuffers) -> Iterator[None]:
     """Delivers the frames finished inside the block, in this thread or task, as `to` specifies."""
-    token = delivery.set(to)
+    token = output_buffers.set(to)
     try:
         yield
     finally:
-        delivery.reset(token)
+        output_buffers.reset(token)

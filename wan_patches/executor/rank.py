@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import wan_patches
-from wan_patches.bindings.output_buffers import Delivery, delivering
+from wan_patches.bindings.output_buffers import OutputBuffers, writing_to
 from wan_patches.executor import errors
 from wan_patches.executor.images import Frame
 from wan_patches.executor.session import Report, Session
@@ -90,7 +90,7 @@ class Rank:
             with unchanged():
                 _, timings = self._session.run(request, arguments, keywords, seed=seed)
             return None, timings
-        with unchanged(), delivering(Delivery(empty_strided=empty_strided, image=Frame)):
+        with unchanged(), writing_to(OutputBuffers(empty_strided=empty_strided, image=Frame)):
             result, timings = self._session.run(
                 request, arguments, keywords, seed=seed, report=report, on_frames=on_frames
             )

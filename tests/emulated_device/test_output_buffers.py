@@ -11,7 +11,7 @@ import torch
 from diffusers.video_processor import VideoProcessor
 
 import wan_patches
-from wan_patches.bindings.output_buffers import Delivery, delivering
+from wan_patches.bindings.output_buffers import OutputBuffers, writing_to
 from wan_patches.ops import frames
 
 pytestmark = pytest.mark.npu_emulated
@@ -23,13 +23,13 @@ def memory() -> list[np.ndarray]:
 
 
 @pytest.fixture
-def to(memory: list[np.ndarray]) -> Delivery:
+def to(memory: list[np.ndarray]) -> OutputBuffers:
     def empty_strided(shape, stride, dtype):
         tensor = torch.empty_strided(shape, stride, dtype=dtype)
         memory.append(tensor.numpy())
         return tensor
 
-    return Delivery(empty_strided, PIL.Image.fromarray)
+    return OutputBuffers(empty_strided, PIL.Image.fromarray)
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_one_copy_from_the_device_to_the_memory(output_type, size, dtype, to, me
     processor = VideoProcessor(vae_scale_factor=8)
     video = torch.randn(2, 3, 5, 16, 24).to(dtype).to("npu")
     stock = processor.postprocess_video(video, output_type)
-    with wan_patches.enabled(), delivering(to):
+    with wan_patches.enabled(), writing_to(to):
         first = processor.postprocess_video(video, output_type)
         assert np.array_equal(as_array(first), as_array(stock))
         assert np.array_equal(memory[-1], as_array(stock))  # of stock's making, and there all the same
@@ -83,7 +83,7 @@ def test_what_the_gate_refuses_is_delivered_as_stock_makes_it(output_type, to, m
         monkeypatch.setattr(frames, name, lambda video, out, right=right: right(video, out).fill_(0))
     processor, video = VideoProcessor(vae_scale_factor=8), torch.randn(1, 3, 2, 8, 8).to("npu")
     stock = as_array(processor.postprocess_video(video, output_type))
-    with wan_patches.enabled(), delivering(to):
+    with wan_patches.enabled(), writing_to(to):
         for _ in range(2):
             assert np.array_equal(as_array(processor.postprocess_video(video, output_type)), stock)
             assert np.array_equal(memory[-1], stock)
