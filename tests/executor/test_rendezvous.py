@@ -17,7 +17,7 @@ pytestmark = pytest.mark.timeout(60)
 def stores():
     """Of two ranks."""
     notes = Notes()
-    return [Rendezvous(lambda method, *arguments: getattr(notes, method)(*arguments)) for _ in range(2)]
+    return [Rendezvous(lambda method, *arguments: method(notes, *arguments)) for _ in range(2)]
 
 
 def test_it_answers_as_torchs_own_store_does(stores):

@@ -480,9 +480,9 @@ class PipelineWorker:
     def answer(self) -> None:
         """Returns at once."""
 
-    def rendezvous(self, method: str, *arguments: Any) -> Any:
-        """What the ranks of a group tell one another; kept by the first."""
-        return getattr(self._notes, method)(*arguments)
+    def rendezvous(self, method: Callable[..., Any], *arguments: Any) -> Any:
+        """Calls a method of `Notes` on those that the first rank of a group keeps for all."""
+        return method(self._notes, *arguments)
 
     def load(self, *arguments: Any) -> Iterator[Any]:
         """Builds the pipeline; one event, "ready" or "failed"."""

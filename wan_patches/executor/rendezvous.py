@@ -1,4 +1,4 @@
-"""Where the ranks of a group find one another, without a port that others could connect to."""
+"""A store of torch.distributed for the ranks of a group, without a port that others could connect to."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _EVERY = 0.01  # seconds between two questions for what another rank has not tol
 
 
 class Notes:
-    """What the ranks have told, by key. Any thread may call; nothing waits."""
+    """The values that the ranks have set, by key. Any thread may call; nothing waits."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -57,31 +57,31 @@ class Rendezvous(torch.distributed.Store):
     """A store of torch.distributed over `Notes` that are somewhere else."""
 
     def __init__(self, ask: Callable[..., Any]) -> None:
-        """`ask`: calls the method of `Notes` that its first argument names with the others."""
+        """`ask`: calls its first argument, a method of `Notes`, on the notes and with the other arguments."""
         super().__init__()
         self._ask = ask
 
     def set(self, key: str, value: Any) -> None:
-        self._ask("set", key, _bytes(value))
+        self._ask(Notes.set, key, _bytes(value))
 
     def get(self, key: str) -> bytes:
         self.wait([key])
-        return self._ask("get", key)
+        return self._ask(Notes.get, key)
 
     def add(self, key: str, amount: int) -> int:
-        return self._ask("add", key, amount)
+        return self._ask(Notes.add, key, amount)
 
     def compare_set(self, key: str, expected: Any, desired: Any) -> bytes:
-        return self._ask("compare_set", key, _bytes(expected), _bytes(desired))
+        return self._ask(Notes.compare_set, key, _bytes(expected), _bytes(desired))
 
     def check(self, keys: Sequence[str]) -> bool:
-        return self._ask("check", list(keys))
+        return self._ask(Notes.check, list(keys))
 
     def delete_key(self, key: str) -> bool:
-        return self._ask("delete_key", key)
+        return self._ask(Notes.delete_key, key)
 
     def num_keys(self) -> int:
-        return self._ask("num_keys")
+        return self._ask(Notes.num_keys)
 
     def wait(self, keys: Sequence[str], timeout: datetime.timedelta | None = None) -> None:
         end = time.monotonic() + (timeout or self.timeout).total_seconds()  # type: ignore[attr-defined]
