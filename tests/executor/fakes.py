@@ -126,13 +126,13 @@ class Fake:
         return "woke up"
 
     def stop(self, _: Any) -> str:
-        os.kill(os.getpid(), signal.SIGSTOP)
+        _stop()
         return "went on"
 
     def stop_once(self, path: str) -> str:
         if not os.path.exists(path):
             with open(path, "w"):
-                os.kill(os.getpid(), signal.SIGSTOP)
+                _stop()
         return "second time"
 
     def hold_the_lock(self, seconds: int) -> str:
@@ -218,6 +218,11 @@ class Fake:
             os._exit(0)
         Path(path).write_text(str(child))
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _stop() -> None:
+    """Stops this process at once: a signal to the process waits for another thread, and this one would go on."""
+    signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
 
 
 def fake() -> Fake:
