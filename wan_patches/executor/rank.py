@@ -1,4 +1,4 @@
-"""What a worker does, whatever brings it its messages: one of the processes that work on a request together."""
+"""A rank: one of the processes of a group that work on a request together, whatever brings its messages."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SLOWEST_LOAD = datetime.timedelta(hours=1)  # that a rank waits for the others;
 
 
 class Rank:
-    """A session with the patches that requests want; results leave the first rank only, packed.
+    """A session that enables each request's patches; only the first rank returns results, packed.
 
     `load`, `run` and `close` are called by one thread, `interrupt` by any.
     """
@@ -97,12 +97,12 @@ class Rank:
             return pack(result), timings
 
     def interrupt(self, request: int) -> None:
-        """Leaves that request at its next step."""
+        """Ends that request at its next step."""
         if self._session is not None:
             self._session.interrupt(request)
 
     def close(self) -> None:
-        """Takes leave of the other ranks."""
+        """Leaves the process group."""
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
@@ -117,7 +117,7 @@ class Rank:
 
 
 def failed(error: BaseException) -> tuple[str, Packed]:
-    """An exception's traceback, and itself as it can travel. It holds nothing of the pipeline any more."""
+    """Returns an exception's traceback as text, and the exception packed, without references to the pipeline."""
     try:
         text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
     except BaseException:  # its __str__ can do anything
@@ -128,7 +128,7 @@ def failed(error: BaseException) -> tuple[str, Packed]:
 
 
 def failure_of(message: Message) -> BaseException:
-    """The exception that `failed` made portable, with its traceback there as its cause; `message.info` is that."""
+    """Returns the exception of a message that `failed` made, with the worker's traceback as its cause."""
     try:
         error = message.load()
     except Exception as problem:  # its own class says no
@@ -137,7 +137,7 @@ def failure_of(message: Message) -> BaseException:
 
 
 def chosen_patches() -> dict[str, Any] | None:
-    """What is enabled in this process, as arguments of `enable`; None if nothing is."""
+    """Returns the patches enabled in this process, as arguments of `enable`; None if there are none."""
     choice = wan_patches._registry.chosen()
     if choice is None:
         return None

@@ -1,4 +1,4 @@
-"""One pipeline, on its device, that runs one request after another: in this process or in a worker."""
+"""Sessions: a pipeline on its device, in this process or in a worker, and its requests one after another."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Report = Callable[[int, "int | None", int], None]
 
 
 class Interrupted(BaseException):
-    """Raised at the end of a step to leave a pipeline that nobody waits for any more.
+    """Raised at the end of a step to leave the pipeline of a cancelled request.
 
     Not an `Exception`: nothing in a pipeline that catches those may hold it up.
     """
@@ -153,7 +153,7 @@ class Session:
             raise Interrupted
 
     def _tidy_up(self, error: BaseException) -> None:
-        """What a pipeline that ran to its end would have done."""
+        """Frees what a pipeline frees at the end of a successful call."""
         if hasattr(self._pipe, "maybe_free_model_hooks"):
             self._pipe.maybe_free_model_hooks()
         if isinstance(error, torch.cuda.OutOfMemoryError) and self._device.type != "cpu":
@@ -161,7 +161,7 @@ class Session:
 
 
 class _StepBar:
-    """What a pipeline takes for its tqdm bar; every update is a step."""
+    """A stand-in for the pipeline's tqdm bar; every update is a step."""
 
     def __init__(self, iterable: Iterable[Any] | None, total: int | None, step: Callable[[int, int | None], None]):
         if total is None and hasattr(iterable, "__len__"):
@@ -191,7 +191,7 @@ class _StepBar:
 
 
 def _seed(seed: int, device: torch.device) -> None:
-    """Sets the default generators that a pipeline on `device` can draw from; setting all takes longer."""
+    """Seeds the default generators that a pipeline on `device` draws from; seeding all takes longer."""
     if device.type == "cpu":
         torch.default_generator.manual_seed(seed)
     else:
@@ -199,7 +199,7 @@ def _seed(seed: int, device: torch.device) -> None:
 
 
 def _on_device(value: Any, device: torch.device) -> Any:
-    """Generators of another device of the same kind, on this one: same state, same numbers."""
+    """Copies generators of another device of the same kind to this one, with their state."""
     if isinstance(value, (list, tuple)) and value and all(isinstance(item, torch.Generator) for item in value):
         return type(value)(_on_device(item, device) for item in value)
     if not isinstance(value, torch.Generator) or value.device.type != device.type or value.device == device:

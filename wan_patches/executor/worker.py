@@ -1,4 +1,4 @@
-"""A worker process: `main` is what it runs.
+"""A worker process, which runs `main`.
 
 Reads from a socket, its parent's: first a `setup` message, then requests, one at a time. A spare one gets an `import`
 message before. Runs nothing but the pipeline it is given, and ends when the socket or its parent does.
@@ -34,7 +34,7 @@ _IDLE = 30.0  # seconds without a request after which memory that results used i
 
 
 class Worker:
-    """Does what the messages of `channel` say."""
+    """Loads a pipeline and runs requests, as the messages of `channel` say."""
 
     def __init__(self, channel: Channel, setup: Message) -> None:
         self._channel, self._setup = channel, setup
@@ -43,7 +43,7 @@ class Worker:
         self._inbox: queue.Queue[Message] = queue.Queue()
 
     def run(self) -> None:
-        """Until the parent says so."""
+        """Serves until the parent's "stop"."""
         threading.Thread(target=self._read, name="messages", daemon=True).start()
         if self._setup.info["beat"] is not None:
             self._channel.send("up")
@@ -119,7 +119,7 @@ class Worker:
 
 
 def _slow_to_import() -> list[str]:
-    """The modules that a spare process imports, in the order in which this one has."""
+    """Returns the modules for spare processes to import, in the order in which this process imported them."""
     return [name for name in list(sys.modules) if name.partition(".")[0] in _SLOW_TO_IMPORT]
 
 
@@ -131,7 +131,7 @@ def _import(names: list[str]) -> None:
 
 
 def _end_with(parent: int) -> None:
-    """Ends this process when that one has ended.
+    """Ends this process after the end of the process `parent`.
 
     The socket alone does not tell: what the parent has forked may hold the other end open.
     """
@@ -149,7 +149,7 @@ def _end_with(parent: int) -> None:
 
 
 def main(fd: int, parent: int) -> None:
-    """The process, which reads messages from the socket `fd` and lives as long as the process `parent`."""
+    """Reads messages from the socket `fd` and serves them until "stop", or the end of the process `parent`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, and it decides
     faulthandler.enable(all_threads=False)
     threading.Thread(target=_end_with, args=(parent,), name="parent", daemon=True).start()
