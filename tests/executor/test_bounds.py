@@ -137,8 +137,8 @@ def test_python_ends_though_a_worker_stands_still(tmp_path):
     assert "gave no sign of life for 2 s during request 1" in done.stderr
 
 
-def test_patience_is_told_in_the_log(caplog):
-    with ParallelExecutor(fakes.fake, **WORKER, patience=0.5) as executor:
+def test_the_cancel_grace_is_told_in_the_log(caplog):
+    with ParallelExecutor(fakes.fake, **WORKER, cancel_grace=0.5) as executor:
         with pytest.raises(TimeoutError):
             executor.submit("hang", 60, timeout=0.3).result(30)
         wait_until(lambda: "request 1 is not wanted any more, and worker 0 has not left it for 0.5 s" in caplog.text)
@@ -187,10 +187,20 @@ def test_the_time_in_which_this_process_was_stopped_does_not_count(monkeypatch):
 
 
 @pytest.mark.parametrize("value", ["5", float("inf"), float("nan"), -1, 0, True])
-@pytest.mark.parametrize("name", ["timeout", "queue_timeout", "patience"])
+@pytest.mark.parametrize("name", ["timeout", "queue_timeout", "cancel_grace"])
 def test_a_bound_is_a_number_of_seconds(name, value):
     with pytest.raises(ValueError, match=rf"{name}={value!r}: give a number of seconds above 0"):
         ParallelExecutor(fakes.fake, **WORKER, **{name: value})
+
+
+def test_patience_is_the_old_name_of_the_cancel_grace():
+    with pytest.warns(DeprecationWarning, match="`patience` is now called `cancel_grace`") as caught:
+        executor = ParallelExecutor(fakes.fake, devices="cpu", patience=0.5)
+    with executor:
+        assert executor._scheduler._cancel_grace == 0.5
+    assert caught[0].filename == __file__
+    with pytest.warns(DeprecationWarning, match="cancel_grace"), pytest.raises(ValueError, match="patience=0: give"):
+        ParallelExecutor(fakes.fake, devices="cpu", patience=0)
 
 
 @pytest.mark.parametrize("options", [{"retries": -1}, {"retries": 1.5}, {"threads": 0}, {"spares": -1}, {"devices": 0}])

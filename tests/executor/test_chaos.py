@@ -68,7 +68,7 @@ def _chaos(folder: Path, count: int, seed: int, pause: float) -> dict[str, int]:
     held, children = [], []
     build = functools.partial(fakes.unreliable, str(folder))
     with ParallelExecutor(
-        build, devices=["cpu"] * 2, threads=1, retries=2, bounds=BOUNDS, patience=2.0, log=lambda *_: None
+        build, devices=["cpu"] * 2, threads=1, retries=2, bounds=BOUNDS, cancel_grace=2.0, log=lambda *_: None
     ) as executor:
         saboteur = Saboteur(executor, folder, rng, pause)
         saboteur.start()

@@ -367,7 +367,7 @@ def test_the_executor_can_set_a_timeout_for_all():
 
 
 def test_a_worker_that_does_not_reach_its_next_step_is_replaced():
-    with ParallelExecutor(fakes.fake, **WORKER, patience=0.5) as executor:
+    with ParallelExecutor(fakes.fake, **WORKER, cancel_grace=0.5) as executor:
         pid = executor.submit("pid").result()
         with pytest.raises(TimeoutError):
             executor.submit("hang", 100, timeout=0.3).result(30)

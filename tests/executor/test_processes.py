@@ -173,7 +173,7 @@ def test_a_spare_takes_the_place_of_a_worker_that_ends():
         pid = executor.submit("pid").result()
         wait_until(lambda: len(workers()) == 2)
         (spare,) = (worker.pid for worker in workers() if worker.pid != pid)
-        launcher = executor._crew.groups[0]._launcher
+        launcher = executor._scheduler.groups[0]._launcher
         wait_until(lambda: launcher._spares[0].wait_for_message(0))
         os.kill(pid, signal.SIGKILL)
         wait_until(lambda: executor.health().workers[0].restarts == 1)

@@ -183,7 +183,7 @@ def test_a_request_times_out_and_the_worker_lives_on(executor):
 
 @pytest.mark.slow
 def test_a_worker_that_does_not_reach_its_next_step_is_replaced():
-    with RayParallelExecutor(fakes.fake, **ONE, patience=0.5) as executor:
+    with RayParallelExecutor(fakes.fake, **ONE, cancel_grace=0.5) as executor:
         pid = executor.submit("pid").result()
         with pytest.raises(TimeoutError):
             executor.submit("hang", 100, timeout=0.3).result(30)
@@ -389,6 +389,11 @@ def test_two_ranks_give_what_one_process_gives_and_leave_nothing():
 def test_options_that_do_not_go_together_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         RayParallelExecutor(fakes.fake, **options)
+
+
+def test_patience_is_the_old_name_of_the_cancel_grace():
+    with pytest.warns(DeprecationWarning, match="cancel_grace"), pytest.raises(ValueError, match="patience=0: give"):
+        RayParallelExecutor(fakes.fake, patience=0)
 
 
 def test_a_factory_that_does_not_pickle_is_explained():

@@ -18,7 +18,7 @@ from wan_patches.executor.bounds import Bounds
 from wan_patches.executor.errors import WorkerDied
 from wan_patches.executor.groups import WorkerGroup
 from wan_patches.executor.requests import Request
-from wan_patches.executor.scheduler import Crew
+from wan_patches.executor.scheduler import Scheduler
 from wan_patches.executor.transport import Message, pack
 
 pytestmark = pytest.mark.timeout(60)
@@ -68,10 +68,10 @@ def request(number: int = 1, **options) -> Request:
 
 def test_an_interrupt_that_comes_late_harms_nobody():
     group = Told()
-    crew = Crew([group], Bounds(), patience=0.1)
-    crew.start()
+    scheduler = Scheduler([group], Bounds(), cancel_grace=0.1)
+    scheduler.start()
     first = request()
-    crew.add(first)
+    scheduler.add(first)
     while first._interrupt is None:
         time.sleep(0.001)
     late = first._interrupt
@@ -81,16 +81,16 @@ def test_an_interrupt_that_comes_late_harms_nobody():
     time.sleep(0.4)
     assert group.kills == 0
     assert group.interrupted == []
-    crew.close()
-    crew.join()
+    scheduler.close()
+    scheduler.join()
 
 
-def test_patience_ends_with_a_group_that_does_not_heed():
+def test_a_group_that_does_not_heed_is_ended_after_the_cancel_grace():
     group = Told()
-    crew = Crew([group], Bounds(), patience=0.1)
-    crew.start()
+    scheduler = Scheduler([group], Bounds(), cancel_grace=0.1)
+    scheduler.start()
     first = request()
-    crew.add(first)
+    scheduler.add(first)
     while not first.running():
         time.sleep(0.001)
     assert first.cancel()
@@ -98,19 +98,19 @@ def test_patience_ends_with_a_group_that_does_not_heed():
     while not group.kills:
         time.sleep(0.01)
     group.go.set()
-    crew.close()
-    crew.join()
+    scheduler.close()
+    scheduler.join()
     assert group.stops == 1
 
 
 def test_a_dead_group_is_not_started_again_when_nothing_is_to_come():
     group = Told()
-    crew = Crew([group], Bounds(), patience=1)
-    crew.start()
-    crew.close()
+    scheduler = Scheduler([group], Bounds(), cancel_grace=1)
+    scheduler.start()
+    scheduler.close()
     group.is_alive = False
     group.on_death()
-    crew.join()
+    scheduler.join()
     assert group.starts == 1
 
 
@@ -122,15 +122,15 @@ def test_a_request_that_was_cancelled_between_two_tries_is_not_tried_again():
             raise WorkerDied(-9, 0, request.id)
 
     group = Dies()
-    crew = Crew([group], Bounds(), patience=1)
-    crew.start()
+    scheduler = Scheduler([group], Bounds(), cancel_grace=1)
+    scheduler.start()
     first = request()
     first._retries = 5
-    crew.add(first)
+    scheduler.add(first)
     while not first.cancelled():
         time.sleep(0.001)
-    crew.close()
-    crew.join()
+    scheduler.close()
+    scheduler.join()
     assert group.starts <= 2
 
 
@@ -151,15 +151,15 @@ def test_a_request_that_was_cancelled_before_another_try_does_not_run(caplog):
 
     group, first, second = DiesOnce(), request(1), request(2)
     first._retries = 1
-    crew = Crew([group], Bounds(), patience=1)
-    crew.start()
-    crew.add(first)
-    crew.add(second)
+    scheduler = Scheduler([group], Bounds(), cancel_grace=1)
+    scheduler.start()
+    scheduler.add(first)
+    scheduler.add(second)
     assert second.result(10) == 2
     assert first.cancelled()
     assert "unexpected state" not in caplog.text
-    crew.close()
-    crew.join()
+    scheduler.close()
+    scheduler.join()
 
 
 def test_all_groups_end_when_one_cannot_start():
@@ -169,7 +169,7 @@ def test_all_groups_end_when_one_cannot_start():
 
     groups = [Told(), Fails(), Told()]
     with pytest.raises(KeyError, match="no weights"):
-        Crew(groups, Bounds(), patience=1).start()
+        Scheduler(groups, Bounds(), cancel_grace=1).start()
     assert [group.stops for group in groups] == [1, 1, 1]
 
 
@@ -181,27 +181,27 @@ def test_nothing_is_told_of_an_outage_after_the_end(caplog):
             super().start(wanted)
 
     group = Lost()
-    crew = Crew([group], Bounds(outage=1.0), patience=1)
-    crew.start()
-    assert crew.health().serving == 1
+    scheduler = Scheduler([group], Bounds(outage=1.0), cancel_grace=1)
+    scheduler.start()
+    assert scheduler.health().serving == 1
     group.is_alive = False
     group.on_death()
-    while not crew.health().workers[0].restarts:
+    while not scheduler.health().workers[0].restarts:
         time.sleep(0.01)
-    crew.close()
-    crew.join()
-    assert crew.health().workers[0].state == "down"
+    scheduler.close()
+    scheduler.join()
+    assert scheduler.health().workers[0].state == "down"
     time.sleep(1.2)
     assert "no worker has served" not in caplog.text
 
 
 def test_workers_of_an_executor_that_was_shut_down_do_not_serve():
     group = Told()
-    crew = Crew([group], Bounds(), patience=1)
-    crew.start()
-    crew.close()
-    crew.join()
-    assert crew.health().serving == 0
+    scheduler = Scheduler([group], Bounds(), cancel_grace=1)
+    scheduler.start()
+    scheduler.close()
+    scheduler.join()
+    assert scheduler.health().serving == 0
 
 
 def test_a_request_that_a_worker_takes_does_not_expire_in_the_queue():

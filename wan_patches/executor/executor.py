@@ -10,6 +10,7 @@ import socket
 import sys
 import threading
 import time
+import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,7 +28,7 @@ from wan_patches.executor.processes import Launcher
 from wan_patches.executor.progress import Bars
 from wan_patches.executor.rank import chosen_patches
 from wan_patches.executor.requests import Progress, Request
-from wan_patches.executor.scheduler import Crew
+from wan_patches.executor.scheduler import Scheduler
 from wan_patches.executor.session import Pretrained, Session
 from wan_patches.executor.transport import Packed, pack
 from wan_patches.pipelines.streaming import Chunk
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
 
 class PipelineExecutor(Executor):
-    """What all executors of pipelines have in common: how requests are given, and how their results come back."""
+    """The base of all executors of pipelines: takes requests and gives futures of their results."""
 
     def __init__(
         self,
@@ -46,7 +47,7 @@ class PipelineExecutor(Executor):
         retries: int,
         timeout: float | None,
         queue_timeout: float | None,
-        patience: float | None,
+        cancel_grace: float | None,
         bounds: Bounds,
         progress: bool | Callable[[Request, Progress], None],
         script: bool = False,
@@ -59,14 +60,14 @@ class PipelineExecutor(Executor):
         self._on_progress = _progress(progress)
         self._ids = itertools.count(1)
         self._remote, self._script = groups[0].remote, script
-        self._crew = Crew(groups, bounds, patience)
-        self._crew.start()
-        # threads hold the crew and not this object, so that it can go out of scope like any executor
-        weakref.finalize(self, self._crew.close).atexit = False
+        self._scheduler = Scheduler(groups, bounds, cancel_grace)
+        self._scheduler.start()
+        # threads hold the scheduler and not this object, so that it can go out of scope like any executor
+        weakref.finalize(self, self._scheduler.close).atexit = False
 
     @classmethod
     def from_pretrained(cls, model: str, *, pipeline_class: type | None = None, **options: Any) -> Self:
-        """An executor of a pipeline from the Hub or a folder; works in notebooks and without `__main__` guard.
+        """Makes an executor of a pipeline from the Hub or a folder; works in notebooks and without `__main__` guard.
 
         Args:
             model: as for `DiffusionPipeline.from_pretrained`.
@@ -87,7 +88,7 @@ class PipelineExecutor(Executor):
         on_frames: Callable[[Request, Chunk], object] | None = None,
         **keywords: Any,
     ) -> Request:
-        """Has the pipeline called with these arguments, in turn; returns at once.
+        """Queues a call of the pipeline with these arguments and returns at once.
 
         Workers get the arguments as they are now, with the state that generators have; only the contents of
         tensors, arrays and images must not change before the request runs. Inline, the pipeline gets the very
@@ -125,7 +126,7 @@ class PipelineExecutor(Executor):
             on_frames=on_frames,
         )
         request._retries = self._retries
-        self._crew.check()
+        self._scheduler.check()
         if self._remote:
             request._patches = chosen_patches()
             try:
@@ -133,11 +134,11 @@ class PipelineExecutor(Executor):
             except Exception as error:  # of this future only
                 request._give_up(error)
                 return request
-        self._crew.add(request)
+        self._scheduler.add(request)
         return request
 
     def _pack(self, arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> Packed:
-        """Both pickled, for workers.
+        """Pickles the arguments of a request for workers.
 
         Raises:
             Exception: what pickling raises, with a note that names the argument.
@@ -166,7 +167,7 @@ class PipelineExecutor(Executor):
         timeout: float | None = None,
         buffersize: int | None = None,
     ) -> Iterator[Any]:
-        """The results for each mapping of keyword arguments, in their order.
+        """Submits a request for each mapping of keyword arguments and returns an iterator of the results, in order.
 
         Args:
             requests: such as `[{"prompt": "a cat"}, {"prompt": "a dog"}]`.
@@ -213,11 +214,11 @@ class PipelineExecutor(Executor):
             yield self.submit(**request)
 
     def health(self) -> Health:
-        """How the workers are at this moment, and how many requests wait and run; for services and their monitors."""
-        return self._crew.health()
+        """Returns the state of every worker, and the numbers of waiting and running requests, for monitoring."""
+        return self._scheduler.health()
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False, timeout: float | None = None) -> None:
-        """No more requests are taken; workers end when the last is done.
+        """Takes no more requests; workers end after the last one.
 
         Args:
             wait: return only then.
@@ -226,21 +227,21 @@ class PipelineExecutor(Executor):
                 of this process (layout "inline") leaves its request at the next step.
         """
         check_seconds("timeout", timeout)
-        self._crew.close(cancel_futures)
+        self._scheduler.close(cancel_futures)
         killer = None
         if timeout is not None:
-            killer = threading.Timer(timeout, self._crew.end)
+            killer = threading.Timer(timeout, self._scheduler.end)
             killer.daemon = True
             killer.start()
         if wait:
-            self._crew.join()
+            self._scheduler.join()
             if killer is not None:
                 killer.cancel()
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Waits for all requests; after an exception cancels them, those that run too."""
+        """Waits for all requests; after an exception cancels them first, including running ones."""
         if kind is not None:
-            self._crew.cancel()
+            self._scheduler.cancel()
         self.shutdown()
 
 
@@ -282,12 +283,13 @@ class ParallelExecutor(PipelineExecutor):
         retries: int = 0,
         timeout: float | None = None,
         queue_timeout: float | None = None,
-        patience: float | None = 600.0,
+        cancel_grace: float | None = 600.0,
         bounds: Bounds | None = None,
         spares: int | None = None,
         progress: bool | Callable[[Request, Progress], None] = False,
         log: Log | None = None,
         threads: int | None = None,
+        patience: float | Default | None = DEFAULT,
     ) -> None:
         """Starts the workers and waits until each has built its pipeline.
 
@@ -308,7 +310,7 @@ class ParallelExecutor(PipelineExecutor):
             retries: how often a request is given to another worker after its own has died.
             timeout: seconds that a request may run, from when it starts; `submit` can set another.
             queue_timeout: seconds that a request may wait for a worker; `submit` can set another.
-            patience: seconds that a cancelled or timed out request may take to reach its next step before its
+            cancel_grace: seconds that a cancelled or timed out request may take to reach its next step before its
                 worker is ended and started anew.
             bounds: after how long a worker that stands still is ended and started anew; None: as `Bounds()` says.
             spares: how many processes have imported torch and diffusers and wait to take the place of a worker that
@@ -320,13 +322,15 @@ class ParallelExecutor(PipelineExecutor):
                 with the rank.
             threads: CPU threads of each worker; by default the cores are shared out. On CPUs results can depend
                 on it.
+            patience: the old name of `cancel_grace`, until the next release.
 
         Raises:
             ValueError: for options that do not go together; the message says which do.
             WorkerDied: a worker ended while it loaded.
             Exception: what the factory raises.
         """
-        check_options(retries, timeout, queue_timeout, patience, threads)
+        cancel_grace = cancel_grace_of(patience, cancel_grace)
+        check_options(retries, timeout, queue_timeout, cancel_grace, threads)
         bounds = bounds or Bounds()
         main_module.refuse_while_loading()
         chosen = _devices(devices)
@@ -363,7 +367,7 @@ class ParallelExecutor(PipelineExecutor):
             retries=retries,
             timeout=timeout,
             queue_timeout=queue_timeout,
-            patience=patience,
+            cancel_grace=cancel_grace,
             bounds=bounds,
             progress=progress,
             script=script,
@@ -373,7 +377,7 @@ class ParallelExecutor(PipelineExecutor):
 def _worker_setup(
     factory: Callable[[], Any], layout: Layout, parallel: Parallel, vae_parallel: bool | str
 ) -> tuple[Packed, dict[str, Any]]:
-    """Returns what a worker needs to build its pipeline: what `Rank.load` takes, packed, and plain facts.
+    """Returns the messages from which a worker builds its pipeline: arguments of `Rank.load`, packed, and plain data.
 
     Raises:
         ValueError: the factory cannot be sent, or cannot be found by another process.
@@ -388,23 +392,37 @@ def _worker_setup(
     return build, {"patches": chosen_patches(), "main": main_module.needed(factory)}
 
 
+def cancel_grace_of(patience: float | Default | None, cancel_grace: float | None) -> float | None:
+    """Returns `cancel_grace`, or `patience`, its old name, with a warning for the caller of the constructor.
+
+    Raises:
+        ValueError: `patience` is no number of seconds.
+    """
+    if patience is DEFAULT:
+        return cancel_grace
+    warnings.warn("`patience` is now called `cancel_grace`", DeprecationWarning, stacklevel=3)
+    check_seconds("patience", patience)
+    return patience
+
+
 def check_options(
-    retries: int, timeout: float | None, queue_timeout: float | None, patience: float | None, threads: int | None
+    retries: int, timeout: float | None, queue_timeout: float | None, cancel_grace: float | None, threads: int | None
 ) -> None:
-    """Refuses values that all executors refuse, before anything is started.
+    """Checks options of all executors before anything is started.
 
     Raises:
         ValueError: the message names the argument.
     """
     check_count("retries", retries, 0)
-    for name, seconds in {"timeout": timeout, "queue_timeout": queue_timeout, "patience": patience}.items():
-        check_seconds(name, seconds)
+    check_seconds("timeout", timeout)
+    check_seconds("queue_timeout", queue_timeout)
+    check_seconds("cancel_grace", cancel_grace)
     if threads is not None:
         check_count("threads", threads, 1)
 
 
 def _about(argument: object, error: Exception) -> Exception:
-    """The same error, as far as it can be made, that names the argument of the request."""
+    """Returns an error of the same type, if possible, whose message names the argument of the request."""
     text = f"argument {argument!r} of the request cannot be sent to a worker: {error}"
     try:
         return type(error)(text)
@@ -413,7 +431,7 @@ def _about(argument: object, error: Exception) -> Exception:
 
 
 def _devices(wanted: str | int | Sequence[str | torch.device]) -> list[torch.device]:
-    """The devices meant by the executor's argument of that name."""
+    """Returns the devices that the executor's argument `devices` means."""
     if isinstance(wanted, str) and wanted != "auto":
         wanted = [wanted]
     if not isinstance(wanted, (str, int)):
@@ -447,7 +465,7 @@ def _check_there(device: torch.device) -> None:
 
 
 def _accelerators() -> list[torch.device]:
-    """All accelerators of the kind that torch uses here; does not start them in this process."""
+    """Returns all accelerators of the kind that torch uses here, without initialising them in this process."""
     for kind in ("cuda", "npu", "xpu"):
         backend = getattr(torch, kind, None)
         if backend is not None and backend.is_available():

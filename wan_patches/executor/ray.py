@@ -1,4 +1,4 @@
-"""`RayParallelExecutor`: the executor of pipelines on the devices of a Ray cluster.
+"""`RayParallelExecutor`: runs a diffusers pipeline on the devices of a Ray cluster.
 
 A rank is an actor, a group of ranks that work on one request together lies in a placement group. A call of an actor
 streams back what happens: a progress event for every step, and last what came of it. A result's tensors travel as
@@ -25,9 +25,9 @@ import numpy as np
 import torch
 
 from wan_patches.executor import scheduler
-from wan_patches.executor.bounds import LOOK, Bounds, Stillness
+from wan_patches.executor.bounds import DEFAULT, LOOK, Bounds, Default, Stillness
 from wan_patches.executor.errors import WorkerDied
-from wan_patches.executor.executor import PipelineExecutor, check_options
+from wan_patches.executor.executor import PipelineExecutor, cancel_grace_of, check_options
 from wan_patches.executor.groups import (
     BEAT,
     GOODBYE,
@@ -46,7 +46,7 @@ from wan_patches.executor.session import Interrupted
 from wan_patches.executor.transport import Message, aligned, pack
 from wan_patches.pipelines.streaming import Chunk
 
-_PATIENT = 20.0  # seconds without a place in the cluster until the log says so
+_UNTOLD = 20.0  # seconds that workers wait for a place in the cluster before the log says so
 _LATE_OUTPUT = 1.0  # seconds in which Ray brings the last lines of one that has ended
 _FOLLOWED = 1000  # workers whose last lines are kept
 _THREADS = 5  # of an actor: one runs, one waits for its end, the others take interrupts and give signs of life
@@ -84,23 +84,25 @@ class RayParallelExecutor(PipelineExecutor):
         retries: int = 0,
         timeout: float | None = None,
         queue_timeout: float | None = None,
-        patience: float | None = 600.0,
+        cancel_grace: float | None = 600.0,
         bounds: Bounds | None = None,
         progress: bool | Callable[[Request, Progress], None] = False,
         threads: int | None = None,
         resources: Mapping[str, float] | None = None,
         strategy: str = "PACK",
         address: str | None = None,
+        patience: float | Default | None = DEFAULT,
     ) -> None:
-        """Starts the workers and waits until each has built its pipeline, and before until Ray has room for them.
+        """Starts the workers: waits until Ray has room for them, and then until each has built its pipeline.
 
         Args:
             factory: called without arguments in every worker; returns a pipeline. Ray pickles it: functions of the
                 script, of a notebook and lambdas will do.
             devices: the number of workers; "auto" for as many as the cluster has `resources` for.
             layout: "replicas" (also "auto"), "context", "cfg" or "sharded"; see `ParallelExecutor`.
-            group_size, parallel, vae_parallel, retries, timeout, queue_timeout, patience, bounds, progress: see
-                `ParallelExecutor`. A load begins when Ray has given a place to the workers; until then they wait.
+            group_size, parallel, vae_parallel, retries, timeout, queue_timeout, cancel_grace, patience, bounds,
+                progress: see `ParallelExecutor`. A load begins when Ray has given a place to the workers; until then
+                they wait.
             threads: CPU threads of each worker; by default the cluster's are shared out among as many workers as it
                 has room for. On CPUs results can depend on it.
             resources: of Ray's, for each worker. By default `{"GPU": 1}` or `{"NPU": 1}`, whichever the cluster has,
@@ -115,7 +117,8 @@ class RayParallelExecutor(PipelineExecutor):
             WorkerDied: a worker ended while it loaded.
             Exception: what the factory raises.
         """
-        check_options(retries, timeout, queue_timeout, patience, threads)
+        cancel_grace = cancel_grace_of(patience, cancel_grace)
+        check_options(retries, timeout, queue_timeout, cancel_grace, threads)
         bounds = bounds or Bounds()
         ray = _import_ray()
         chosen = named(layout, auto=LAYOUTS["replicas"])
@@ -159,7 +162,7 @@ class RayParallelExecutor(PipelineExecutor):
                 retries=retries,
                 timeout=timeout,
                 queue_timeout=queue_timeout,
-                patience=patience,
+                cancel_grace=cancel_grace,
                 bounds=bounds,
                 progress=progress,
             )
@@ -239,7 +242,7 @@ class RayGroup:
     def _gather(
         self, request: Request | None, streams: Sequence[Any], wanted: Callable[[], bool] = lambda: True
     ) -> Message:
-        """Waits until every rank is done; what the first one gave."""
+        """Waits until every rank is done and returns the first one's last event."""
         import ray
 
         waiting = dict(zip(streams, self._actors))
@@ -285,7 +288,7 @@ class RayGroup:
         return first
 
     def _get(self, actor: _Actor, what: Any, request: int = 0) -> Any:
-        """What a reference, or the next one of a stream, stands for."""
+        """Returns the value of a reference, or of the next one of a stream."""
         import ray
 
         if not isinstance(what, ray.ObjectRef):
@@ -297,7 +300,7 @@ class RayGroup:
 
     @contextlib.contextmanager
     def _deaths(self, actor: _Actor, request: int) -> Iterator[None]:
-        """Inside, what Ray raises when the actor has ended becomes `WorkerDied`."""
+        """Turns what Ray raises inside after the end of an actor into `WorkerDied`."""
         import ray
 
         try:
@@ -315,7 +318,7 @@ class RayGroup:
             raise died from error
 
     def _look(self, request: int | None, exceeded: tuple[str, float] | None, doing: str = "") -> None:
-        """Raises if a worker gives no sign of life, or if all together have exceeded a bound."""
+        """Raises `WorkerHung` if a worker gives no sign of life, or the group has exceeded a bound."""
         for actor in self._actors:
             actor.ask()
         hung = find_hung(self._actors, self._bounds, exceeded, request, doing)
@@ -334,7 +337,7 @@ class RayGroup:
                     break
             if not wanted():
                 raise Unwanted
-            if told or time.monotonic() - began < _PATIENT:
+            if told or time.monotonic() - began < _UNTOLD:
                 continue
             told = True
             logger.warning(
@@ -411,7 +414,7 @@ class RayGroup:
 
 
 class _Actor:
-    """The handle of an actor, whether it has ended, and its signs of life."""
+    """An actor, seen from the executor: its handle, its end and its signs of life."""
 
     def __init__(self, rank: int, handle: Any, on_death: Callable[[], None]) -> None:
         self.rank, self.handle = rank, handle
@@ -426,11 +429,11 @@ class _Actor:
 
     @property
     def up(self) -> bool:
-        """Whether it has a place in the cluster, and can answer."""
+        """Whether the actor has a place in the cluster, and can answer."""
         return self.pid is not None
 
     def ask(self) -> None:
-        """For a sign of life, if it has given the last one that it was asked for, and some time ago."""
+        """Asks for a sign of life, unless an answer is due or the last question was just now."""
         if self.up and self._answered and time.monotonic() - self._asked > BEAT:
             self._asked, self._answered = time.monotonic(), False
             self.handle.answer.remote().future().add_done_callback(self._answer)
@@ -459,7 +462,7 @@ class _Actor:
 
 
 class PipelineWorker:
-    """The actor. Ray calls its methods in several threads; all of torch's work is done in one of its own."""
+    """The actor's class. Ray calls methods in several threads; one thread does all work of torch."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, "pipeline")
@@ -467,7 +470,7 @@ class PipelineWorker:
         self._notes = Notes()
 
     def prepare(self, path: Sequence[str]) -> tuple[int, str]:
-        """Before anything that the factory needs is unpickled: where modules may be, after Ray's own places.
+        """Extends the module search path, before the factory is unpickled.
 
         Returns:
             This process, and the address of its machine.
@@ -485,11 +488,11 @@ class PipelineWorker:
         return method(self._notes, *arguments)
 
     def load(self, *arguments: Any) -> Iterator[Any]:
-        """Builds the pipeline; one event, "ready" or "failed"."""
+        """Builds the pipeline and yields one event, "ready" or "failed"."""
         yield from self._events(lambda _: self._load(*arguments))
 
     def run(self, *arguments: Any) -> Iterator[Any]:
-        """A request's events: "progress" for each step in the first rank, then "done", "failed" or "interrupted"."""
+        """Yields a request's events: "progress" and "frames", and last "done", "failed" or "interrupted"."""
         yield from self._events(lambda put: self._run(put, *arguments))
 
     def interrupt(self, request: int) -> None:
@@ -497,7 +500,7 @@ class PipelineWorker:
             self._rank.interrupt(request)
 
     def wait(self) -> None:
-        """Returns never."""
+        """Never returns."""
         threading.Event().wait()
 
     def close(self) -> None:
@@ -505,7 +508,7 @@ class PipelineWorker:
             self._thread.submit(self._rank.close).result()
 
     def _events(self, work: Callable[[Callable[[Any], None]], Any]) -> Iterator[Any]:
-        """What `work` puts, and then what it returns or that it has failed."""
+        """Yields the events that `work` puts, and last its result or its failure."""
         events: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
         def guarded() -> None:
@@ -568,7 +571,7 @@ def _empty_strided(shape: Sequence[int], stride: Sequence[int], dtype: torch.dty
 
 
 def _device(resources: Mapping[str, float]) -> torch.device:
-    """The device of this actor: Ray hides the others, so that it is the first."""
+    """Returns the device of this actor, which is the first: Ray hides the others."""
     if "NPU" in resources:
         import torch_npu  # noqa: F401
 
@@ -583,7 +586,7 @@ def _device(resources: Mapping[str, float]) -> torch.device:
 
 
 def _interface(address: str) -> str | None:
-    """The network interface of this machine that has the address; None if there is none."""
+    """Returns the network interface with that address; None if there is none."""
     import psutil
 
     found = psutil.net_if_addrs().items()
@@ -594,7 +597,7 @@ def _interface(address: str) -> str | None:
 
 
 def _owned(parts: Parts) -> Parts:
-    """The same in memory of our own: the store's is read-only.
+    """Copies a pickle and its buffers out of the object store, whose memory is read-only.
 
     In one block, for which numpy asks for huge pages: page faults of fresh memory cost more than the copy.
     """
@@ -636,7 +639,7 @@ def _pickled(ray: Any, value: Any) -> bytes:
 
 
 def _options(resources: Mapping[str, float]) -> dict[str, Any]:
-    """The resources as options of an actor, which has names of its own for some."""
+    """Returns the resources as options of an actor, some of which have names of their own."""
     others = dict(resources)
     options: dict[str, Any] = {"num_cpus": others.pop("CPU", 0), "num_gpus": others.pop("GPU", 0)}
     if "memory" in others:
@@ -645,7 +648,7 @@ def _options(resources: Mapping[str, float]) -> dict[str, Any]:
 
 
 def _room(total: Mapping[str, float], resources: Mapping[str, float]) -> int:
-    """How many workers, each with these resources, the cluster can have."""
+    """Returns how many workers with these resources the cluster has room for."""
     return int(min(total.get(kind, 0.0) / amount + 1e-6 for kind, amount in resources.items()))  # 1 / 0.1: ten
 
 
@@ -654,13 +657,13 @@ def _told(amounts: Mapping[str, float], kinds: Iterable[str]) -> str:
 
 
 class _Output:
-    """The last lines that each of the cluster's workers has written for this program."""
+    """The last lines of output of each worker of this program."""
 
     def __init__(self) -> None:
         self._lines: OrderedDict[tuple[str, int], deque[str]] = OrderedDict()
 
     def follow(self) -> None:
-        """Ray gives its lines to who registers; it does not say so in public, and need not."""
+        """Registers for Ray's lines of output; without Ray's undocumented dispatcher there are none."""
         with contextlib.suppress(Exception):
             from ray._private.ray_logging import global_worker_stdstream_dispatcher
 
@@ -677,7 +680,7 @@ class _Output:
                 self._lines.popitem(last=False)
 
     def of(self, node: str | None, pid: int | None) -> tuple[str, ...] | None:
-        """None if nothing came: it wrote nothing, or Ray does not bring it here (`log_to_driver=False`)."""
+        """Returns a worker's lines; None if none came: no output, or Ray keeps it there (`log_to_driver=False`)."""
         found = self._lines.get((node or "", pid or 0))
         return None if found is None else tuple(found)
 
@@ -686,7 +689,7 @@ _output = _Output()
 
 
 class _Connection:
-    """To Ray: made by the first executor if the program has none, and then ended by the last."""
+    """The program's connection to Ray: made by the first executor if there is none, and then ended by the last."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

@@ -1,4 +1,4 @@
-"""Who works on what: a queue of requests, and a thread for each group of devices that takes from it."""
+"""Gives requests to groups of devices: a queue, and a thread for each group that takes from it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _STABLE = 60.0  # seconds after which a group that dies is started again at once
 
 @dataclass(eq=False)
 class _Duty:
-    """A group, and what it does at the moment. Changed by its own thread."""
+    """A group and its current state; changed by the group's own thread."""
 
     group: Group
     state: State = "loading"
@@ -42,16 +42,17 @@ class _Duty:
         return self.state in ("idle", "running")
 
     def pause(self) -> float:
-        """Seconds until the next attempt: none after the first failure."""
+        """Returns the seconds until the next attempt to start the group: none after the first failure."""
         return 0.0 if self.failures < 2 else min(_LONGEST_PAUSE, 2.0 ** (self.failures - 2))
 
 
-class Crew:
+class Scheduler:
     """The groups of an executor, their threads and the requests that wait."""
 
-    def __init__(self, groups: Sequence[Group], bounds: Bounds, patience: float | None) -> None:
+    def __init__(self, groups: Sequence[Group], bounds: Bounds, cancel_grace: float | None) -> None:
+        """`cancel_grace`: see `ParallelExecutor`."""
         self.groups = list(groups)
-        self._bounds, self._patience = bounds, patience
+        self._bounds, self._cancel_grace = bounds, cancel_grace
         self._changed = threading.Condition()
         self._waiting: deque[Request] = deque()
         self._duties = [_Duty(group) for group in self.groups]
@@ -69,8 +70,8 @@ class Crew:
         ]
 
     def start(self) -> None:
-        """Waits until every group has its pipeline; if one cannot have it, ends all and raises what it raised."""
-        _crews.add(self)
+        """Waits until every group has its pipeline; if one fails, ends all and raises its exception."""
+        _schedulers.add(self)
         forks.watch(self)
         try:
             for thread in self._threads:
@@ -87,7 +88,7 @@ class Crew:
             raise
 
     def check(self) -> None:
-        """Raises what a request given now would meet."""
+        """Raises if no request can be taken now: after the end, in a forked child, or in an outage."""
         if self._inherited:
             raise RuntimeError("this executor belongs to the parent of this process; make another one here")
         if self._closed:
@@ -103,7 +104,7 @@ class Crew:
             self._changed.notify_all()
 
     def health(self) -> Health:
-        """How the groups are, and how many requests there are."""
+        """Returns the state of every worker, and the numbers of waiting and running requests."""
         with self._changed:
             if self._inherited:
                 self.check()
@@ -119,12 +120,12 @@ class Crew:
             return Health(tuple(workers), waiting, sum(duty.request is not None for duty in self._duties))
 
     def _look_again(self) -> None:
-        """A worker has ended: whoever waits for requests sees whether it was theirs."""
+        """Wakes the threads of idle groups after the end of a worker, so that each checks its own."""
         with self._changed:
             self._changed.notify_all()
 
     def close(self, cancel_waiting: bool = False) -> None:
-        """Takes no more requests; groups end when the last is done."""
+        """Takes no more requests; groups end after the last one."""
         with self._changed:
             self._closed = True
             cancelled = self._take_waiting() if cancel_waiting else []
@@ -134,14 +135,14 @@ class Crew:
             request._give_up(CancelledError())  # tells those who wait
 
     def cancel(self) -> None:
-        """Cancels all requests, those that run too."""
+        """Cancels all requests, including running ones."""
         with self._changed:
             requests = self._requests()
         for request in requests:
             request.cancel()
 
     def end(self) -> None:
-        """Cancels all requests and ends the workers, whatever they do; a thread of this process goes on."""
+        """Cancels all requests and ends the workers at once; a thread of this process goes on."""
         self._ended = True
         self.close(cancel_waiting=True)
         self.cancel()
@@ -160,7 +161,7 @@ class Crew:
         pass
 
     def after_fork_in_child(self) -> None:
-        """The groups and the threads are the parent's: here nothing is left to close, to join or to wait for."""
+        """Forgets groups and threads, which are the parent's: nothing is left to close, join or wait for."""
         self._inherited = self._closed = True
         self._changed = threading.Condition()  # a thread of the parent's may hold the other
         for request in self._requests():
@@ -172,11 +173,11 @@ class Crew:
     # With the lock
 
     def _requests(self) -> list[Request]:
-        """Those that wait and those that run."""
+        """Returns waiting and running requests."""
         return [*self._waiting, *(duty.request for duty in self._duties if duty.request is not None)]
 
     def _take_waiting(self) -> list[Request]:
-        """Those that waited, which nobody will take any more."""
+        """Empties the queue and returns its requests."""
         taken, self._waiting = list(self._waiting), deque()
         return taken
 
@@ -235,7 +236,7 @@ class Crew:
         return f"{sum(duty.serving for duty in self._duties)} of {len(self._duties)} serve"
 
     def _next(self, duty: _Duty) -> Request | None:
-        """The next request for a group that is ready for it; None when there will be none."""
+        """Returns the next request once the group can serve it; None after the end."""
         while not self._is_over():
             if duty.serving:
                 try:
@@ -264,8 +265,8 @@ class Crew:
             with self._changed:
                 if duty.request is not request:  # it has just ended
                     return
-                if self._patience is not None:
-                    timer = threading.Timer(self._patience, overdue)
+                if self._cancel_grace is not None:
+                    timer = threading.Timer(self._cancel_grace, overdue)
                     timer.daemon = True
                     killers.append(timer)
                     timer.start()
@@ -276,7 +277,7 @@ class Crew:
                 "request %d is not wanted any more, and %s has not left it for %g s: it is ended and started again",
                 request.id,
                 group.name,
-                self._patience,
+                self._cancel_grace,
             )
             group.kill()
 
@@ -310,13 +311,13 @@ class Crew:
             self._failed(duty, death, f"request {request.id} is tried again: " if again else "")
         del death  # it refers to this frame
         if deliver is not None:
-            deliver()  # last: who is told finds the executor as it is now
+            deliver()  # last, so that callbacks find the executor in its new state
         del deliver
 
     # Outages
 
     def _watch_for_outage(self) -> None:
-        """Called with the lock, when a group has come into service or has left it."""
+        """Starts or stops the timer of an outage; called with the lock after a group's change of state."""
         if not self._begun:
             return
         if self._is_over() or any(duty.serving for duty in self._duties):
@@ -329,7 +330,7 @@ class Crew:
             self._outage.start()
 
     def _break(self) -> None:
-        """No group has served for long: whoever waits is told, and whoever comes until one serves again."""
+        """Fails waiting requests, and new ones until a group serves again: the outage has exceeded its bound."""
         with self._changed:
             if self._outage is None or any(duty.serving for duty in self._duties):
                 return
@@ -354,14 +355,14 @@ def _told(error: BaseException) -> str:
     return error.summary if isinstance(error, WorkerDied) else f"{type(error).__name__}: {error}".rstrip(": ")
 
 
-_crews: weakref.WeakSet[Crew] = weakref.WeakSet()
+_schedulers: weakref.WeakSet[Scheduler] = weakref.WeakSet()
 
 
 @atexit.register
 def finish_all() -> None:
-    """What the standard library's executors do: requests that were submitted are done before Python ends."""
-    crews = list(_crews)
-    for crew in crews:
-        crew.close()
-    for crew in crews:
-        crew.join()
+    """Finishes all submitted requests before Python ends, as the standard library's executors do."""
+    schedulers = list(_schedulers)
+    for scheduler in schedulers:
+        scheduler.close()
+    for scheduler in schedulers:
+        scheduler.join()
