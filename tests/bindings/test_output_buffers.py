@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import wan_patches
-from wan_patches.bindings.output_buffers import OutputBuffers, writing_to, output_buffers
+from wan_patches.bindings.output_buffers import OutputBuffers, output_buffers, writing_to
 from wan_patches.testing.families import FAMILIES
 
 TO = OutputBuffers(torch.empty_strided, PIL.Image.fromarray)
@@ -33,11 +33,11 @@ class Shared:
         return memory.view(dtype).as_strided(shape, stride)
 
 
-def test_no_delivery_by_default():
+def test_no_output_buffers_by_default():
     assert output_buffers.get() is None
 
 
-def test_delivery_applies_inside_the_block_only():
+def test_output_buffers_apply_inside_the_block_only():
     with writing_to(TO):
         assert output_buffers.get() is TO
         with writing_to(OTHER):
@@ -46,13 +46,13 @@ def test_delivery_applies_inside_the_block_only():
     assert output_buffers.get() is None
 
 
-def test_delivery_ends_with_an_exception():
+def test_output_buffers_end_with_an_exception():
     with pytest.raises(KeyError), writing_to(TO):
         raise KeyError
     assert output_buffers.get() is None
 
 
-def test_delivery_is_per_thread():
+def test_output_buffers_are_per_thread():
     seen = []
     with writing_to(TO):
         thread = threading.Thread(target=lambda: seen.append(output_buffers.get()))
@@ -96,7 +96,7 @@ def test_pipeline_writes_its_video_to_the_given_memory(output_type):
         assert len(seen) == 5
 
 
-def test_delivery_is_ignored_without_the_patch():
+def test_output_buffers_are_ignored_without_the_patch():
     from diffusers.video_processor import VideoProcessor
 
     shared = Shared()
