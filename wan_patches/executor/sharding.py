@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from wan_patches.pipelines.components import block_lists
+
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
@@ -77,14 +79,8 @@ def shard(model: nn.Module, mesh: DeviceMesh, device: torch.device) -> None:
 
 
 def _blocks(model: nn.Module) -> list[list[nn.Module]]:
-    """The transformer blocks, list by list: of the classes that the model names, or else all in its lists."""
-    names = {*(getattr(model, "_repeated_blocks", None) or getattr(model, "_no_split_modules", None) or ())}
-    lists = [[*part] for part in model.modules() if isinstance(part, nn.ModuleList)]
-    named = [[block for block in blocks if type(block).__name__ in names] for blocks in lists]
-    chosen = [blocks for blocks in (named if any(named) else lists) if blocks]
-    inner = {id(part) for blocks in chosen for block in blocks for part in block.modules() if part is not block}
-    chosen = [[block for block in blocks if id(block) not in inner] for blocks in chosen]
-    chosen = [blocks for blocks in chosen if blocks]
+    """Returns the transformer blocks, list by list; raises ValueError for a model without any."""
+    chosen = [list(blocks.values()) for blocks in block_lists(model)]
     if not chosen:
         raise ValueError(f"{type(model).__name__} has no list of blocks that layout 'sharded' could divide by")
     return chosen

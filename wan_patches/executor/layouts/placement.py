@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from wan_patches.pipelines.components import denoisers, is_managed, is_quantized_by_bitsandbytes, modules, tensors
+
 
 def device_named(name: str | torch.device) -> torch.device:
     """Returns the device of that name. For an NPU this imports torch_npu, which teaches torch the word."""
@@ -44,60 +46,32 @@ def ranks_in_group(layout: str, wanted: str = "2 or more", most: int | None = No
     return world
 
 
-def modules_of(pipe: Any) -> dict[str, nn.Module]:
-    """Returns the pipeline's components that are modules, by name; none of what is no pipeline."""
-    components = getattr(pipe, "components", None)
-    if not isinstance(components, dict):
-        return {}
-    return {name: part for name, part in components.items() if isinstance(part, nn.Module)}
-
-
 def denoisers_of(pipe: Any, layout: str) -> list[nn.Module]:
     """Returns the pipeline's transformers or UNets.
 
     Raises:
         ValueError: there are none; the message names the layout and what there is.
     """
-    modules = modules_of(pipe)
-    found = [module for name, module in modules.items() if name.startswith(("transformer", "unet"))]
+    found = list(denoisers(pipe).values())
     if not found:
         raise ValueError(
             f"layout {layout!r} needs a diffusers pipeline with a `transformer` or a `unet`; {type(pipe).__name__} has "
-            + (", ".join(modules) or "no components")
+            + (", ".join(modules(pipe)) or "no components")
         )
     return found
-
-
-def has_hook(module: nn.Module, name: str) -> bool:
-    """Tells whether diffusers' hook of that name is on the module or in it."""
-    registries = (getattr(part, "_diffusers_hook", None) for part in module.modules())
-    return any(registry is not None and registry.get_hook(name) is not None for registry in registries)
-
-
-def is_managed(pipe: Any) -> bool:
-    """Tells whether offloading or a device map decides where the pipeline's modules are."""
-    if getattr(pipe, "_all_hooks", None) or getattr(pipe, "hf_device_map", None):
-        return True
-    modules = modules_of(pipe).values()
-    return any(hasattr(module, "_hf_hook") or has_hook(module, "group_offloading") for module in modules)
-
-
-def is_packed(module: nn.Module) -> bool:
-    """Tells whether bitsandbytes has quantised the module, which then stays where it is."""
-    return any(getattr(module, f"is_loaded_in_{bits}bit", False) for bits in (4, 8))
 
 
 def move(pipe: Any, device: torch.device) -> None:
     """Moves the pipeline to the device, unless it is managed, is there already, or has no `to`."""
     if not hasattr(pipe, "to") or is_managed(pipe):
         return
-    modules = modules_of(pipe).values()
-    tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
-    if tensors and all(tensor.device == device for tensor in tensors):
+    parts = modules(pipe).values()
+    weights = tensors(*parts)
+    if weights and all(tensor.device == device for tensor in weights):
         return
-    if not any(map(is_packed, modules)):
+    if not any(map(is_quantized_by_bitsandbytes, parts)):
         pipe.to(device)
         return
-    for module in modules:  # the whole pipeline may refuse where a part does
-        if not is_packed(module):
+    for module in parts:  # the whole pipeline may refuse where a part does
+        if not is_quantized_by_bitsandbytes(module):
             module.to(device)

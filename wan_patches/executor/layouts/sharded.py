@@ -12,17 +12,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from wan_patches.executor.layouts.placement import (
-    denoisers_of,
-    has_hook,
-    is_managed,
-    is_packed,
-    make_current,
-    modules_of,
-    ranks_in_group,
-)
+from wan_patches.executor.layouts.placement import denoisers_of, make_current, ranks_in_group
 from wan_patches.executor.layouts.protocol import Layout, Parallel
 from wan_patches.executor.sharding import is_sharded, make_mesh, shard, sharding_on_load
+from wan_patches.pipelines.components import (
+    has_hook,
+    is_managed,
+    is_quantized,
+    is_quantized_by_bitsandbytes,
+    modules,
+)
 
 
 class Sharded(Layout):
@@ -83,14 +82,14 @@ def _shard(pipe: Any, denoisers: Sequence[nn.Module], device: torch.device, worl
         shard(denoiser, mesh, device)
 
     denoising = set(map(id, denoisers))
-    for module in modules_of(pipe).values():
-        if id(module) not in denoising and not is_packed(module):
+    for module in modules(pipe).values():
+        if id(module) not in denoising and not is_quantized_by_bitsandbytes(module):
             module.to(device)
 
 
 def _check_shardable(denoiser: nn.Module) -> None:
     name = type(denoiser).__name__
-    if getattr(denoiser, "is_quantized", False) or getattr(denoiser, "hf_quantizer", None) is not None:
+    if is_quantized(denoiser):
         raise ValueError(f"layout 'sharded' cannot divide the packed weights of a quantised {name}")
     if has_hook(denoiser, "layerwise_casting"):
         raise ValueError(f"layout 'sharded' cannot divide the weights of a {name} under layerwise casting")
