@@ -58,7 +58,7 @@ def test_a_status_is_shown_as_html_and_escaped():
     assert "[x]" in fragment
     assert "&lt;script&gt;" in fragment
     assert "&amp; :smile:" in fragment
-    assert "1 active, 1 skipped" in fragment
+    assert "vae in b: left stock: " in fragment
 
 
 def test_html_has_what_the_text_has():

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from wan_patches.patching.fidelity import Fidelity, Verdict
@@ -79,9 +80,12 @@ def enabled(
     return _registry.enabled(patches, fidelity=fidelity, strict=strict, gate=gate)
 
 
-def status() -> Status:
-    """What is patched, what waits for an import, what was left alone and why. Prints as a table."""
-    return _registry.status()
+def status(verbose: bool = False) -> Status:
+    """Returns the state of every patch: what is active, how many calls were fast, and why others were not.
+
+    Prints as a table of one line per patch; `verbose` prints every function.
+    """
+    return replace(_registry.status(), verbose=verbose)
 
 
 def load_ipython_extension(ipython: object) -> None:

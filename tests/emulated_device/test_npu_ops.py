@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -172,7 +173,9 @@ def test_an_npu_that_rounds_otherwise_or_refuses_gets_the_torch_formulation(
         assert np.array_equal(stock, frames(pipe, "wan_t2v"))
         status = wan_patches.status()
     assert calls == {"stacked": 8}  # and not the slow assignments
-    assert f"gate: rotary embedding, {NPU_OP}: not used, {reason} (1 kinds of input)" in str(status)
+    assert f"gate: rotary embedding, {NPU_OP}: not used, {reason} (1 kinds of input)" in str(
+        replace(status, verbose=True)
+    )
     warnings = [record.getMessage() for record in caplog.records if record.name == "wan_patches"]
     assert sum(warning.startswith(f"rotary embedding: {NPU_OP} {reason}; another is used") for warning in warnings) == 1
 
@@ -204,7 +207,7 @@ def test_without_torch_npu_the_torch_formulation_runs_and_status_says_so(broken,
     (line,) = [line for line in status.advice if "npu_rotary_mul" in line]
     assert "torch_npu.npu_rotary_mul cannot be used, other formulations run" in line
     assert ("libhccl.so" if broken else "halted") in line
-    assert line in " ".join(str(status).split())
+    assert line in " ".join(str(replace(status, verbose=True)).split())
     npu.forget()
 
 
@@ -303,7 +306,9 @@ def test_an_operation_that_rounds_inside_is_not_used(device, torch_npu_stand_in,
     (verdict,) = wan_patches.status().verdicts
     assert (verdict.form, verdict.exact, verdict.fidelity) == ("npu_rms_norm", False, Fidelity.CLOSE)
     assert "npu_rms_norm is less accurate than the stock formulation" in caplog.text
-    assert "gate: RMS norm by torch_npu, npu_rms_norm: not used, is less accurate" in str(wan_patches.status())
+    assert "gate: RMS norm by torch_npu, npu_rms_norm: not used, is less accurate" in str(
+        wan_patches.status(verbose=True)
+    )
 
 
 def test_one_that_does_not_is_called_close(device, calls):
@@ -311,7 +316,9 @@ def test_one_that_does_not_is_called_close(device, calls):
     fused_norm.cast_norm(x, Norm())
     (verdict,) = wan_patches.status().verdicts
     assert (verdict.form, verdict.exact, verdict.fidelity) == ("npu_layer_norm_eval", True, Fidelity.CLOSE)
-    assert "gate: cast norm in one pass, npu_layer_norm_eval: close (1 kinds of input)" in str(wan_patches.status())
+    assert "gate: cast norm in one pass, npu_layer_norm_eval: close (1 kinds of input)" in str(
+        wan_patches.status(verbose=True)
+    )
 
 
 def test_what_norms_are_not_for_is_torchs_own(device, calls):

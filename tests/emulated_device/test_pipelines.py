@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -216,7 +216,9 @@ def test_the_gate_catches_a_wrong_implementation(wrong, reason, wan, device, mon
     assert np.array_equal(stock.frames, patched.frames)
     assert [verdict.op for verdict in status.verdicts] == ["rotary embedding", "rotary embedding"]
     assert {(verdict.exact, verdict.reason) for verdict in status.verdicts} == {(False, reason)}
-    assert f"gate: rotary embedding, stack + flatten: not used, {reason} (2 kinds of input)" in str(status)
+    assert f"gate: rotary embedding, stack + flatten: not used, {reason} (2 kinds of input)" in str(
+        replace(status, verbose=True)
+    )
     warnings = [record.getMessage() for record in caplog.records if record.name == "wan_patches"]
     assert len(warnings) == 1
     assert warnings[0].startswith(f"rotary embedding: stack + flatten {reason}; another is used")

@@ -393,4 +393,4 @@ def test_advice_is_requested_for_loaded_modules_and_may_raise(modules):
     importlib.import_module("made_b")
     status = registry.status()
     assert status.advice[2:] == (f"{__name__}:fail raised RuntimeError: planted",)
-    assert "  sell" in str(status).splitlines()
+    assert "sell" in str(status).splitlines()

@@ -39,7 +39,7 @@ def test_calls_are_reported_by_patch(pipe):
         assert report.note == f"not taken: {SMALL} (8)"
         (frames,) = wan_patches.status().of("frames")
         assert frames.note == "fast in 1 of 1 calls"
-        assert f"active: not taken: {SMALL.split()[0]}" in " ".join(str(wan_patches.status()).split())
+        assert f"active: not taken: {SMALL.split()[0]}" in " ".join(str(wan_patches.status(verbose=True)).split())
     assert not any(report.note for report in wan_patches.status().reports)  # of what is off
 
 

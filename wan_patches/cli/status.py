@@ -13,13 +13,16 @@ import wan_patches
 
 def status(
     import_: Annotated[
-        bool, typer.Option("--import", help="Import the modules that patches are for, to see how each fares.")
+        bool, typer.Option("--import", help="Import all modules that have patches, to see each.")
     ] = False,
+    all_: Annotated[bool, typer.Option("--all", help="List every patched function.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the status as JSON.")] = False,
 ) -> None:
-    """Enable all patches and print what became of each."""
+    """Enable all patches and print their state, one line each."""
     found = wan_patches.enable()
     if import_:
         for module in sorted({report.module for report in found.reports}):
             with contextlib.suppress(ModuleNotFoundError):  # the installed version has no such module
                 importlib.import_module(module)
-    typer.echo(str(wan_patches.status()))
+    found = wan_patches.status(verbose=all_)
+    typer.echo(found.to_json() if json else str(found))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import shutil
 import sys
+import textwrap
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -44,11 +47,16 @@ class Report:
 
 @dataclass(frozen=True)
 class Status:
-    """The patches and their states; prints as a table. `advice`: notes on this machine."""
+    """The patches and their states; prints as a table of one line per patch.
+
+    advice: notes on this machine.
+    verbose: print every function that has a patch, and what serves its calls on each device.
+    """
 
     reports: tuple[Report, ...]
     verdicts: tuple[Verdict, ...] = ()
     advice: tuple[str, ...] = ()
+    verbose: bool = False
 
     def of(self, name: str) -> tuple[Report, ...]:
         """Returns the reports of the patches named `name`."""
@@ -58,15 +66,111 @@ class Status:
         """Returns the reports of selected patches that could not be installed."""
         return tuple(report for report in self.reports if report.state == SKIPPED)
 
+    def to_json(self) -> str:
+        """Returns all of it as JSON."""
+        reports = [
+            {
+                **{name: getattr(report, name) for name in ("name", "module", "targets", "state", "reason", "note")},
+                "fidelity": report.fidelity.value,
+                "calls": [{**way._asdict(), "calls": calls} for way, calls in report.ways.items()],
+            }
+            for report in self.reports
+        ]
+        verdicts = [
+            {
+                **{name: getattr(verdict, name) for name in ("op", "form", "exact", "reason")},
+                "fidelity": verdict.fidelity.value,
+                "input": repr(verdict.key),
+            }
+            for verdict in self.verdicts
+        ]
+        return json.dumps({"patches": reports, "gate": verdicts, "advice": self.advice}, indent=2)
+
     def __str__(self) -> str:
         from wan_patches.tables import text
 
-        return text(*table(self))
+        if self.verbose:
+            return text(*details(self))
+        width = shutil.get_terminal_size((80, 24)).columns
+        return text(*summary(self, width), width=width)
 
     def _repr_html_(self) -> str:
         from wan_patches.tables import html
 
-        return html(*table(self))
+        return html(*(details(self) if self.verbose else summary(self, 100)), width=140 if self.verbose else 100)
+
+
+_LINES = 40  # that the summary has at most
+
+
+def summary(status: Status, width: int) -> list[object]:
+    """Returns the status as at most 40 lines of `width` columns: a line per patch, then reasons, each once."""
+    from rich import box
+    from rich.table import Table
+
+    groups: dict[str, list[Report]] = {}
+    for report in status.reports:
+        if report.state != OFF:
+            close = " (close)" if report.fidelity is Fidelity.CLOSE else ""
+            groups.setdefault(report.name + close, []).append(report)
+    rows = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    rows.add_column("patch", no_wrap=True)
+    rows.add_column("active in", justify="right", no_wrap=True)
+    rows.add_column("fast calls", justify="right", no_wrap=True)
+    rows.add_column("called in", overflow="fold")
+    for name, reports in sorted(groups.items()):
+        loaded = [report for report in reports if report.state != WAITING]
+        active = f"{sum(report.state == ACTIVE for report in loaded)} of {_counted(len(loaded), 'module')}"
+        fast, calls = (sum(getattr(report, kind) for report in reports) for kind in ("fast", "calls"))
+        called = dict.fromkeys(_short(report.module) for report in reports if report.calls)
+        rows.add_row(
+            name, active if loaded else "not imported", f"{fast} of {calls}" if calls else "", ", ".join(called)
+        )
+    lines = _remarks(status, width)
+    room = _LINES - rows.row_count - 2 - 2
+    if len(lines) > room:
+        lines = [*lines[: room - 1], f"... {_counted(len(lines) - room + 1, 'line')} more"]
+    off = dict.fromkeys(report.name for report in status.reports)
+    for name in groups:
+        off.pop(name.removesuffix(" (close)"), None)
+    if off and groups:
+        lines.append(f"Off: {', '.join(off)}")
+    lines.append("Each function: wan_patches.status(verbose=True), or `wan-patches status --all`.")
+    return [rows if groups else "No patch is enabled.", *lines]
+
+
+def _remarks(status: Status, width: int) -> list[str]:
+    """The lines below the summary: what could not be installed, what stock served, and why."""
+    reasons: dict[str, dict[str, None]] = {}
+    for report in status.skipped():
+        reasons.setdefault(f"left stock: {report.reason}", {})[f"{report.name} in {_short(report.module)}"] = None
+    for verdict in status.verdicts:
+        if not verdict.exact:
+            reasons.setdefault(f"not used, {verdict.reason}", {})[f"{verdict.op}, {verdict.form}"] = None
+    slow: dict[str, Counter[str]] = {}
+    for report in status.reports:
+        for way, calls in report.ways.items():
+            if report.state != OFF and not way.is_fast:
+                slow.setdefault(way.reason, Counter())[report.name] += calls
+    for reason, counts in sorted(slow.items(), key=lambda item: -item[1].total()):
+        reasons.setdefault(reason, {}).update({f"{name} {calls}": None for name, calls in counts.items()})
+    for report in status.reports:
+        if report.state == ACTIVE and report.note and not report.ways:
+            reasons.setdefault(report.note, {})[f"{report.name} in {_short(report.module)}"] = None
+    lines = [f"{', '.join(where)}: {reason}" for reason, where in reasons.items()]
+    return [part for line in [*lines, *status.advice] for part in textwrap.wrap(line, width, subsequent_indent="  ")]
+
+
+def _counted(number: int, thing: str) -> str:
+    return f"{number} {thing}" + "s" * (number != 1)
+
+
+def _short(module: str) -> str:
+    """The part of a module's name that tells families apart."""
+    name = module.rpartition(".")[2]
+    for prefix in ("transformer_", "pipeline_", "autoencoder_kl_", "scheduling_"):
+        name = name.removeprefix(prefix)
+    return name
 
 
 def _is_there(module: str) -> bool:
@@ -75,8 +179,8 @@ def _is_there(module: str) -> bool:
     return library in sys.modules or importlib.util.find_spec(library) is not None
 
 
-def table(status: Status) -> list[object]:
-    """Returns the status as a table, followed by what each patch runs and the first-sight gate's verdicts."""
+def details(status: Status) -> list[object]:
+    """Returns a row per patched function, what serves its calls on each device, and the first-sight gate's verdicts."""
     from rich import box
     from rich.table import Table
 
