@@ -77,3 +77,14 @@ def test_text_stays_text_in_a_notebook(monkeypatch):
     monkeypatch.setattr(builtins, "get_ipython", shell, raising=False)
     assert text("a table") == "a table"
     assert "a table" in html("a table")
+
+
+@pytest.mark.parametrize("width", ["40", "100"])
+def test_tables_follow_the_terminal_and_lose_nothing(width, monkeypatch):
+    monkeypatch.setenv("COLUMNS", width)
+    table = Table("first", "second")
+    table.columns[0].no_wrap = True
+    table.add_row("a" * 50, "b" * 50)
+    lines = text(table).splitlines()
+    assert max(map(len, lines)) <= int(width)
+    assert "".join(lines).count("a") == "".join(lines).count("b") == 50

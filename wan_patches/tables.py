@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import shutil
 
 from rich.console import Console
+from rich.table import Table
 
 # "pre" wraps in some notebooks, which would tear tables apart
 _FRAGMENT = """
@@ -12,18 +14,22 @@ _FRAGMENT = """
 >{code}</pre>"""
 
 
-def text(*renderables: object, width: int = 140) -> str:
-    """What `rich` would print, as plain text. Strings are taken literally, without markup."""
-    console = _console(width)
-    for renderable in renderables:
-        console.print(renderable)
+def text(*renderables: object, width: int | None = None) -> str:
+    """Returns what `rich` would print as plain text. Strings are taken literally, without markup; nothing is cut.
+
+    Args:
+        renderables: strings, tables and whatever else `rich` prints.
+        width: columns of text; by default those of the terminal, or 140 where there is none.
+    """
+    console = _console(width or shutil.get_terminal_size((140, 24)).columns)
+    _print(console, renderables)
     return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
 
 
 def html(*renderables: object, width: int = 140) -> str:
-    """What `rich` would print, as a fragment of HTML: for notebooks (`_repr_html_`) and reports.
+    """Returns what `rich` would print as a fragment of HTML: for notebooks (`_repr_html_`) and reports.
 
-    One `<pre>` with its styles inline; no scripts, no style sheet. Strings are taken literally, without markup, and
+    One `<pre>` with inline styles; no scripts, no style sheet. Strings are taken literally, without markup, and
     escaped; for colours use `rich.text.Text` and styles of tables.
 
     Args:
@@ -31,9 +37,19 @@ def html(*renderables: object, width: int = 140) -> str:
         width: columns of text.
     """
     console = _console(width, record=True)
-    for renderable in renderables:
-        console.print(renderable)
+    _print(console, renderables)
     return console.export_html(inline_styles=True, code_format=_FRAGMENT).strip()
+
+
+def _print(console: Console, renderables: tuple[object, ...]) -> None:
+    for renderable in renderables:
+        if isinstance(renderable, Table):
+            unbounded = console.options.update(max_width=100_000)
+            is_wide = console.measure(renderable, options=unbounded).minimum > console.width
+            for column in renderable.columns:
+                column.overflow = "fold"
+                column.no_wrap = column.no_wrap and not is_wide
+        console.print(renderable)
 
 
 def _console(width: int, record: bool = False) -> Console:
