@@ -368,3 +368,14 @@ def test_two_ranks_under_accelerate_launch(toy):
     assert done.returncode == 0, done.stderr
     assert done.stdout == "[101, 101] ['script.py', '--cpu']\n"
     assert done.stderr.splitlines().count(ACTIVE) == 1
+
+
+def test_the_closing_line_says_what_ran_and_not_what_was_imported(tmp_path):
+    (tmp_path / "script.py").write_text(
+        "import diffusers.models.transformers.transformer_helios\n"
+        "import torch\n"
+        "from diffusers.video_processor import VideoProcessor\n"
+        "VideoProcessor().postprocess_video(torch.zeros(1, 3, 2, 8, 8), output_type='np')\n"
+    )
+    done = run([*OURS, "script.py"], tmp_path)
+    assert done.stderr.splitlines()[-1] == "wan-patches: fast in 1 of 1 call: frames 1 of 1"

@@ -235,6 +235,8 @@ def test_unknown_names_raise_value_error_with_known_names():
         wan_patches.enable(["rope", "nope"])
     with pytest.raises(ValueError, match=r"unknown fidelity 'best'; known: 'exact', 'close'"):
         wan_patches.enable(fidelity="best")
+    with wan_patches.enabled("rope, frames,"):
+        assert wan_patches._registry.chosen().names == {"rope", "frames"}
     with pytest.raises(ValueError, match="unknown patch"), wan_patches.enabled(["nope"]):
         pass
     assert {report.state for report in wan_patches.status().reports} == {"off"}

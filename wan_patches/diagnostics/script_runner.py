@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import wan_patches
+from wan_patches.patching import tally
 from wan_patches.patching.registry import Choice
 
 logger = logging.getLogger("wan_patches")
@@ -60,12 +61,16 @@ def run(target: str, arguments: Sequence[str] = (), *, module: bool = False) -> 
 
 
 def summary() -> str:
-    """What is active in this process, in one line: by patch, the number of functions that run patched code."""
+    """Returns one line on this process: by patch, the fast calls of all; the patched functions if none was called."""
     if wan_patches._registry.chosen() is None:
         return "wan-patches: nothing is active: the script called wan_patches.disable()"
     status, places = wan_patches.status(), wan_patches._registry.places()
     parts = ["nothing was patched: no module that a patch is for was imported"]
-    if places:
+    if counts := wan_patches._registry.calls({}):
+        fast, calls = tally.total(counts.values())
+        names = ", ".join(f"{name} {taken} of {every}" for name, (taken, every) in sorted(counts.items()))
+        parts = [f"fast in {fast} of {_counted(calls, 'call')}: {names}"]
+    elif places:
         functions = len({id(place.function) for place in places})
         count = Counter(place.patch.name for place in places)
         names = ", ".join(f"{name} ({n})" for name, n in sorted(count.items()))

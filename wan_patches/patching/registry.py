@@ -265,9 +265,10 @@ class Registry:
             known = ", ".join(repr(f.value) for f in Fidelity)
             raise ValueError(f"unknown fidelity {fidelity!r}; known: {known}") from None
         if names is not None:
-            names = frozenset([names] if isinstance(names, str) else names)
+            given = [names] if isinstance(names, str) else names
+            names = frozenset(name.strip() for text in given for name in str(text).split(",") if name.strip())
             known_names = {report.name for report in self._status().reports}
-            if unknown := sorted(str(name) for name in names - known_names):
+            if unknown := sorted(names - known_names):
                 raise ValueError(f"unknown patch {', '.join(unknown)}; known: {', '.join(sorted(known_names))}")
         return Choice(names, fidelity, bool(gate))
 

@@ -525,6 +525,10 @@ def test_what_cannot_be_verified_is_said():
         verify(torch.ones(1))
     with pytest.raises(TypeError, match="nothing to verify"):
         verify(Anything("words"))
+    with pytest.raises(TypeError, match=r"not the class Anything: pass Anything\.from_pretrained"):
+        verify(Anything)
+    with pytest.raises(TypeError, match="not a Linear: pass the pipeline that has it"):
+        verify(torch.nn.Linear(1, 1))
 
 
 def test_what_stock_raises_is_raised_and_all_is_put_back(pipe):

@@ -228,6 +228,12 @@ def verify(
         OSError: `report` cannot be written there.
         Exception: whatever the pipeline itself raises with stock code.
     """
+    if isinstance(pipe, type):
+        raise TypeError(
+            f"verify takes a pipeline, not the class {pipe.__name__}: pass {pipe.__name__}.from_pretrained(...)"
+        )
+    if isinstance(pipe, torch.nn.Module):
+        raise TypeError(f"verify takes a whole pipeline, not a {type(pipe).__name__}: pass the pipeline that has it")
     if not callable(pipe):
         raise TypeError(f"verify takes a pipeline, not {type(pipe).__name__}; give it one that can be called")
     try:
