@@ -24,8 +24,8 @@ from rich.table import Table
 import wan_patches
 from wan_patches.bench import ops, vae_parallel
 from wan_patches.bench.shapes import WAN_22_VAE
+from wan_patches.bindings import conditioning
 from wan_patches.bindings.forwards import runs_only_library_code
-from wan_patches.patches import conditioning
 
 _WHAT = ("decode", "encode", "encode pictures")  # pictures lie in memory channels last
 _TINY = {"base_dim": 8, "z_dim": 4, "latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
