@@ -223,6 +223,8 @@ class Rope(torch.nn.Module):
 
     def forward(self, *args, **kwargs):
         found = self.inner(*args, **kwargs)
+        if isinstance(found, dict):  # of AnyFlow
+            return {name: table * 0.5 for name, table in found.items()}
         return tuple(t * 0.5 for t in found) if isinstance(found, tuple) else found * 0.5
 
 

@@ -32,7 +32,10 @@ BLOCKS = {
     "transformer_chronoedit": "WanTransformerBlock",
     "transformer_skyreels_v2": "SkyReelsV2TransformerBlock",
     "transformer_helios": "HeliosTransformerBlock",
+    "transformer_anyflow": "AnyFlowTransformerBlock",
+    "transformer_anyflow_far": "AnyFlowTransformerBlock",
 }
+ANYFLOW = {"transformer_anyflow": {}, "transformer_anyflow_far": {"is_causal": True}}
 
 
 def _class(module, name):
@@ -51,7 +54,8 @@ def _weights(model):
 
 def _block(module, dtype, **more):
     kind = _class(module, BLOCKS[module])
-    block = kind(DIM, 2 * DIM, HEADS, qk_norm="rms_norm_across_heads", cross_attn_norm=True, **more)
+    more |= ANYFLOW.get(module, {"qk_norm": "rms_norm_across_heads"})
+    block = kind(DIM, 2 * DIM, HEADS, cross_attn_norm=True, **more)
     return _weights(block).to(dtype)
 
 
@@ -62,6 +66,10 @@ def _inputs(module, dtype, batch=2, per_token=False):
         dim = 2 if module == "transformer_skyreels_v2" else 1
         temb = torch.stack([torch.randn(batch, 6, DIM).to(dtype) for _ in range(SEQ)], dim=dim)
     angles = torch.rand(1, SEQ, 1, DIM // HEADS // 2).repeat_interleave(2, -1) * 10
+    if module in ANYFLOW:  # which always has an axis of tokens, complex tables and a mask
+        table = torch.polar(torch.ones(1, 1, SEQ, DIM // HEADS // 2), angles[:, None, :, 0, ::2])
+        rows = temb if per_token else temb[:, None].expand(batch, SEQ, 6, DIM)
+        return x, text, rows, {"query": table, "key": table}, None
     if module == "transformer_helios":
         return x, text, temb, torch.cat((angles.cos(), angles.sin()), -1).squeeze(2), SEQ - 13
     if module == "transformer_wan_vace":
@@ -115,6 +123,26 @@ def test_blocks_are_bit_identical_to_stock(module, dtype, per_token, fast_forms)
         assert ours.dtype == stock.dtype
         assert ours.stride() == stock.stride()
         assert torch.equal(ours, stock)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@torch.no_grad()
+def test_causal_anyflow_without_a_cache_is_bit_identical_to_stock(dtype, fast_forms):
+    """Its pipeline always has a cache; those who train it evaluate it so."""
+    kind = _class("transformer_anyflow_far", "AnyFlowFARTransformer3DModel")
+    model = _weights(
+        kind(
+            num_attention_heads=2, attention_head_dim=24, in_channels=4, out_channels=4, text_dim=16, freq_dim=32,
+            ffn_dim=64, num_layers=2, full_chunk_limit=2,
+        )
+    ).to(dtype)  # fmt: skip
+    model.scale_shift_table.data = model.scale_shift_table.data.float()  # as `from_pretrained` keeps it
+    latents, text = torch.randn(1, 3, 4, 8, 8).to(dtype), torch.randn(1, 5, 16).to(dtype)
+    timesteps = torch.tensor([[900.0, 600.0, 300.0]])
+    expected = model(latents, timesteps, timesteps / 2, text, [1, 1, 1]).sample
+    with wan_patches.enabled(["modulation"], strict=True):
+        assert torch.equal(model(latents, timesteps, timesteps / 2, text, [1, 1, 1]).sample, expected)
+    assert fast_forms["modulated_norm_in_chunks"] == 3  # one in each block, and the last
 
 
 @pytest.mark.parametrize("mixed", ["fp32 table", "autocast", "fp64"])
@@ -195,7 +223,7 @@ def test_norms_after_hook_removal_are_called_a_few_tokens_at_a_time(fast_forms):
     assert sum(fast_forms.values()) == 4
 
 
-@pytest.mark.parametrize("module", ["transformer_wan", "transformer_helios"])
+@pytest.mark.parametrize("module", ["transformer_wan", "transformer_helios", "transformer_anyflow"])
 @torch.no_grad()
 def test_compiled_blocks_are_one_graph_with_the_result_of_stock(module, fast_forms):
     block, inputs = _block(module, torch.float32), _inputs(module, torch.float32, batch=1)

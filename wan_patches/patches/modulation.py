@@ -1,4 +1,4 @@
-"""Transformer blocks of Wan, Helios and related models: adaLN modulation and gated residuals.
+"""Transformer blocks of Wan, Helios, AnyFlow and related models: adaLN modulation and gated residuals.
 
 Includes Helios' modulations of history tokens and current tokens.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from wan_patches.patches.versions import since
 from wan_patches.patching.fidelity import Fidelity
 from wan_patches.patching.registry import Patch, Target
 from wan_patches.patching.rewrite import Block, Edit, Replace
@@ -54,9 +55,14 @@ _ROW_PER_TOKEN = (  # of Wan 2.2 TI2V and Helios
     Replace("(TABLE.unsqueeze(0) + temb.float()).chunk(6, dim=2)", f"{OF_BLOCK}(TABLE, temb)"),
     Replace("MODULATION.squeeze(2)", "MODULATION", 6),
 )
+_ROWS_OF_FRAMES = (  # of AnyFlow: each token has the row of its frame
+    Replace("(TABLE + temb.float()).chunk(6, dim=2)", f"{OF_BLOCK}(TABLE, temb)"),
+    Replace("MODULATION.squeeze(2)", "MODULATION", 6),
+)
 _PLAIN_BLOCK = _block("hidden_states", "f057115c0857cb05", "0f474dcbbe6d0913")
 _VACE_BLOCK = _block("control_hidden_states", "11672d88f6fc84c0", "a9ba2b4daf22ed6f")
 _WAN_BLOCK = (*_PLAIN_BLOCK, *_ROW_PER_TOKEN)
+_ANYFLOW_BLOCK = (*_PLAIN_BLOCK, *_ROWS_OF_FRAMES)
 _HELIOS_BLOCK = (
     _modulated("self.norm1"),
     _modulated("self.norm3"),
@@ -85,6 +91,7 @@ def _patch(module: str, *targets: Target) -> Patch:
             "CUDA with Triton": "a kernel after the norm, and one for a gated residual",
             "compilers, autograd": "stock's operations",
         },
+        since=since(module),
     )
 
 
@@ -136,6 +143,17 @@ _EXACT = (
         Target("HeliosTransformerBlock.forward", _HELIOS_BLOCK),
         Target("HeliosOutputNorm.forward", (_modulated("self.norm"),)),
         Target("HeliosTransformer3DModel.forward", _HELIOS_MODEL),
+    ),
+    _patch(
+        "transformer_anyflow",
+        Target("AnyFlowTransformerBlock.forward", _ANYFLOW_BLOCK),
+        Target("AnyFlowTransformer3DModel.forward", _OUTPUT),
+    ),
+    _patch(
+        "transformer_anyflow_far",
+        Target("AnyFlowTransformerBlock.forward", _ANYFLOW_BLOCK),
+        Target("AnyFlowFARTransformer3DModel._forward_inference", _OUTPUT),
+        Target("AnyFlowFARTransformer3DModel._forward_train", _OUTPUT),
     ),
 )
 PATCHES = (*_EXACT, *map(_close, _EXACT))

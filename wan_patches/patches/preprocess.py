@@ -3,8 +3,8 @@
 These are the calls of `VideoProcessor.preprocess` and `preprocess_video`. A processor does not know the target device
 of its result, but the pipelines do, so the calls in the pipelines are rewritten. Input other than RGB PIL images with a
 plain Lanczos resize falls back to stock. Unchanged are calls whose result is processed before it reaches the device
-(VACE's reference images), that crop or fill (Wan-Animate's character image), or that belong to transformers (Wan 2.1's
-CLIP image processor).
+(VACE's reference images), that crop or fill (Wan-Animate's character image), that only ever get tensors (the causal
+AnyFlow pipeline), or that belong to transformers (Wan 2.1's CLIP image processor).
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ def _image(count: int, owner: str = "self") -> Replace:
     )
 
 
-def _video(count: int, owner: str = "self") -> Replace:
+def _video(count: int, owner: str = "self", device: str = "device") -> Replace:
     return Replace(
         f"{owner}.video_processor.preprocess_video(*ARGS)",
-        f"{_CALL_VIDEO}({owner}.video_processor, device, *ARGS)",
+        f"{_CALL_VIDEO}({owner}.video_processor, {device}, *ARGS)",
         count,
     )
 
@@ -69,6 +69,12 @@ PATCHES = (
     _pipeline("sana_video.pipeline_sana_video_i2v", "SanaImageToVideoPipeline", _image(1)),
     _pipeline("helios.pipeline_helios", "HeliosPipeline", _image(1), _video(1)),
     _pipeline("helios.pipeline_helios_pyramid", "HeliosPyramidPipeline", _image(1), _video(1)),
+    _pipeline(
+        "anyflow.pipeline_anyflow",
+        "AnyFlowPipeline",
+        _video(1, device="self._execution_device"),
+        method="encode_video",
+    ),
     _patch(
         "modular_pipelines.wan.encoders",
         Target("WanVaeEncoderStep.__call__", (_image(1, "components"),), "WanVaeImageEncoderStep.__call__"),

@@ -1,7 +1,8 @@
 """Queries and keys in the attention of Wan, Helios and related models.
 
 Covers their RMS norms, and the rotary embedding of both in one call. The rotary embedding function itself belongs to
-the `rope` patch, because other code, in other libraries too, calls it differently.
+the `rope` patch, because other code, in other libraries too, calls it differently. Unchanged is AnyFlow's attention:
+its norms are of diffusers' own class, which rounds differently from torch's, and its rotary tables are complex numbers.
 """
 
 from __future__ import annotations

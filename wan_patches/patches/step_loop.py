@@ -1,7 +1,8 @@
 """Unnecessary waits of the host for the device in denoising loops and their schedulers.
 
 A step of Wan 2.2 reads a timestep to choose the transformer; its scheduler uploads noise levels one by one and checks
-whether a matrix of two rows was singular. Helios' schedulers read their coefficients and upload them again.
+whether a matrix of two rows was singular. Helios' schedulers read their coefficients and upload them again. Unchanged
+is AnyFlow, whose loop compares two timesteps and whose scheduler looks up the given one: other code than any here.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ _SINCE = {
     "lucy": "0.36",
     "sana_video": "0.36",
     "helios": "0.37",
+    "anyflow": "0.39",
 }
 
 

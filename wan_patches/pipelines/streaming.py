@@ -86,7 +86,7 @@ def stream_frames(pipe: Any, on_frames: Callable[[Chunk], object], /, *arguments
 
     Args:
         pipe: a diffusers pipeline; chunks come from those that decode with `AutoencoderKLWan` and do no more with the
-            video: Wan T2V, I2V, V2V and VACE, SkyReels-V2 (but video to video), Helios.
+            video: Wan T2V, I2V, V2V and VACE, SkyReels-V2 (but video to video), Helios, AnyFlow.
         on_frames: called in this thread with each `Chunk`, in order. What it raises leaves the pipeline, as does
             whatever a step's callback raises: that is the way to stop.
         arguments, keywords: what the pipeline takes.

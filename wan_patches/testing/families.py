@@ -350,6 +350,22 @@ def _helios(make: _Make) -> torch.nn.Module:
     return make.dit("HeliosTransformer3DModel", rope_dim=(time, space, space))
 
 
+def anyflow(**options: Unpack[Options]) -> diffusers.DiffusionPipeline:
+    """AnyFlow: text or the first frames to video, all frames at once."""
+    return _anyflow("AnyFlowPipeline", options)
+
+
+def anyflow_far(**options: Unpack[Options]) -> diffusers.DiffusionPipeline:
+    """Causal AnyFlow: chunk after chunk, with a cache of keys and values; old chunks have larger patches."""
+    return _anyflow("AnyFlowFARPipeline", options, full_chunk_limit=2, chunk_partition=(1, 1, 1))
+
+
+def _anyflow(name: str, options: Options, **config: Any) -> diffusers.DiffusionPipeline:
+    make = _Make(**options)
+    dit = make.dit(name.replace("Pipeline", "Transformer3DModel"), **config)
+    return make.pipeline(name, transformer=dit, scheduler=diffusers.FlowMapEulerDiscreteScheduler(shift=5.0))
+
+
 # Inputs
 
 
@@ -377,6 +393,11 @@ def masks(count: int = 1, size: tuple[int, int] = (48, 32)) -> list[Image.Image]
     return frames
 
 
+def _tensor(image: Image.Image, size: tuple[int, int]) -> torch.Tensor:
+    """Returns a video of one frame, `(1, 1, 3, height, width)` in [0, 1]."""
+    return torch.from_numpy(np.asarray(image.resize(size), np.float32) / 255).permute(2, 0, 1)[None, None]
+
+
 @dataclass(frozen=True)
 class Family:
     """A pipeline, and how to call it for a small run."""
@@ -389,6 +410,7 @@ class Family:
     frames: int = 9
     frames_as: str | None = "num_frames"
     size: tuple[int, int] = (48, 32)  # width, height: not square, so that no patch may swap them
+    without: frozenset[str] = frozenset()  # of the patches that tests expect in every family, those that leave it stock
 
     @property
     def available(self) -> bool:
@@ -419,6 +441,7 @@ class Family:
         pictures: dict[str, Callable[[], Any]] = {
             "image": lambda: image or images(seed, 1, size)[0],
             "images": lambda: [image or images(seed, 1, size)[0]],
+            "tensor": lambda: _tensor(image or images(seed, 1, size)[0], size),
             "last_image": lambda: last_image or images(seed + 1, 1, size)[0],
             "video": lambda: video or images(seed + 2, frames, size),
             "face": lambda: images(seed + 3, len(video or range(frames)), (32, 32)),
@@ -456,6 +479,8 @@ _PYRAMID: dict[str, Any] = {
     "pyramid_num_inference_steps_list": [],  # filled in by `inputs`
 }
 
+_ANYFLOW = frozenset({"rope", "qk", "step_loop"})
+
 FAMILIES: Mapping[str, Family] = {
     family.name: family
     for family in (
@@ -487,6 +512,10 @@ FAMILIES: Mapping[str, Family] = {
         Family("helios_pyramid_i2v", helios_pyramid, (0, 37), _IMAGE, _PYRAMID, size=(128, 64)),
         Family("helios_distilled", helios_distilled, (0, 37), _VIDEO, {**_PYRAMID, "guidance_scale": 1.0},
                size=(128, 64)),
+        Family("anyflow", anyflow, (0, 39), without=_ANYFLOW),
+        Family("anyflow_i2v", anyflow, (0, 39), {"video": "images"}, without=_ANYFLOW),
+        Family("anyflow_far", anyflow_far, (0, 39), without=_ANYFLOW),
+        Family("anyflow_far_i2v", anyflow_far, (0, 39), {"video": "tensor"}, without=_ANYFLOW),
     )
 }  # fmt: skip
 
