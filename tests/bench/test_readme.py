@@ -1,10 +1,13 @@
-"""The README's figures are those of the files that are kept."""
+"""The figures on the page of results, and the front page's picture, are those of the files that are kept."""
 
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -14,11 +17,42 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "examples" / "results"
 
 
+HOW = "make it anew: python -m wan_patches.bench.readme"
+
+
 @pytest.mark.parametrize("name", readme.TABLES)
-def test_the_readme_has_the_table_of_the_results(name):
-    _, table, _ = readme.parts((ROOT / "README.md").read_text(), name)
-    how = "python -m wan_patches.bench.readme README.md examples/results"
-    assert table == readme.TABLES[name](RESULTS), f"make it anew: {how}"
+def test_the_page_has_the_table_of_the_results(name):
+    _, table, _ = readme.parts((RESULTS / readme.PAGE).read_text(), name)
+    assert table == readme.TABLES[name](RESULTS), HOW
+
+
+def test_the_front_page_shows_the_picture_of_the_results():
+    assert (RESULTS / readme.PICTURE).read_text() == readme.picture(RESULTS), HOW
+    assert f"(examples/results/{readme.PICTURE})" in (ROOT / "README.md").read_text()
+
+
+def test_the_picture_is_small_and_still():
+    text = readme.picture(RESULTS)
+    assert len(text) < 20_000
+    drawn = ElementTree.fromstring(text)
+    assert {element.tag.rpartition("}")[2] for element in drawn.iter()} == {"svg", "title", "rect", "text"}
+    assert not re.search(r"\b(href|on\w+|style)=", text)
+    written = [element.text for element in drawn.iter() if element.tag.endswith("}text")]
+    rows = json.loads((RESULTS / "cpu-vae-bf16.json").read_text())["rows"]
+    row = next(row for row in rows if (row["op"], row["shape"]) == ("decode", "5x352x640"))
+    times = f"{row['stock_ms'] / 1e3:.2f} → {row['patched_ms'] / 1e3:.2f} s"
+    assert written[written.index(times) - 1] == f"{row['patched_ms'] / row['stock_ms']:.2f}"
+
+
+def test_one_command_makes_the_tables_and_the_picture(tmp_path):
+    folder = tmp_path / "results"
+    shutil.copytree(RESULTS, folder)
+    (folder / readme.PICTURE).unlink()
+    page = re.sub(r"(<!-- vae -->).*(<!-- /vae -->)", r"\1\nold\n\2", (RESULTS / readme.PAGE).read_text(), flags=re.S)
+    (folder / readme.PAGE).write_text(page)
+    readme.main(folder)
+    for name in (readme.PAGE, readme.PICTURE):
+        assert (folder / name).read_text() == (RESULTS / name).read_text()
 
 
 def test_tables_go_between_their_marks(tmp_path, monkeypatch):

@@ -1,8 +1,9 @@
-"""The README's tables of figures, made of the files in `examples/results/`:
+"""Fills the page of measured results, and draws the front page's picture, from the JSON files in `examples/results/`.
 
-    python -m wan_patches.bench.readme README.md examples/results
+    python -m wan_patches.bench.readme [FOLDER]
 
-A table goes between `<!-- NAME -->` and `<!-- /NAME -->`, where NAME is one of `TABLES`.
+FOLDER is `examples/results` by default. In its `README.md` a table goes between `<!-- NAME -->` and `<!-- /NAME -->`,
+where NAME is one of `TABLES`. The picture is its `stock-and-patched.svg`.
 """
 
 from __future__ import annotations
@@ -13,9 +14,18 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from xml.sax.saxutils import escape
 
 from wan_patches.bench import compatibility, variants
 from wan_patches.bench.ops import CALM, SLOWER
+
+PAGE, PICTURE = "README.md", "stock-and-patched.svg"
+
+
+def main(results: Path = Path("examples/results")) -> None:
+    """Writes the tables and the picture of a folder of results into that folder."""
+    update(results / PAGE, results)
+    (results / PICTURE).write_text(picture(results))
 
 
 def update(readme: Path, results: Path) -> None:
@@ -37,7 +47,7 @@ def parts(text: str, name: str) -> tuple[str, str, str]:
     before, mark, rest = text.partition(start)
     table, closing, after = rest.partition(end)
     if not mark or not closing:
-        raise ValueError(f"the README needs the lines {start} and {end}: a table goes between them")
+        raise ValueError(f"the page needs the lines {start} and {end}: a table goes between them")
     return before + start, table.strip(), end + after
 
 
@@ -277,5 +287,83 @@ def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *lines))
 
 
+@dataclass(frozen=True)
+class _Bar:
+    """What one line of the picture says: times in seconds and peak memory in MiB, each of stock and of patched."""
+
+    what: str
+    shape: str
+    seconds: tuple[float, float]
+    mib: tuple[float, float]
+
+
+#: Lines of the picture in the order of a pipeline: the file, the row in it (None: the file is one block), the words.
+_PICTURED = (
+    ("cpu-ops-bf16", ("video preprocess", "81 of 1280x720 to 832x480"), "Video preprocessing"),
+    ("cpu-vae-bf16", ("encode", "5x352x640"), "Encode, Wan 2.1 autoencoder"),
+    ("cpu-block-1.3b-480p-bf16", None, "Transformer block, Wan 2.1 1.3B"),
+    ("cpu-block-ti2v-5b-bf16", None, "Transformer block, Wan 2.2 TI2V 5B"),
+    ("cpu-block-helios-bf16", None, "Transformer block, Helios"),
+    ("cpu-vae-bf16", ("decode, Wan 2.2", "5x128x224"), "Decode, Wan 2.2 autoencoder"),
+    ("cpu-vae-bf16", ("decode", "5x352x640"), "Decode, Wan 2.1 autoencoder"),
+    ("cpu-ops-bf16", ("frames to pil", "81x480x832"), "Frames to PIL images"),
+)
+
+
+def _bars(results: Path) -> Iterator[_Bar]:
+    for name, wanted, words in _PICTURED:
+        content = json.loads((results / f"{name}.json").read_text())
+        if wanted is None:
+            rows = {row["way"]: row for row in content["rows"]}
+            pair = [rows[way] for way in (variants.STOCK, variants.PATCHED)]
+            times, peaks = [row["ms"] for row in pair], [row["peak_mib"] for row in pair]
+            shape = f"{content['tokens']:,} tokens"
+        else:
+            row = next(row for row in content["rows"] if (row["op"], row["shape"]) == wanted)
+            times, peaks = [row["stock_ms"], row["patched_ms"]], [row["stock_extra_mib"], row["patched_extra_mib"]]
+            shape = row["shape"]
+        yield _Bar(words, shape, (times[0] / 1e3, times[1] / 1e3), (peaks[0], peaks[1]))
+
+
+def picture(results: Path) -> str:
+    """Draws time and memory of parts of a pipeline, patched as a share of stock, as SVG on a white ground."""
+    bars = list(_bars(results))
+    machine = json.loads((results / "cpu-vae-bf16.json").read_text())["machine"]
+    where = f"{variants.device_name(machine)}, bf16, diffusers {machine['diffusers']}"
+    height = _TOP + _STEP * len(bars) + 12
+    head = f"Time and memory on a CPU ({where}). Grey: stock, blue: patched."
+    lines = [_text(16, 28, head, size=14)]
+    lines += [_text(x, 56, words, size=12, fill=_FAINT) for x, words in ((_TIME, "time"), (_MEMORY, "peak memory"))]
+    for number, bar in enumerate(bars):
+        y = _TOP + _STEP * number
+        lines.append(_text(16, y + 9, bar.what))
+        lines.append(_text(16, y + 24, bar.shape, size=11, fill=_FAINT))
+        lines += _share(_TIME, y, 190, bar.seconds, [f"{value:.2f}" for value in bar.seconds], "s")
+        lines += _share(_MEMORY, y, 110, bar.mib, [f"{value:,.0f}" for value in bar.mib], "MiB")
+    content = "\n".join(lines)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" width="{_WIDTH}" height="{height}" '
+        f'role="img" font-family="Helvetica, Arial, sans-serif">\n<title>{escape(head)}</title>\n'
+        f'<rect width="{_WIDTH}" height="{height}" rx="8" fill="#ffffff"/>\n{content}\n</svg>\n'
+    )
+
+
+_WIDTH, _TOP, _STEP, _TIME, _MEMORY = 780, 74, 40, 260, 580  # pixels: the picture, its first line, columns
+_INK, _FAINT, _STOCK, _PATCHED = "#1f2328", "#57606a", "#d0d7de", "#0969da"
+
+
+def _share(x: int, y: int, width: int, pair: tuple[float, float], numbers: Sequence[str], unit: str) -> Iterator[str]:
+    """A bar for patched on one for stock, which is `width` long, with the ratio and both numbers."""
+    ratio = pair[1] / pair[0]
+    for length, fill in ((width, _STOCK), (min(ratio, 1.15) * width, _PATCHED)):
+        yield f'<rect x="{x}" y="{y}" width="{length:.0f}" height="12" fill="{fill}"/>'
+    yield _text(x + width + 10, y + 11, f"{ratio:.2f}", weight="bold")
+    yield _text(x, y + 26, f"{numbers[0]} \u2192 {numbers[1]} {unit}", size=11, fill=_FAINT)
+
+
+def _text(x: int, y: int, words: str, *, size: int = 13, fill: str = _INK, weight: str = "normal") -> str:
+    return f'<text x="{x}" y="{y}" font-size="{size}" font-weight="{weight}" fill="{fill}">{escape(words)}</text>'
+
+
 if __name__ == "__main__":
-    update(*map(Path, sys.argv[1:]))
+    main(*map(Path, sys.argv[1:]))
