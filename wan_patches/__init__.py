@@ -1,10 +1,10 @@
-"""Faster Wan and Helios pipelines in the diffusers that is installed, with the same bits.
+"""Speeds up the Wan and Helios pipelines of the installed diffusers, with bit-identical results.
 
     import wan_patches
 
     wan_patches.enable()     # before or after importing diffusers, before or after building a pipeline
     ...
-    wan_patches.disable()    # everything as it was
+    wan_patches.disable()    # restores stock code
 
 Importing this package imports neither torch nor diffusers.
 """
@@ -42,30 +42,30 @@ def enable(
     strict: bool = False,
     gate: bool = True,
 ) -> Status:
-    """Makes the installed pipelines faster: patches diffusers' modules, now and as they are imported.
+    """Patches the installed diffusers to run faster: loaded modules immediately, others when they are imported.
 
-    Called again, the newest call's choice holds.
+    A later call replaces the selection of an earlier one.
 
     Args:
         patches: names of the patches to use (see `status()`); None means all.
-        fidelity: `"exact"` (same bits as stock) or `"close"` (also patches that move rounding only).
-        strict: import the modules that patches are for at once, and raise `PatchError` (leaving the
-            earlier choice in force) if the code of one is not known, instead of leaving stock code there
-            with a line in the log.
-        gate: on accelerators, compare each operation with stock the first time it meets a new shape.
+        fidelity: `"exact"` (bit-identical to stock) or `"close"` (also allows patches that change rounding only).
+        strict: import the modules that the patches apply to immediately, and raise `PatchError` if a patch does not
+            recognise the code there. The previous selection then stays in force. By default such code stays stock,
+            and a line is logged.
+        gate: on accelerators, compare each operation with stock when it first sees a new shape.
 
     Returns:
-        The status; it prints as a table.
+        The status of all patches; prints as a table.
 
     Raises:
-        ValueError: for an unknown patch or fidelity; the message lists the known ones.
-        PatchError: with `strict`, if a wanted patch cannot be installed.
+        ValueError: unknown patch or fidelity; the message lists the known ones.
+        PatchError: `strict` is set and a selected patch cannot be installed.
     """
     return _registry.enable(patches, fidelity=fidelity, strict=strict, gate=gate)
 
 
 def disable() -> None:
-    """Takes every patch out again: the functions of diffusers run their own code objects."""
+    """Removes every patch: the functions of diffusers run their own code objects again."""
     _registry.disable()
 
 
@@ -76,7 +76,7 @@ def enabled(
     strict: bool = False,
     gate: bool = True,
 ) -> AbstractContextManager[Status]:
-    """`enable(...)` for the length of a `with` block; what held before holds again afterwards. Nests."""
+    """Applies `enable(...)` for the length of a `with` block, then restores the previous selection. Nests."""
     return _registry.enabled(patches, fidelity=fidelity, strict=strict, gate=gate)
 
 
@@ -89,19 +89,19 @@ def status(verbose: bool = False) -> Status:
 
 
 def load_ipython_extension(ipython: object) -> None:
-    """`%load_ext wan_patches`: `enable()`, in one line of a notebook."""
+    """Runs `enable()` for `%load_ext wan_patches` in a notebook."""
     names = dict.fromkeys(report.name for report in enable().reports)
     print(f"wan_patches: {', '.join(names)} enabled; wan_patches.status() shows what each does")
 
 
 def unload_ipython_extension(ipython: object) -> None:
-    """`%unload_ext wan_patches`: `disable()`."""
+    """Runs `disable()` for `%unload_ext wan_patches`."""
     disable()
     print("wan_patches: disabled")
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("ParallelExecutor", "RayParallelExecutor"):  # they need torch
+    if name in ("ParallelExecutor", "RayParallelExecutor"):  # require torch
         import wan_patches.executor
 
         return getattr(wan_patches.executor, name)

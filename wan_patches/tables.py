@@ -1,4 +1,4 @@
-"""Tables for people: what `status()` and the benches print."""
+"""Renders tables for `status()`, the benches and reports."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import shutil
 from rich.console import Console
 from rich.table import Table
 
-# "pre" wraps in some notebooks, which would tear tables apart
+# some notebooks wrap lines in <pre>, which would break tables
 _FRAGMENT = """
 <pre style="white-space:pre;overflow-x:auto;line-height:normal;font-family:Menlo,'DejaVu Sans Mono',Consolas,monospace"
 >{code}</pre>"""
 
 
 def text(*renderables: object, width: int | None = None) -> str:
-    """Returns what `rich` would print as plain text. Strings are taken literally, without markup; nothing is cut.
+    """Returns the renderables as `rich` prints them, as plain text. Strings are taken literally; nothing is cut.
 
     Args:
-        renderables: strings, tables and whatever else `rich` prints.
+        renderables: strings, tables and anything else that `rich` prints.
         width: columns of text; by default those of the terminal, or 140 where there is none.
     """
     console = _console(width or shutil.get_terminal_size((140, 24)).columns)
@@ -27,13 +27,13 @@ def text(*renderables: object, width: int | None = None) -> str:
 
 
 def html(*renderables: object, width: int = 140) -> str:
-    """Returns what `rich` would print as a fragment of HTML: for notebooks (`_repr_html_`) and reports.
+    """Returns the renderables as an HTML fragment, for notebooks (`_repr_html_`) and reports.
 
-    One `<pre>` with inline styles; no scripts, no style sheet. Strings are taken literally, without markup, and
-    escaped; for colours use `rich.text.Text` and styles of tables.
+    The fragment is what `rich` prints, in one `<pre>` with inline styles, without scripts or style sheets. Strings are
+    taken literally, without markup, and escaped; for colours use `rich.text.Text` and table styles.
 
     Args:
-        renderables: strings, tables and whatever else `rich` prints.
+        renderables: strings, tables and anything else that `rich` prints.
         width: columns of text.
     """
     console = _console(width, record=True)
@@ -57,9 +57,9 @@ def _console(width: int, record: bool = False) -> Console:
         file=io.StringIO(),
         width=width,
         color_system=None,
-        force_jupyter=False,  # else rich would display the text in a notebook, not write it
+        force_jupyter=False,  # otherwise rich displays the text in a notebook instead of writing it
         record=record,
-        markup=False,  # brackets and colons in reasons and prompts mean nothing
+        markup=False,  # brackets and colons in reasons and prompts are not markup
         emoji=False,
         highlight=False,
     )

@@ -1,4 +1,4 @@
-"""What is known of a pipeline: of diffusers' own, of things that look like one, and of what others have done to it."""
+"""Components of diffusers' pipelines, of lookalikes, and of pipelines that other libraries have changed."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_compiled_and_a_shared_module_count_once():
 
 
 @pytest.mark.parametrize("name", available())
-def test_denoisers_of_diffusers_are_told_by_their_names(name):
+def test_denoisers_are_recognised_by_component_name(name):
     found = FAMILIES[name].build()
     of_diffusers = {
         name
@@ -65,7 +65,7 @@ def test_denoisers_of_diffusers_are_told_by_their_names(name):
         )
 
 
-def test_blocks_are_of_the_classes_that_a_model_names():
+def test_blocks_are_instances_of_the_classes_that_the_model_names():
     assert [[*blocks] for blocks in components.block_lists(Model(["Block"]))] == [["blocks.0", "blocks.1"]]
     assert [[*blocks] for blocks in components.block_lists(Model())] == [["blocks.0", "blocks.1"], ["norms.0"]]
     assert [[*blocks] for blocks in components.block_lists(Model(["Other"]))] == [["blocks.0", "blocks.1"], ["norms.0"]]
@@ -78,14 +78,14 @@ def test_tied_tensors_count_once():
     assert len(components.tensors(first, second, nn.BatchNorm1d(1))) == 3 + 5
 
 
-def test_the_device_of_an_offloaded_pipeline_is_where_it_computes():
+def test_execution_device_of_an_offloaded_pipeline_is_where_it_computes():
     found = SimpleNamespace(_execution_device=torch.device("meta"), device=torch.device("cpu"))
     assert components.execution_device(found) == torch.device("meta")
     assert components.execution_device(SimpleNamespace(device="meta")) == torch.device("meta")
 
 
 @pytest.mark.parametrize("compile_it", [torch.compile, lambda model: model.compile() or model, None])
-def test_compiled_models_and_blocks_are_told(compile_it):
+def test_compiled_models_and_blocks_are_detected(compile_it):
     model = Model()
     assert not components.is_compiled(model)
     if compile_it is None:
@@ -95,7 +95,7 @@ def test_compiled_models_and_blocks_are_told(compile_it):
     assert components.is_compiled(model)
 
 
-def test_quantised_models_are_told():
+def test_quantised_models_are_detected():
     model = Model()
     assert not components.is_quantized(model)
     assert not components.is_quantized_by_bitsandbytes(model)
@@ -104,7 +104,7 @@ def test_quantised_models_are_told():
     assert components.is_quantized_by_bitsandbytes(torch.compile(model))
 
 
-def test_whoever_decides_where_weights_are_is_told():
+def test_device_maps_and_offloading_are_detected():
     assert not components.is_managed(pipe(vae=Model()))
     mapped = pipe(vae=Model())
     mapped.hf_device_map = {"vae": "cpu"}
@@ -116,7 +116,7 @@ def test_whoever_decides_where_weights_are_is_told():
     assert components.is_managed(hooked)
 
 
-def test_group_offloading_is_told_from_other_hooks():
+def test_group_offloading_is_distinguished_from_other_hooks():
     hooks = pytest.importorskip("diffusers.hooks")
     found = pipe(vae=Model())
     here = torch.device("cpu")

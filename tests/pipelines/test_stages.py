@@ -1,4 +1,4 @@
-"""Seconds per stage of a call: of pipelines, of half a pipeline, of anything that can be called."""
+"""Seconds per stage of a call, for pipelines, partial pipelines and arbitrary callables."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def held(pipe: object) -> list[dict[str, object]]:
     return [dict(vars(owner)) if hasattr(owner, "__dict__") else {} for owner in owners]
 
 
-def test_every_stage_has_its_time_in_their_order():
+def test_every_stage_is_timed_in_order():
     pipe = Pipeline()
     start = time.perf_counter()
     with stages.watching(pipe, CPU) as watch:
@@ -86,7 +86,7 @@ def test_every_stage_has_its_time_in_their_order():
     assert 16 * NAP * 0.9 <= watch.total <= whole
 
 
-def test_each_stage_is_told_with_what_it_gave_while_the_clock_stands_still():
+def test_on_stage_gets_each_output_while_the_clock_is_stopped():
     pipe, told = Pipeline(), []
 
     def tell(stage, value):
@@ -105,14 +105,14 @@ def test_each_stage_is_told_with_what_it_gave_while_the_clock_stands_still():
     assert given[stages.DECODE] is video
 
 
-def test_steps_are_told():
+def test_on_step_is_called_after_each_step():
     pipe, steps = Pipeline(), []
     with stages.watching(pipe, CPU, on_step=functools.partial(steps.append, 1)):
         pipe(steps=5)
     assert len(steps) == 5
 
 
-def test_nothing_is_left_behind():
+def test_wrappers_are_removed_after_the_block():
     pipe = Pipeline()
     pipe()
     before = held(pipe)
@@ -122,7 +122,7 @@ def test_nothing_is_left_behind():
     assert held(pipe) == before
 
 
-def test_nothing_is_left_behind_by_a_call_that_raises():
+def test_wrappers_are_removed_after_an_exception():
     pipe = Pipeline()
     pipe()
     before = held(pipe)
@@ -132,7 +132,7 @@ def test_nothing_is_left_behind_by_a_call_that_raises():
     assert list(watch.seconds) == [stages.TEXT, stages.IMAGE_ENCODER, stages.PREPROCESS, stages.LATENTS, stages.DENOISE]
 
 
-def test_a_boundary_that_raises_is_over():
+def test_a_boundary_that_raises_ends():
     pipe = Pipeline()
 
     def decode(latents):
@@ -151,7 +151,7 @@ def test_a_boundary_that_raises_is_over():
     assert watch.seconds[stages.TEXT] >= 2 * NAP * 0.9
 
 
-def test_hooks_of_others_stay_and_are_called():
+def test_existing_hooks_stay_and_are_called():
     pipe, calls = Pipeline(), []
 
     def hook(latents):
@@ -166,7 +166,7 @@ def test_hooks_of_others_stay_and_are_called():
     assert stages.DECODE in watch.seconds
 
 
-def test_a_hook_that_comes_in_the_block_stays_and_is_not_watched_after_it():
+def test_a_hook_added_in_the_block_stays_but_is_not_watched_afterwards():
     pipe = Pipeline()
     with stages.watching(pipe, CPU) as watch:
         pipe()
@@ -178,14 +178,14 @@ def test_a_hook_that_comes_in_the_block_stays_and_is_not_watched_after_it():
     assert watch.seconds == seconds
 
 
-def test_signatures_stay_as_they_are():
+def test_wrapping_preserves_signatures():
     pipe = Pipeline()
     stock = inspect.signature(pipe.scheduler.set_timesteps)
     with stages.watching(pipe, CPU):
-        assert inspect.signature(pipe.scheduler.set_timesteps) == stock  # diffusers looks
+        assert inspect.signature(pipe.scheduler.set_timesteps) == stock  # diffusers inspects it
 
 
-def test_wrong_arguments_fail_as_without_a_watch():
+def test_invalid_arguments_raise_the_same_error_as_without_watching():
     pipe = Pipeline()
     with pytest.raises(TypeError) as stock:
         pipe.prepare_latents(picture=1)
@@ -236,7 +236,7 @@ KINDS = ["function", "partial", "class", "raises", "lambda", "builtin"]
 
 
 @pytest.mark.parametrize("pipe", [plain, functools.partial(plain), dict, Raising(), lambda: 1, print], ids=KINDS)
-def test_what_has_no_stages_has_the_time_of_the_call(pipe):
+def test_objects_without_stages_have_only_the_call_stage(pipe):
     with stages.watching(pipe, CPU) as watch:
         pipe()
     assert list(watch.seconds) == [stages.CALL]
@@ -244,7 +244,7 @@ def test_what_has_no_stages_has_the_time_of_the_call(pipe):
 
 
 @pytest.mark.parametrize("pipe", [Slots(), Frozen(Vae())], ids=["slots", "frozen"])
-def test_what_can_be_wrapped_is(pipe):
+def test_only_replaceable_functions_are_wrapped(pipe):
     before = held(pipe)
     with stages.watching(pipe, CPU) as watch:
         assert torch.equal(pipe(), torch.full((1,), 2.0))
@@ -252,9 +252,9 @@ def test_what_can_be_wrapped_is(pipe):
     assert held(pipe) == before
 
 
-def test_a_proxy_is_wrapped_itself_not_what_it_stands_for():
+def test_a_proxy_is_wrapped_and_not_its_target():
     class Proxy:
-        """As `torch.compile` makes of a module."""
+        """Forwards attributes, like the wrapper of `torch.compile`."""
 
         def __init__(self, inner: Vae) -> None:
             vars(self)["inner"] = inner
@@ -276,7 +276,7 @@ def test_a_proxy_is_wrapped_itself_not_what_it_stands_for():
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("name", [name for name in ("wan22_i2v", "helios_i2v") if name in available()])
-def test_a_pipeline_of_diffusers_gives_the_same_and_keeps_nothing(name):
+def test_watching_changes_no_bits_and_leaves_nothing_on_the_pipeline(name):
     family = FAMILIES[name]
     pipe = family.build()
     arguments = {"image": images(0, 1, (64, 48))[0], "size": (48, 32), "frames": 5, "steps": 2}
@@ -297,7 +297,7 @@ def test_a_pipeline_of_diffusers_gives_the_same_and_keeps_nothing(name):
     ("device", "waited"),
     [("cpu", []), ("xpu", [()]), ("xpu:1", [(torch.device("xpu:1"),)]), ("mps:0", [()]), ("meta", [])],
 )
-def test_the_device_that_was_given_is_waited_for(device, waited, monkeypatch):
+def test_synchronize_waits_for_the_given_device(device, waited, monkeypatch):
     waits = []
     for backend in (torch.xpu, torch.mps, torch.cpu):
         monkeypatch.setattr(backend, "synchronize", lambda *args: waits.append(args))
@@ -305,7 +305,7 @@ def test_the_device_that_was_given_is_waited_for(device, waited, monkeypatch):
     assert waits == waited
 
 
-def test_importing_it_imports_no_torch():
+def test_importing_stages_does_not_import_torch():
     code = (
         "import sys, wan_patches.pipelines.stages\n"
         "assert not {'torch', 'numpy', 'wan_patches.bench'} & set(sys.modules)"

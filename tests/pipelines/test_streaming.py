@@ -1,4 +1,4 @@
-"""Frames that come chunk by chunk: the same bits, no whole video in memory, nothing left; and when they do not."""
+"""Streamed frames: the same bits, no whole video in memory, nothing left behind; and the fallback to the end."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)
-def _tell_again():
-    streaming._tell.cache_clear()
+def forget_warnings():
+    streaming._warn_once.cache_clear()
 
 
 @pytest.fixture(scope="module")
 def built():
-    """Pipelines that tests leave as they were."""
+    """Pipelines that tests leave unchanged."""
     return functools.cache(lambda name: FAMILIES[name].build())
 
 
@@ -58,7 +58,7 @@ def inputs(name="wan_t2v", **more):
 
 
 def streamed(pipe, name="wan_t2v", **more):
-    """The chunks, and their frames (arrays) together."""
+    """Returns the chunks and their concatenated frames (arrays)."""
     chunks = []
     output = stream_frames(pipe, chunks.append, **inputs(name, **more))
     assert output.frames is None
@@ -66,8 +66,8 @@ def streamed(pipe, name="wan_t2v", **more):
 
 
 @pytest.fixture
-def comes_at_the_end(pipe, caplog):
-    """Whether stock's frames come in one chunk at the end, for a reason that the log has once."""
+def assert_delivered_at_the_end(pipe, caplog):
+    """Checks that stock's frames are delivered in one chunk at the end, for a reason that is logged once."""
 
     def check(reason, stock=None, **more):
         stock = pipe(**inputs(**more)).frames if stock is None else stock
@@ -82,7 +82,7 @@ def comes_at_the_end(pipe, caplog):
         yield check
 
 
-# What comes
+# Streamed frames
 
 
 @pytest.mark.quick
@@ -116,7 +116,7 @@ def test_one_frame_is_one_chunk(pipe):
     assert identical(frames, stock)
 
 
-def test_without_an_output_class_the_first_of_the_tuple_is_none(pipe):
+def test_with_return_dict_false_the_first_item_is_none(pipe):
     chunks = []
     assert stream_frames(pipe, chunks.append, **inputs(return_dict=False)) == (None,)
     assert len(chunks) == 3
@@ -132,7 +132,7 @@ def test_the_default_output_type_and_positional_arguments(pipe):
 
 
 @pytest.mark.parametrize("name", [HELIOS])
-def test_helios_hands_a_chunk_over_before_it_denoises_the_next(name, built):
+def test_helios_delivers_a_chunk_before_denoising_the_next(name, built):
     pipe, events = built(name), []
 
     def on_step(pipe, step, timestep, kept):
@@ -159,7 +159,7 @@ def test_frames_go_to_the_output_buffers(pipe):
     assert len(made) == sum(len(chunk.frames[0]) for chunk in chunks) == 9
 
 
-def test_chunks_come_in_the_decode_stage(pipe):
+def test_chunks_are_delivered_in_the_decode_stage(pipe):
     seen, chunks = [], []
     with watching(pipe, torch.device("cpu"), on_stage=lambda stage, value: seen.append((stage, len(chunks)))):
         stream_frames(pipe, chunks.append, **inputs())
@@ -169,7 +169,7 @@ def test_chunks_come_in_the_decode_stage(pipe):
 
 
 @pytest.mark.parametrize("patched", [False, True], ids=["stock", "patched"])
-def test_the_callback_may_use_the_autoencoder(pipe, patched):
+def test_the_callback_may_use_the_vae(pipe, patched):
     def on_frames(chunk):
         chunks.append(chunk.frames)
         video = torch.from_numpy(chunk.frames).permute(0, 4, 1, 2, 3) * 2 - 1
@@ -183,7 +183,7 @@ def test_the_callback_may_use_the_autoencoder(pipe, patched):
 
 
 @pytest.mark.parametrize("name", ["wan_t2v", HELIOS])
-def test_previews_of_a_steps_callback_are_not_the_video(name, built):
+def test_previews_decoded_by_a_step_callback_are_not_streamed(name, built):
     pipe, previews, chunks = built(name), [], []
 
     def on_step(pipe, step, timestep, kept):
@@ -235,7 +235,7 @@ def test_the_whole_video_is_never_in_memory(built, name, frames, patched):
     assert 0 < most < whole / 2
 
 
-# What somebody raises
+# Exceptions
 
 
 class Stop(Exception):
@@ -244,7 +244,7 @@ class Stop(Exception):
 
 @pytest.mark.parametrize("patched", [False, True], ids=["stock", "patched"])
 @pytest.mark.parametrize("at", [0, 1, 5])
-def test_a_callback_that_raises_leaves_the_pipeline_and_nothing_else(pipe, at, patched):
+def test_an_exception_in_the_callback_propagates_and_leaves_no_trace(pipe, at, patched):
     def on_frames(chunk):
         starts.append(chunk.start)
         if chunk.start == at:
@@ -260,7 +260,7 @@ def test_a_callback_that_raises_leaves_the_pipeline_and_nothing_else(pipe, at, p
         assert identical(streamed(pipe)[1], stock)
 
 
-def test_errors_of_the_pipeline_and_of_its_decoder(pipe, monkeypatch):
+def test_errors_of_pipeline_and_decoder_propagate(pipe, monkeypatch):
     with pytest.raises(ValueError, match="divisible"):
         stream_frames(pipe, print, **inputs(size=(48, 33)))
     with pytest.raises(TypeError, match="no_such_argument"):
@@ -281,23 +281,23 @@ def test_errors_of_the_pipeline_and_of_its_decoder(pipe, monkeypatch):
     assert identical(streamed(pipe)[1], pipe(**inputs()).frames)
 
 
-def test_latents_are_refused_before_anything_runs(pipe):
+def test_latent_output_is_rejected_before_the_call(pipe):
     with pytest.raises(ValueError, match="latent"):
         stream_frames(pipe, print, **inputs(output_type="latent"))
 
 
-def test_an_output_type_that_is_none_is_the_pipelines_to_refuse(pipe):
+def test_an_invalid_output_type_is_left_to_the_pipeline_to_reject(pipe):
     with pytest.raises(ValueError, match="does not exist"):
         stream_frames(pipe, print, **inputs(output_type="gif"))
 
 
-# Where frames come at the end
+# Delivery at the end
 
 
-def test_slices_of_a_batch(pipe, comes_at_the_end):
+def test_vae_slicing_delivers_at_the_end(pipe, assert_delivered_at_the_end):
     pipe.vae.enable_slicing()
     try:
-        comes_at_the_end("enable_slicing", prompt=["a fox", "a cat"], negative_prompt=["", ""])
+        assert_delivered_at_the_end("enable_slicing", prompt=["a fox", "a cat"], negative_prompt=["", ""])
     finally:
         pipe.vae.disable_slicing()
 
@@ -306,7 +306,7 @@ TILES = {"tile_sample_min_height": 16, "tile_sample_min_width": 16, "tile_sample
 
 
 @pytest.mark.parametrize("patched", [False, True], ids=["stock", "patched"])
-def test_tiles(patched, caplog):
+def test_vae_tiling_delivers_at_the_end(patched, caplog):
     pipe = FAMILY.build()
     pipe.vae.enable_tiling(**TILES, tile_sample_stride_width=8)
     stock = pipe(**inputs()).frames
@@ -316,7 +316,7 @@ def test_tiles(patched, caplog):
     assert identical(frames, stock)
 
 
-def test_a_picture_no_larger_than_a_tile_is_streamed():
+def test_a_video_no_larger_than_a_tile_is_streamed():
     pipe = FAMILY.build()
     pipe.vae.enable_tiling()
     chunks, frames = streamed(pipe)
@@ -325,7 +325,7 @@ def test_a_picture_no_larger_than_a_tile_is_streamed():
 
 
 @pytest.mark.parametrize("name", [HELIOS])
-def test_helios_with_tiles_comes_chunk_by_chunk(name):
+def test_helios_with_tiling_is_delivered_chunk_by_chunk(name):
     pipe = FAMILIES[name].build()
     pipe.vae.enable_tiling(**TILES, tile_sample_stride_width=8)
     stock = pipe(**inputs(name)).frames
@@ -334,7 +334,7 @@ def test_helios_with_tiles_comes_chunk_by_chunk(name):
     assert identical(frames, stock)
 
 
-def test_somebody_wraps_what_decodes(pipe, comes_at_the_end):
+def test_a_wrapped_decode_delivers_at_the_end(pipe, assert_delivered_at_the_end):
     decode, seen = pipe.vae.decode, []
 
     def darker(*args, **kwargs):
@@ -344,48 +344,48 @@ def test_somebody_wraps_what_decodes(pipe, comes_at_the_end):
 
     pipe.vae.decode = darker
     try:
-        comes_at_the_end("somebody looks at it")
+        assert_delivered_at_the_end("other code wraps it")
     finally:
         del pipe.vae.decode
     assert seen == [(1, 3, 9, 32, 48)] * 3
 
 
-def test_somebody_replaces_the_loop(pipe, comes_at_the_end):
+def test_a_replaced_decode_loop_delivers_at_the_end(pipe, assert_delivered_at_the_end):
     decode = pipe.vae._decode
     pipe.vae._decode = lambda *args, **kwargs: decode(*args, **kwargs)
     try:
-        comes_at_the_end("somebody looks at it")
+        assert_delivered_at_the_end("other code wraps it")
     finally:
         del pipe.vae._decode
 
 
-def test_a_loop_of_another_class(comes_at_the_end, pipe, monkeypatch):
+def test_a_decode_loop_of_another_class_delivers_at_the_end(assert_delivered_at_the_end, pipe, monkeypatch):
     stock = autoencoder_kl_wan.AutoencoderKLWan._decode
     monkeypatch.setattr(autoencoder_kl_wan.AutoencoderKLWan, "_decode", lambda *args, **kwargs: stock(*args, **kwargs))
-    comes_at_the_end("way of decoding is not as known")
+    assert_delivered_at_the_end("decoding loop is unknown")
 
 
-def test_somebody_replaces_a_function_that_the_loop_calls(comes_at_the_end, monkeypatch):
+def test_a_replaced_function_in_the_loop_delivers_at_the_end(assert_delivered_at_the_end, monkeypatch):
     cat = torch.cat
     monkeypatch.setattr(torch, "cat", lambda *args, **kwargs: cat(*args, **kwargs))
-    comes_at_the_end("was replaced")
+    assert_delivered_at_the_end("was replaced")
 
 
-def test_a_mode_looks_at_the_operations(comes_at_the_end):
+def test_an_active_mode_delivers_at_the_end(assert_delivered_at_the_end):
     with FlopCounterMode(display=False):
-        comes_at_the_end("looks at the operations")
+        assert_delivered_at_the_end("observes the operations")
 
 
-def test_another_processor(comes_at_the_end, pipe, monkeypatch):
+def test_an_unknown_processor_delivers_at_the_end(assert_delivered_at_the_end, pipe, monkeypatch):
     class Smoothed(type(pipe.video_processor)):
         def postprocess_video(self, video, output_type="np", **kwargs):
             return super().postprocess_video(video.cumsum(dim=2) / 10, output_type, **kwargs)
 
     monkeypatch.setattr(pipe, "video_processor", Smoothed(vae_scale_factor=8))
-    comes_at_the_end("video processor is not as known")
+    assert_delivered_at_the_end("video processor is unknown")
 
 
-def test_a_pipeline_of_somebodys_own(pipe, caplog):
+def test_a_custom_pipeline_delivers_at_the_end(pipe, caplog):
     class Twice(diffusers.WanPipeline):
         def __call__(self, *args, **kwargs):
             output = super().__call__(*args, **kwargs)
@@ -394,11 +394,11 @@ def test_a_pipeline_of_somebodys_own(pipe, caplog):
 
     twice = Twice(**pipe.components)
     (chunk,), frames = streamed(twice)
-    assert "a Twice may do more" in chunk.reason
+    assert "a Twice may process" in chunk.reason
     assert identical(frames, twice(**inputs()).frames)
 
 
-def test_a_wrapped_call_is_not_passed_over(pipe, monkeypatch):
+def test_a_wrapped_pipeline_call_still_runs(pipe, monkeypatch):
     call = diffusers.WanPipeline.__call__
 
     @functools.wraps(call)
@@ -409,11 +409,11 @@ def test_a_wrapped_call_is_not_passed_over(pipe, monkeypatch):
 
     monkeypatch.setattr(diffusers.WanPipeline, "__call__", brighter)
     (chunk,), frames = streamed(pipe)
-    assert "may do more" in chunk.reason
+    assert "may process the decoded video further" in chunk.reason
     assert identical(frames, pipe(**inputs()).frames)
 
 
-def test_what_is_no_pipeline(caplog):
+def test_objects_that_are_not_pipelines(caplog):
     chunks = []
     with caplog.at_level(logging.WARNING):
         assert stream_frames(lambda prompt: prompt.upper(), chunks.append, "a fox") == "A FOX"
@@ -424,7 +424,7 @@ def test_what_is_no_pipeline(caplog):
 # Others
 
 
-def test_two_threads_do_not_meet():
+def test_two_threads_stream_independently():
     pipes = [FAMILY.build(seed=seed) for seed in range(2)]
     stocks = [pipe(**inputs()).frames for pipe in pipes]
     both, found = threading.Barrier(2, timeout=60), [None, None]
@@ -448,7 +448,7 @@ def test_two_threads_do_not_meet():
     assert all(map(identical, found, stocks))
 
 
-def test_another_thread_decodes_with_the_same_autoencoder(pipe):
+def test_another_thread_may_decode_with_the_same_vae(pipe):
     """Between two chunks; its own frames stay its own."""
     other = diffusers.WanPipeline(**pipe.components)
     stock, found = pipe(**inputs()).frames, []
@@ -471,6 +471,6 @@ def test_another_thread_decodes_with_the_same_autoencoder(pipe):
     assert identical(frames, stock)
 
 
-def test_importing_the_package_imports_no_torch_for_it():
+def test_importing_the_package_does_not_import_torch():
     assert "stream_frames" in wan_patches.__all__
     assert wan_patches.stream_frames is stream_frames

@@ -1,1 +1,1 @@
-"""What is known of pipelines: their components, devices, stages and frames."""
+"""Reads pipelines: components, devices, stages and frames."""

@@ -1,6 +1,7 @@
-"""What is known of a pipeline: its modules, its denoisers and their blocks, its device, who else has changed it.
+"""Reads the properties of a pipeline: its modules, denoisers, transformer blocks, device, hooks and compilation.
 
-All functions only read. Pipelines are diffusers' or look like them; modules may be wrapped by torch.compile.
+All functions are read-only. They accept diffusers pipelines and objects that look like them; modules may be wrapped by
+torch.compile.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ __all__ = [
     "without_compiler",
 ]
 
-#: How the names of denoisers begin among a pipeline's components (`transformer`, `transformer_2`, `unet`).
+#: Name prefixes of the components that are denoisers (`transformer`, `transformer_2`, `unet`).
 DENOISERS = ("transformer", "unet")
 
 
@@ -46,12 +47,12 @@ def components(pipe: Any) -> Mapping[str, Any]:
 
 
 def modules(pipe: Any) -> dict[str, nn.Module]:
-    """Returns the components that are modules, as the pipeline calls them: compiled ones in torch.compile's wrapper."""
+    """Returns the components that are modules, compiled ones in torch.compile's wrapper, as the pipeline calls them."""
     return {name: part for name, part in components(pipe).items() if isinstance(part, nn.Module)}
 
 
 def distinct_modules(pipe: Any) -> dict[str, nn.Module]:
-    """Returns the modules that have the weights: each once, under its first name, without torch.compile's wrapper."""
+    """Returns the modules that hold the weights, without torch.compile's wrapper: each once, under its first name."""
     found: dict[int, tuple[str, nn.Module]] = {}
     for name, part in modules(pipe).items():
         part = without_compiler(part)
@@ -60,24 +61,24 @@ def distinct_modules(pipe: Any) -> dict[str, nn.Module]:
 
 
 def denoisers(pipe: Any) -> dict[str, nn.Module]:
-    """Returns the models that the denoising loop calls, as the pipeline calls them, by the names of their components.
+    """Returns the models that the denoising loop calls, by component name, in torch.compile's wrapper if compiled.
 
-    They are recognised by those names, so that models of any make count.
+    The component name decides, so models of any class are included.
     """
     return {name: module for name, module in modules(pipe).items() if is_denoiser(name)}
 
 
 def is_denoiser(name: str) -> bool:
-    """Whether a component of this name is a denoiser."""
+    """Whether a component with this name is a denoiser."""
     return name.startswith(DENOISERS)
 
 
 def block_lists(model: nn.Module) -> list[dict[str, nn.Module]]:
-    """Returns the transformer blocks of a model, list by list, each by its path in the model.
+    """Returns the transformer blocks of a model: one dictionary per module list, from path in the model to block.
 
-    Blocks are what the model's lists hold of the classes that the model names (`_repeated_blocks`, or else
-    `_no_split_modules`), or everything that they hold if they hold none of those. A block within another is none. Lists
-    without blocks are left out.
+    Blocks are the items of the model's module lists whose classes the model names in `_repeated_blocks` or, without
+    that, in `_no_split_modules`. If the lists contain no such items, all their items are blocks. Blocks nested in other
+    blocks and lists without blocks are left out.
     """
     names = {*(getattr(model, "_repeated_blocks", None) or getattr(model, "_no_split_modules", None) or ())}
     lists = [
@@ -94,15 +95,15 @@ def block_lists(model: nn.Module) -> list[dict[str, nn.Module]]:
 
 
 def tensors(*modules: nn.Module) -> list[torch.Tensor]:
-    """Returns the parameters and buffers of modules, each once."""
+    """Returns the parameters and buffers of the modules, each once."""
     found = (tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))
     return list({id(tensor): tensor for tensor in found}.values())
 
 
 def execution_device(pipe: Any) -> torch.device:
-    """Returns the device where a pipeline computes, which for an offloaded one is not where its weights are.
+    """Returns the device on which a pipeline computes; if the pipeline is offloaded, its weights are elsewhere.
 
-    The CPU for an object that does not say.
+    Returns the CPU for an object that names no device.
     """
     for name in ("_execution_device", "device"):  # the first is right for offloaded pipelines
         with contextlib.suppress(Exception):
@@ -114,12 +115,12 @@ def execution_device(pipe: Any) -> torch.device:
 
 
 def without_compiler(module: Any) -> Any:
-    """Returns the module within torch.compile's wrapper, or the module itself without one."""
+    """Returns the module inside torch.compile's wrapper, or the module itself if there is no wrapper."""
     return getattr(module, "_orig_mod", module)
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether torch.compile runs the module or a part of it."""
+    """Whether torch.compile runs the module or any of its submodules."""
     parts = module.modules()
     return any(hasattr(part, "_orig_mod") or getattr(part, "_compiled_call_impl", None) is not None for part in parts)
 
@@ -128,12 +129,12 @@ def is_compiled(module: nn.Module) -> bool:
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Whether diffusers has quantised a model's weights, with whatever library."""
+    """Whether diffusers has quantised the model's weights, with any library."""
     return bool(getattr(module, "is_quantized", False)) or getattr(module, "hf_quantizer", None) is not None
 
 
 def is_quantized_by_bitsandbytes(module: nn.Module) -> bool:
-    """Whether the weights are bitsandbytes', in 4 or 8 bits: such a model may refuse to be moved."""
+    """Whether bitsandbytes has quantised the weights to 4 or 8 bits; such a model may refuse to be moved."""
     return any(getattr(module, f"is_loaded_in_{bits}bit", False) for bits in (4, 8))
 
 
@@ -141,14 +142,14 @@ def is_quantized_by_bitsandbytes(module: nn.Module) -> bool:
 
 
 def hook_registries(module: nn.Module) -> Iterator[Any]:
-    """Yields the registries of diffusers' hooks (`HookRegistry`) on a module and its parts."""
+    """Yields diffusers' hook registries (`HookRegistry`) of a module and its submodules."""
     for part in module.modules():
         if (registry := getattr(part, "_diffusers_hook", None)) is not None:
             yield registry
 
 
 def has_hook(module: nn.Module, name: str) -> bool:
-    """Whether diffusers' hook of that name (such as "group_offloading") is on a module or a part of it."""
+    """Whether the module or a submodule has diffusers' hook of this name (such as "group_offloading")."""
     return any(registry.get_hook(name) is not None for registry in hook_registries(module))
 
 
@@ -158,12 +159,12 @@ def has_device_map(pipe: Any) -> bool:
 
 
 def has_accelerate_hooks(pipe: Any) -> bool:
-    """Whether accelerate moves the weights: model offload and sequential offload."""
+    """Whether accelerate moves the weights, as in model offload and sequential offload."""
     return bool(getattr(pipe, "_all_hooks", None)) or any(hasattr(part, "_hf_hook") for part in modules(pipe).values())
 
 
 def is_managed(pipe: Any) -> bool:
-    """Whether a device map or offloading of any kind decides where the weights are."""
+    """Whether a device map or any kind of offloading decides where the weights are."""
     if has_device_map(pipe) or has_accelerate_hooks(pipe):
         return True
     return any(has_hook(module, "group_offloading") for module in modules(pipe).values())

@@ -1,8 +1,8 @@
-"""Where the time of one pipeline call goes, for any pipeline, without touching what patches change.
+"""Measures the stages of one pipeline call, for any pipeline, without touching the code that patches change.
 
-Patches rewrite code inside functions of diffusers. The boundaries here are calls that a pipeline makes on its
-own instance, its scheduler and its VAE: they are wrapped on those instances for one call. What lies between
-two of them (preprocessing, denoising, postprocessing) is the gap.
+Patches rewrite code inside functions of diffusers. The stage boundaries here are calls that a pipeline makes on its own
+instance, its scheduler and its VAE; they are wrapped on those instances for one call. The gaps between boundaries are
+preprocessing, denoising and postprocessing.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 TEXT, IMAGE_ENCODER, PREPROCESS = "text", "image encoder", "image preprocess"
 LATENTS, DENOISE, DECODE, POSTPROCESS = "latents and mask", "denoise", "decode", "postprocess"
 
-#: In the order in which a pipeline goes through them. "Denoise" is all that no other stage is.
+#: All stages, in the order in which a pipeline runs them. "denoise" is everything that belongs to no other stage.
 STAGES = (TEXT, IMAGE_ENCODER, PREPROCESS, LATENTS, DENOISE, DECODE, POSTPROCESS)
 
-#: A call that crossed no boundary, because what was called is no pipeline or one of another make.
+#: The only stage of a call that crossed no boundary: the object is not a pipeline, or one of an unknown structure.
 CALL = "call"
 
 _SPANS = {
@@ -34,13 +34,13 @@ _SPANS = {
     "prepare_image_latents": LATENTS,
     "prepare_video_latents": LATENTS,
 }
-_PIXELS = ("image", "last_image", "video")  # what `prepare_*` functions call the preprocessed picture
+_PIXELS = ("image", "last_image", "video")  # parameters of `prepare_*` functions for preprocessed images
 
 Function = Callable[..., Any]
 
 
 class Stopwatch:
-    """Gives time to stages, of which there is one at a time; waits for `device` whenever a stage ends."""
+    """Attributes elapsed time to stages, one at a time; waits for `device` at the end of each stage."""
 
     def __init__(self, device: torch.device, on_end: Callable[[str], None] | None = None) -> None:
         self._device, self._on_end = device, on_end
@@ -49,9 +49,9 @@ class Stopwatch:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Seconds by stage so far, in the order of `STAGES`; a stage that did not occur is absent.
+        """Seconds by stage so far, in the order of `STAGES`; stages that did not occur are absent.
 
-        Only `CALL` where no boundary was crossed, and nothing before the first stage has ended.
+        Contains only `CALL` if no boundary was crossed, and nothing until the first stage has ended.
         """
         return {stage: self._seconds[stage] for stage in (*STAGES, CALL) if stage in self._seconds}
 
@@ -61,11 +61,11 @@ class Stopwatch:
         return sum(self._seconds.values())
 
     def start(self) -> None:
-        """Nothing since the last stage ended counts."""
+        """Restarts the clock: time since the end of the last stage is not counted."""
         self._since = time.perf_counter()
 
     def end(self, stage: str) -> None:
-        """The time since the last stage ended was `stage`."""
+        """Attributes the time since the end of the last stage to `stage`."""
         synchronize(self._device)
         now = time.perf_counter()
         self._seconds[stage] = self._seconds.get(stage, 0.0) + now - self._since
@@ -76,12 +76,12 @@ class Stopwatch:
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits until `device` has done what it was given."""
+    """Waits until `device` has finished all work queued on it."""
     if device.type == "cpu":
         return
     import torch
 
-    # of torch's backends only MPS takes no device; one without the function has nothing to wait for
+    # MPS is the only backend of torch whose function takes no device; a backend without it has nothing to wait for
     wait = getattr(getattr(torch, device.type, None), "synchronize", None)
     if wait is not None:
         wait(*() if device.index is None or device.type == "mps" else (device,))
@@ -96,21 +96,22 @@ def watching(
     on_step: Callable[[], None] | None = None,
     on_end: Callable[[str], None] | None = None,
 ) -> Iterator[Stopwatch]:
-    """Takes the times of what `pipe`, called once in the block, does on `device`.
+    """Times the stages of one call of `pipe` in the block, on `device`.
 
-    `pipe` may be anything: a boundary that it lacks, or that cannot be wrapped, is not there. The stopwatch is
-    complete when the block ends; with an exception it has the stages that had ended. Wrappers that others have
-    put on the same instances, before or in the block, stay as they are. One call at a time: a pipeline's
-    scheduler does not bear two.
+    `pipe` may be any object: boundaries that it lacks, or that cannot be wrapped, are left out. The stopwatch is
+    complete when the block ends; after an exception it contains the stages that had ended. Wrappers that other code
+    puts on the same instances, before or during the block, stay in place. Only one call at a time, because a pipeline's
+    scheduler does not support two.
 
     Args:
-        pipe: a pipeline, or any other object that can be called.
-        device: waited for at each boundary.
-        on_stage: called with a stage and what it gave, while the clock stands still. Of "text", "image encoder",
-            "latents and mask" and "decode": the function's result. Of "image preprocess": a list of tensors. Of
-            "denoise": a tuple of the latents that the VAE is to decode. Of "postprocess" nothing is known here.
-        on_step: called after every step of the scheduler.
-        on_end: called with a stage whenever time was given to it, while the clock stands still.
+        pipe: a pipeline, or any other callable object.
+        device: the device to wait for at each boundary.
+        on_stage: called with a stage and its output, while the clock is stopped. For "text", "image encoder", "latents
+            and mask" and "decode" the output is the function's result; for "image preprocess" a list of tensors; for
+            "denoise" a tuple with the latents to be decoded. Not called for "postprocess", whose output is not seen
+            here.
+        on_step: called after every scheduler step.
+        on_end: called with a stage whenever time was attributed to it, while the clock is stopped.
     """
     watcher = _Watcher(Stopwatch(device, on_end), on_stage)
     scheduler, vae = _attribute(pipe, "scheduler"), _attribute(pipe, "vae")
@@ -140,11 +141,11 @@ class _Watcher:
         self._left = False
 
     def span(self, function: Function, stage: str) -> Function:
-        """`function`, which is all of `stage` or part of it, watched."""
+        """Wraps `function`, which is `stage` or a part of it."""
 
-        @functools.wraps(function)  # pipelines look at signatures of scheduler methods
+        @functools.wraps(function)  # pipelines inspect the signatures of scheduler methods
         def watched(*args: Any, **kwargs: Any) -> Any:
-            if self._inside or self._left:  # one boundary calls another: the outer one has the time
+            if self._inside or self._left:  # a boundary inside another: the outer one counts the time
                 return function(*args, **kwargs)
             self._end_gap(stage, function, args, kwargs)
             self._inside = True
@@ -160,7 +161,7 @@ class _Watcher:
         return watched
 
     def then(self, function: Function, callback: Callable[[], None]) -> Function:
-        """`function`, and `callback` after it."""
+        """Returns `function` followed by `callback`."""
 
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -172,12 +173,12 @@ class _Watcher:
         return call
 
     def finish(self) -> None:
-        """The call has returned."""
+        """Ends the last stage, after the call has returned."""
         seconds = self.watch.seconds
         self.watch.end(CALL if not seconds else POSTPROCESS if DECODE in seconds else DENOISE)
 
     def leave(self) -> None:
-        """A wrapper that someone still holds does no more than what it wraps."""
+        """Turns wrappers that other code still holds into plain calls of the wrapped functions."""
         self._left = True
 
     def _end_gap(self, following: str, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -198,18 +199,18 @@ class _Watcher:
 
 @contextlib.contextmanager
 def _wrapped(owner: Any, name: str, make: Callable[[Function], Function]) -> Iterator[None]:
-    """Has `make(owner.name)` for `owner.name` in the block, where that is a function and can be replaced."""
+    """Replaces `owner.name` by `make(owner.name)` in the block, if it is a function that can be replaced."""
     function, attributes = _attribute(owner, name), _attribute(owner, "__dict__")
     if not callable(function) or type(attributes) is not dict:  # a class, or an object with slots
         yield
         return
-    # not with setattr: frozen classes refuse that, proxies like torch.compile's pass it on to another object
-    before = attributes.get(name)  # hooks of other libraries live on instances too
+    # not setattr: frozen classes reject it, and proxies like torch.compile's forward it to another object
+    before = attributes.get(name)  # other libraries put hooks on instances too
     ours = attributes[name] = make(function)
     try:
         yield
     finally:
-        if attributes.get(name) is ours:  # else someone's hook has come, and may call ours
+        if attributes.get(name) is ours:  # otherwise another hook was added, which may call ours
             if before is None:
                 del attributes[name]
             else:
@@ -217,12 +218,12 @@ def _wrapped(owner: Any, name: str, make: Callable[[Function], Function]) -> Ite
 
 
 def is_watching(function: Any) -> bool:
-    """Whether `watching` has put it around the function in its `__wrapped__`, whose results it passes on."""
+    """Whether a function is a wrapper made by `watching`; such a wrapper returns the results of its `__wrapped__`."""
     return type(function) is types.FunctionType and function.__globals__ is globals()
 
 
 def _attribute(owner: Any, name: str) -> Any:
-    """`owner.name`, or None where there is none or a property raises."""
+    """Returns `owner.name`, or None if it is missing or a property raises."""
     try:
         return getattr(owner, name, None)
     except Exception:
@@ -230,11 +231,11 @@ def _attribute(owner: Any, name: str) -> Any:
 
 
 def _pixels(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
-    """The preprocessed pictures among the arguments."""
+    """Returns the preprocessed images among the arguments."""
     import torch
 
     try:
         given = inspect.signature(function).bind(*args, **kwargs).arguments
-    except (TypeError, ValueError):  # arguments that do not fit, about which the call will say more
+    except (TypeError, ValueError):  # invalid arguments; the call itself raises a better error
         return []
     return [given[name] for name in _PIXELS if isinstance(given.get(name), torch.Tensor)]

@@ -1,4 +1,4 @@
-"""Frames of a video while the autoencoder goes on: chunk by chunk, with the bits that the whole video would have.
+"""Streams the frames of a video while the VAE is still decoding, with the bits of the whole video.
 
     def on_frames(chunk: Chunk) -> None:
         for frame in chunk.frames[0]:
@@ -6,12 +6,12 @@
 
     wan_patches.stream_frames(pipe, on_frames, prompt="a fox", output_type="pil")
 
-Wan's autoencoder decodes one latent frame after another: four frames each, the first time one. Stock joins them, and
-hands the whole video to the processor that makes frames of it. Here the processor gets each chunk when it is there, and
-the pipeline gets a stand-in without pixels, which comes to the processor in the place of the video. It is known of
-pipelines that they do no more with it than that, by the text of the few statements between the two calls.
+Wan's VAE decodes one latent frame at a time: the first into one frame, each later one into four. Stock joins the
+decoded frames and passes the whole video to the video processor. Here the processor gets each chunk as soon as it is
+decoded, and the pipeline gets a stand-in without pixels, which it passes to the processor instead of the video. The
+texts of the few statements between the two calls prove that a pipeline does nothing else with the decoded video.
 
-Patches may be enabled or not: whatever the decoder and the processor run, they run here.
+Streaming does not depend on the patches: it runs the decoder and the processor as they are, patched or stock.
 """
 
 from __future__ import annotations
@@ -52,20 +52,20 @@ __all__ = ["Chunk", "stream_frames"]
 logger = logging.getLogger("wan_patches")
 
 _OUTPUT_TYPES = ("pil", "np", "pt")
-#: Modules whose functions are called between a pipeline and `_decode`.
+#: Modules whose functions can be on the stack between a pipeline and `_decode`.
 _ON_THE_WAY = frozenset({AUTOENCODER, "diffusers.utils.accelerate_utils", "wan_patches.pipelines.stages"})
 _STREAMED = "_wan_patches_streamed"
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Frames of a video, one after another.
+    """Consecutive frames of a video.
 
-    frames: what the pipeline's result would have as `frames` of a video of just these: for `output_type="pil"` a list
-        of images for each video of the batch, for "np" a float32 array `(batch, frames, height, width, channels)`, for
-        "pt" a tensor `(batch, frames, channels, height, width)`.
-    start: the place of the first of them in the video, from 0.
-    reason: why they come when the whole video has been decoded; None where they come as soon as they are.
+    frames: the `frames` of a pipeline result for a video of only these frames. For `output_type="pil"`: a list of
+        images for each video of the batch; for "np": a float32 array `(batch, frames, height, width, channels)`; for
+        "pt": a tensor `(batch, frames, channels, height, width)`.
+    start: index of the first of these frames in the video, from 0.
+    reason: why the video was not streamed but delivered after decoding; None for streamed frames.
     """
 
     frames: Any
@@ -74,76 +74,80 @@ class Chunk:
 
 
 def stream_frames(pipe: Any, on_frames: Callable[[Chunk], object], /, *arguments: Any, **keywords: Any) -> Any:
-    """Calls a pipeline, and hands the frames of its video over while the autoencoder goes on.
+    """Calls a pipeline and delivers the frames of its video while the VAE is still decoding.
 
-    The chunks, put together, have the bits of the video that the call would have given. The whole video is never in
-    memory, unless `on_frames` keeps it: what was handed over is not in the result too, whose `frames` are None. Where
-    the pipeline, its autoencoder or its processor is not as known, or something else than the pipeline looks at what is
-    decoded, all frames come at the end, in one chunk that has the reason; the log has it once. With tiling a video is
-    decoded, and comes, as a whole, in Helios chunk by chunk.
+    The concatenated chunks have the bits of the video that a plain call returns. The whole video is never in memory
+    unless `on_frames` keeps it; the `frames` of the result are None. All frames are delivered at the end, in one chunk
+    with the reason, if the pipeline, its VAE or its video processor is not a known one, or if other code accesses the
+    decoded video. The reason is also logged, once. With VAE tiling a video is decoded and delivered as a whole; in
+    Helios, chunk by chunk.
 
-    Nothing of it is left afterwards, also after an exception. Other threads may call other pipelines meanwhile.
+    Pipeline, VAE and processor are restored after the call, also after an exception. Other threads may call other
+    pipelines at the same time.
 
     Args:
-        pipe: a diffusers pipeline; chunks come from those that decode with `AutoencoderKLWan` and do no more with the
-            video: Wan T2V, I2V, V2V and VACE, SkyReels-V2 (but video to video), Helios, AnyFlow.
-        on_frames: called in this thread with each `Chunk`, in order. What it raises leaves the pipeline, as does
-            whatever a step's callback raises: that is the way to stop.
-        arguments, keywords: what the pipeline takes.
+        pipe: a diffusers pipeline. Frames are streamed from pipelines that decode with `AutoencoderKLWan` and do not
+            process the decoded video further: Wan T2V, I2V, V2V and VACE, SkyReels-V2 (except video to video), Helios,
+            AnyFlow.
+        on_frames: called in this thread with each `Chunk`, in order. To stop the pipeline, raise an exception here or
+            in a step callback; it propagates to the caller.
+        arguments, keywords: the arguments of the pipeline.
 
     Returns:
-        What the pipeline returns, its `frames` (or the first of a tuple) None.
+        The pipeline's result with `frames` (or the first item of a tuple) set to None.
 
     Raises:
-        ValueError: `output_type` is "latent", of which there are no frames.
-        Exception: what the pipeline or `on_frames` raises.
+        ValueError: `output_type` is "latent", which produces no frames.
+        Exception: any exception of the pipeline or of `on_frames`.
     """
     output_type = _argument("output_type", pipe, arguments, keywords)
     if output_type == "latent":
-        raise ValueError('with output_type="latent" there are no frames: ask for "pil", "np" or "pt"')
+        raise ValueError('output_type="latent" produces no frames: use "pil", "np" or "pt"')
     stream = _Stream(on_frames, output_type)
     with stream.tapping(pipe):
         return stream.finish(pipe, pipe(*arguments, **keywords))
 
 
-#: The stream of the pipeline call that runs in this thread or task.
+#: The stream of the pipeline call in progress in this thread or task.
 _stream: ContextVar[_Stream | None] = ContextVar("wan_patches.stream", default=None)
 _lock = threading.Lock()
 
 
 class _Stream:
-    """The frames of one call of a pipeline, from the autoencoder to whoever gets them."""
+    """The frames of one pipeline call, on their way from the VAE to the callback."""
 
     def __init__(self, on_frames: Callable[[Chunk], object], output_type: Any) -> None:
         self._on_frames, self._output_type = on_frames, output_type
         self._reason: str | None = None
         self._reason_against_pieces: str | None = None
-        self._group = 1  # frames that pipelines leave out together, at the end
+        self._group = 1  # size of the groups that pipelines drop if incomplete
         self._postprocess: Callable[..., Any] | None = None
         self._handed_over = 0
-        self._held: torch.Tensor | None = None  # frames that may be left out
+        self._held: torch.Tensor | None = None  # frames of an incomplete group, which may be dropped
         self._begun = False
 
     @contextlib.contextmanager
     def tapping(self, pipe: Any) -> Iterator[None]:
-        """In the block, this thread's decoded frames go through this stream, where all is as known."""
+        """Sends the frames decoded in the block, in this thread, through this stream, if pipeline and VAE are known."""
         with contextlib.ExitStack() as stack:
             stack.callback(_stream.reset, _stream.set(self))
-            with _lock:  # two threads may use the same autoencoder
+            with _lock:  # two threads may use the same VAE
                 self._reason = self._reason_against(pipe)
                 if self._reason is None:
                     self._tap(pipe, stack)
             yield
 
     def finish(self, pipe: Any, result: Any) -> Any:
-        """The result of the call without its frames, all of which have been handed over now."""
+        """Returns the result of the call without its frames, after delivering any remaining ones."""
         if self._begun:
             return result
-        frames, rest = _taken(pipe, result)
+        frames, rest = _without_frames(pipe, result)
         if self._reason is None:
             self._reason = "the pipeline decoded nothing in this thread"
         if frames is None:
-            _tell(f"there are no frames in a {type(result).__name__}, and {self._reason}", "no frames were streamed")
+            _warn_once(
+                f"there are no frames in a {type(result).__name__}, and {self._reason}", "no frames were streamed"
+            )
             return result
         self._hand_over(frames)
         return rest
@@ -151,30 +155,30 @@ class _Stream:
     # Before the call
 
     def _reason_against(self, pipe: Any) -> str | None:
-        way = _way_of_decoded(type(pipe))
+        way = _use_of_decoded_video(type(pipe))
         vae: Any = getattr(pipe, "vae", None)
         processor: Any = getattr(pipe, "video_processor", None)
         if way is None:
-            return f"a {type(pipe).__name__} may do more with a decoded video than make frames of it"
+            return f"a {type(pipe).__name__} may process the decoded video further"
         if self._output_type not in _OUTPUT_TYPES:
-            return "it is not known what frames are asked for"
+            return "the output type is unknown"
         if way == JOINED:
             self._group = pipe.vae_scale_factor_temporal
-        if not _decodes_as_known(vae):
-            return f"the autoencoder, a {type(vae).__name__}, is not AutoencoderKLWan as known, or somebody looks at it"
+        if not _has_known_decode(vae):
+            return f"the VAE, a {type(vae).__name__}, is not a known AutoencoderKLWan, or other code wraps it"
         if vae.use_slicing:
-            return "the autoencoder decodes the videos of a batch one by one (enable_slicing)"
+            return "the VAE decodes the videos of a batch one by one (enable_slicing)"
         if not is_stock(processor, (*POSTPROCESS, "postprocess_video")):
-            return "the video processor is not as known"
+            return "the video processor is unknown or was changed"
         if hasattr(vae, _STREAMED) or hasattr(processor, _STREAMED):
-            return "another stream comes from this autoencoder at the moment"
+            return "another stream is using this VAE"
         return None
 
     def _tap(self, pipe: Any, stack: contextlib.ExitStack) -> None:
         vae, processor = pipe.vae, pipe.video_processor
         vae_class, processor_class, stream = type(vae), type(processor), self
-        if not _decodes_piecewise(vae):
-            self._reason_against_pieces = "the autoencoder's way of decoding is not as known"
+        if not _decodes_by_latent_frame(vae):
+            self._reason_against_pieces = "the VAE's decoding loop is unknown or was changed"
         self._postprocess = functools.partial(processor_class.postprocess_video, processor)
 
         def decode(vae: Any, z: Any, *args: Any, **kwargs: Any) -> Any:
@@ -190,30 +194,30 @@ class _Stream:
         stack.callback(exchange_class(vae, {"_decode": decode, _STREAMED: True}))
         stack.callback(exchange_class(processor, {"postprocess_video": postprocess_video, _STREAMED: True}))
 
-    # While it runs
+    # During the call
 
     def _decode(self, whole: Callable[..., Any], vae: Any, z: torch.Tensor, return_dict: bool = True) -> Any:
-        """In the place of the autoencoder's `_decode`: hands the frames over, and gives a video without pixels."""
+        """Replaces the VAE's `_decode`: delivers the frames and returns a video without pixels."""
         from diffusers.models.autoencoders.vae import DecoderOutput
 
         from wan_patches.bindings.vae import chunks
 
-        reason = self._reason_against_pieces or _reason_against_now(vae, z)
+        reason = self._reason_against_pieces or _reason_against_streaming(vae, z)
         if reason is None:
             stand_ins = []
             with contextlib.closing(chunks(vae, z)) as decoded:
                 for chunk in decoded:
                     stand_ins.append(self._add(torch.clamp(chunk, min=-1.0, max=1.0)))
-                    del chunk  # before the next is made
+                    del chunk  # free it before the next one is decoded
             sample = torch.cat(stand_ins, dim=2)
         else:
-            if self._group == 1:  # else it is no more than a part of the video
+            if self._group == 1:  # otherwise this is only a part of the video
                 self._reason = reason
             sample = self._add(whole(z, return_dict=False)[0])
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     def _add(self, video: torch.Tensor) -> torch.Tensor:
-        """Hands over what follows, `(batch, channels, frames, height, width)` in [-1, 1]; the same without pixels."""
+        """Delivers the next frames, `(batch, channels, frames, height, width)` in [-1, 1]; returns their stand-in."""
         assert self._postprocess is not None
         self._begun = True
         stand_in = video.new_empty((*video.shape[:3], 0, 0))
@@ -228,21 +232,21 @@ class _Stream:
         return stand_in
 
     def _end(self, video: torch.Tensor) -> None:
-        """In the place of `postprocess_video`, for the stand-in of the whole video."""
+        """Replaces `postprocess_video` for the stand-in of the whole video."""
         self._held = None
         if video.shape[2:] != (self._handed_over, 0, 0):
             raise RuntimeError(
-                f"{self._handed_over} frames were handed over, and the pipeline wants {tuple(video.shape)}: please "
+                f"{self._handed_over} frames were delivered, but the pipeline expects {tuple(video.shape)}: please "
                 "report this, and call the pipeline without streaming"
             )
 
     def _hand_over(self, frames: Any, count: int = 0) -> None:
         if self._reason is not None:
-            _tell(self._reason)
+            _warn_once(self._reason)
         chunk = Chunk(frames, self._handed_over, self._reason)
         del frames
         self._handed_over += count
-        token = _stream.set(None)  # what the callback decodes is its own
+        token = _stream.set(None)  # the callback may decode videos of its own
         try:
             self._on_frames(chunk)
         finally:
@@ -250,7 +254,7 @@ class _Stream:
 
 
 def _is_called_by(pipe: Any) -> bool:
-    """Whether the pipeline decodes its video, and not somebody within its call: a step's callback, for a preview."""
+    """Whether the pipeline decodes its own video, and not other code inside its call, such as a preview callback."""
     frame = sys._getframe(2)
     while frame.f_globals.get("__name__") in _ON_THE_WAY and frame.f_back is not None:
         frame = frame.f_back
@@ -258,17 +262,17 @@ def _is_called_by(pipe: Any) -> bool:
 
 
 def _argument(name: str, pipe: Any, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> Any:
-    """What the call gives for a parameter of the pipeline's, or the parameter's default; None if there is none."""
+    """Returns the call's value for a parameter of the pipeline, or the parameter's default; None if there is none."""
     try:
         call = inspect.signature(type(pipe).__call__).bind(pipe, *arguments, **keywords)
-    except (TypeError, ValueError):  # arguments that do not fit, about which the call will say more
+    except (TypeError, ValueError):  # invalid arguments; the call itself raises a better error
         return None
     call.apply_defaults()
     return call.arguments.get(name)
 
 
-def _taken(pipe: Any, result: Any) -> tuple[Any, Any]:
-    """The frames of a result, None where there are none, and the result without them."""
+def _without_frames(pipe: Any, result: Any) -> tuple[Any, Any]:
+    """Returns the frames of a result, or None if it has none, and the result without them."""
     from diffusers import DiffusionPipeline
 
     if dataclasses.is_dataclass(result) and not isinstance(result, type) and hasattr(result, "frames"):
@@ -279,28 +283,28 @@ def _taken(pipe: Any, result: Any) -> tuple[Any, Any]:
 
 
 @functools.lru_cache(maxsize=64)
-def _tell(reason: str, what: str = "frames come at the end") -> None:
+def _warn_once(reason: str, what: str = "frames are delivered at the end") -> None:
     logger.warning("%s: %s", what, reason)
 
 
-# What is known
+# Recognising pipelines and VAEs
 
 
-def _way_of_decoded(pipeline: type) -> str | None:
-    """What pipelines of a class do with decoded videos, one of the values of `DECODED`; None: not known."""
+def _use_of_decoded_video(pipeline: type) -> str | None:
+    """Returns how pipelines of a class use decoded videos, one of the values of `DECODED`; None if unknown."""
     call: Any = pipeline.__call__
     while hasattr(call, "__wrapped__") and (is_library_function(call) or _is_ours(call)):
         call = call.__wrapped__
-    return _way_in(stock(call)) if is_library_function(call) and not hasattr(call, "__wrapped__") else None
+    return _use_in(stock(call)) if is_library_function(call) and not hasattr(call, "__wrapped__") else None
 
 
 def _is_ours(call: Any) -> bool:
-    """Whether this package has put it around a pipeline's call, whose result it passes on."""
+    """Whether this package has wrapped a pipeline's call, whose result the wrapper returns unchanged."""
     return type(call) is types.FunctionType and call.__globals__["__name__"].startswith("wan_patches.")
 
 
 @functools.lru_cache(maxsize=64)
-def _way_in(call: types.FunctionType) -> str | None:
+def _use_in(call: types.FunctionType) -> str | None:
     try:
         function = parse(call)
     except Unknown:
@@ -312,12 +316,12 @@ def _way_in(call: types.FunctionType) -> str | None:
             decodes = isinstance(statement, ast.Assign) and any(map(_is_decode, ast.walk(statement)))
             if decodes and DECODED.get(fingerprint(body[i : i + 2])) == STRAIGHT:
                 return STRAIGHT
-    joined = [part for part in _parts(function) if not JOINED_NAMES.isdisjoint(_names(part))]
+    joined = [part for part in _simple_parts(function) if not JOINED_NAMES.isdisjoint(_names(part))]
     return DECODED.get(fingerprint(joined))
 
 
-def _parts(function: ast.FunctionDef) -> Iterator[ast.AST]:
-    """The statements of a function that hold no others, and what the others ask."""
+def _simple_parts(function: ast.FunctionDef) -> Iterator[ast.AST]:
+    """Yields the simple statements of a function, and the conditions and iterables of its compound statements."""
     for node in ast.walk(function):
         if isinstance(node, (ast.If, ast.While)):
             yield node.test
@@ -335,8 +339,8 @@ def _is_decode(node: ast.AST) -> bool:
     return isinstance(node, ast.Attribute) and node.attr == "decode" and ast.unparse(node.value) == "self.vae"
 
 
-def _decodes_as_known(vae: Any) -> bool:
-    """Whether what `_decode` gives is what pipelines get from `decode`, and nobody looks at it on the way."""
+def _has_known_decode(vae: Any) -> bool:
+    """Whether `decode` returns the result of `_decode` to the pipeline unchanged, without other code reading it."""
     cls = type(vae)
     function = inspect.getattr_static(cls, "decode", None)
     if AUTOENCODER not in sys.modules or not is_library_function_throughout(function) or "_decode" in own_methods(vae):
@@ -349,22 +353,22 @@ def _decodes_as_known(vae: Any) -> bool:
     return is_own and is_known(behind[-1], AUTOENCODER, "AutoencoderKLWan.decode")
 
 
-def _decodes_piecewise(vae: Any) -> bool:
-    """Whether it decodes one latent frame after another, and joins and clamps them, as far as its methods go."""
+def _decodes_by_latent_frame(vae: Any) -> bool:
+    """Whether the VAE's methods decode one latent frame at a time, then join and clamp the results."""
     function = inspect.getattr_static(type(vae), "_decode", None)
     return has_library_methods(vae, "_decode", "clear_cache") and is_known(
         function, AUTOENCODER, "AutoencoderKLWan._decode"
     )
 
 
-def _reason_against_now(vae: Any, z: torch.Tensor) -> str | None:
-    """Why these latents are decoded as a whole; None where they need not be."""
+def _reason_against_streaming(vae: Any, z: torch.Tensor) -> str | None:
+    """Returns why these latents have to be decoded as a whole, or None."""
     from diffusers.models.autoencoders import autoencoder_kl_wan as wan
 
     scale = vae.spatial_compression_ratio
     tile = vae.tile_sample_min_height // scale, vae.tile_sample_min_width // scale
     if vae.use_tiling and (z.shape[-2] > tile[0] or z.shape[-1] > tile[1]):
-        return "the autoencoder decodes the video tile after tile (enable_tiling)"
+        return "the VAE decodes the video in tiles (enable_tiling)"
     if not (is_library_function(wan.unpatchify) and are_torch_functions(torch.cat, torch.clamp)):
-        return "what joins or clamps decoded frames was replaced"
-    return "a mode, a transform or a compiler looks at the operations" if is_watched() else None
+        return "a function that joins or clamps decoded frames was replaced"
+    return "a mode, a transform or a compiler observes the operations" if is_watched() else None
