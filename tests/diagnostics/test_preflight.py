@@ -24,8 +24,8 @@ def test_a_file_that_can_be_written_is_left_as_it_was(tmp_path):
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("nowhere/x.html", "there is no folder .*nowhere for x.html: make it first"),
-        (".", "is a folder: give the name of a file"),
+        ("nowhere/x.html", "there is no folder .*nowhere for x.html: create it first"),
+        (".", "is a folder: give a file name"),
         ("file/x.html", "there is no folder"),
         ("/proc/x.html", "/proc/x.html cannot be written: "),
         ("link", "link cannot be written: "),
@@ -49,7 +49,9 @@ def test_a_folder_that_can_be_written_is_left_as_it_was(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("path", "message"), [("file/inner", "file is not a folder"), ("/proc/x", "into /proc/x: ")])
+@pytest.mark.parametrize(
+    ("path", "message"), [("file/inner", "file is not a folder"), ("/proc/x", "/proc/x is not writable: ")]
+)
 def test_why_a_folder_cannot_be_written(path, message, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match=message):

@@ -49,5 +49,5 @@ def test_two_steps_are_the_default(monkeypatch):
 
 
 def test_what_is_no_pipeline_is_refused():
-    with pytest.raises(TypeError, match="warm takes a pipeline, not int"):
+    with pytest.raises(TypeError, match="warm expects a pipeline or another callable, not int"):
         wan_patches.warm(3)

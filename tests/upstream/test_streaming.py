@@ -44,7 +44,7 @@ def test_chunks_are_the_frames_of_stock(name, output_type, patched):
     starts = [chunk.start for chunk in chunks]
     if name.startswith(AT_THE_END):
         assert starts == [0]
-        assert "may do more with a decoded video" in chunks[0].reason
+        assert "may process the decoded video further" in chunks[0].reason
     else:
         assert starts == [0, *range(1, len(stock[0]), 4)]
         assert not any(chunk.reason for chunk in chunks)

@@ -1,1 +1,1 @@
-"""What people ask about a run: is it the same, how fast, how much memory, what is wrong here."""
+"""Diagnostics of runs: bit equality, time, memory, and problems of the installation."""

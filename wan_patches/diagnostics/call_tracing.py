@@ -1,4 +1,4 @@
-"""Watches calls of chosen functions from outside: they are not touched, and nothing is paid when nobody watches."""
+"""Traces calls of selected functions without changing them; costs nothing while no trace is active."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 @dataclass
 class CallTrace:
-    """How the watching went. displaced: another profiler was set meanwhile, and what ran under it was not seen."""
+    """The outcome of a trace. displaced: another profiler was set meanwhile; calls under it are missing."""
 
     displaced: bool = False
 
@@ -24,31 +24,31 @@ def tracing_calls(
     on_call: Callable[[FrameType], None] | None = None,
     on_return: Callable[[FrameType, Any], None] | None = None,
 ) -> Iterator[CallTrace]:
-    """Has each call of a function that runs one of `codes` told, in this thread and for the block.
+    """Reports the calls of functions that run one of `codes`, in this thread, during the block.
 
-    Code that a compiler has taken over does not run as Python and is not seen. There is one profiler at a time: one
-    that was set before (`sys.setprofile`, cProfile) rests meanwhile. One that cannot be put back afterwards (of C code)
-    is left where it is, and one that is set within the block stays: what runs under either is not seen, which the
-    trace says.
+    Code compiled by torch.compile does not run as Python and is not seen. Python supports one profiler at a time: a
+    profiler that was set before (`sys.setprofile`, cProfile) is paused during the block. A profiler in C that cannot be
+    restored afterwards is left in place, and one that is set within the block stays; the trace misses calls under
+    either, and reports that as `displaced`.
 
     Args:
-        codes: code objects, by identity: a function's own (`__code__`) and the one it had before it was patched
-            are different. Or a function that is asked once about each, with the first frame that runs it.
-        on_call: called with the frame, in which the arguments are its `f_locals`.
-        on_return: called with the frame and what it returns; None also where an exception leaves it.
+        codes: code objects, compared by identity: a function's current `__code__` and the one it had before patching
+            are different. Or a predicate, called once for each code object with the first frame that runs it.
+        on_call: called with the frame; its `f_locals` are the arguments.
+        on_return: called with the frame and the return value, or None if an exception leaves the function.
 
     Yields:
-        An `CallTrace`, which is complete after the block.
+        A `CallTrace`, complete after the block.
     """
     trace = CallTrace()
     is_wanted = codes if callable(codes) else lambda frame: False
-    alive = [] if callable(codes) else list(codes)  # so that no other code object gets the id of one
+    alive = [] if callable(codes) else list(codes)  # keeps the ids unique
     wanted = {id(code): True for code in alive}
     inside = False
 
     def profiler(frame: FrameType, event: str, value: Any) -> None:
         nonlocal inside
-        if event == "c_call" and value is sys.setprofile:  # it may put this one back, as those who nest do
+        if event == "c_call" and value is sys.setprofile:  # a nested profiler may restore this one later
             trace.displaced = True
         if inside or event not in ("call", "return"):
             return
@@ -58,7 +58,7 @@ def tracing_calls(
             known = wanted[id(frame.f_code)] = is_wanted(frame)
         if not known:
             return
-        inside = True  # what the callbacks call is not told
+        inside = True  # calls made by the callbacks are not reported
         try:
             if event == "call" and on_call is not None:
                 on_call(frame)
@@ -81,15 +81,15 @@ def tracing_calls(
             put_back()
         else:
             displaced = True
-        trace.displaced = displaced  # putting back looks like displacing
+        trace.displaced = displaced  # `put_back` itself sets the flag
         alive.clear()
 
 
 def _pause(profiler: Any) -> Callable[[], None] | None:
-    """Has `profiler` rest, and gives what ends that; None, and it goes on, where nothing would."""
+    """Pauses `profiler` and returns the function that resumes it, or None if it cannot be resumed; it then stays on."""
     if profiler is None or callable(profiler):
         return lambda: sys.setprofile(profiler)
-    if hasattr(profiler, "disable") and hasattr(profiler, "enable"):  # cProfile's; from Python 3.12 on it is not here
+    if hasattr(profiler, "disable") and hasattr(profiler, "enable"):  # cProfile; not seen from Python 3.12 on
         profiler.disable()
         return profiler.enable  # type: ignore[no-any-return]
     return None

@@ -1,4 +1,4 @@
-"""Facts about the machine that a measurement depends on."""
+"""Describes the machine on which a measurement ran."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What a measurement depends on: processor, threads, device, versions. No names, no paths."""
+    """Returns the facts that a measurement depends on: processor, threads, device, versions. No names, no paths."""
     facts: dict[str, Any] = {
         "cpu": _cpu(),
         "cores": os.cpu_count(),
@@ -32,7 +32,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def _cuda() -> dict[str, Any]:
-    """The toolkit that torch was built with, and the driver: its own version, or else the newest CUDA it bears."""
+    """Returns torch's CUDA or HIP toolkit and the driver: its version, or else the newest CUDA that it supports."""
     facts: dict[str, Any] = {"cuda": torch.version.cuda, "hip": torch.version.hip}
     with contextlib.suppress(OSError), open("/proc/driver/nvidia/version") as file:
         if found := re.search(r"\s(\d+(?:\.\d+)+)\s", file.readline()):

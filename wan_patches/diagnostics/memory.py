@@ -1,4 +1,4 @@
-"""The most memory that is held at a time."""
+"""Measures peak memory."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from wan_patches.pipelines.stages import synchronize
 if TYPE_CHECKING:
     import torch
 
-#: Bytes since the last question, or since the beginning; None where nobody counts.
+#: Returns the peak in bytes since its last call, or since the start; None if the backend does not count memory.
 Peak = Callable[[], "int | None"]
 
 
 @contextlib.contextmanager
 def watching_memory(device: torch.device) -> Iterator[Peak]:
-    """Gives a function that tells the most bytes held since it was called last, beyond those held at the beginning.
+    """Yields a function that returns the peak memory since its last call, in bytes beyond the memory held at the start.
 
-    On accelerators as torch's allocator counts, whose peak is reset. On the CPU by the resident set of the process,
-    which sees numpy and Pillow too and is good to some hundred KiB.
+    On accelerators the numbers come from torch's allocator, whose peak counter is reset. On the CPU they come from the
+    resident set of the process, which includes numpy and Pillow; its resolution is a few hundred KiB.
     """
     gc.collect()
     if device.type != "cpu":
@@ -55,7 +55,7 @@ def _allocated(device: torch.device) -> Peak:
 
 
 def _return_free_memory() -> None:
-    """Else what is free in the process would be used again, and nothing would show."""
+    """Returns free heap memory to the system; otherwise its reuse would hide new allocations."""
     with contextlib.suppress(AttributeError, OSError, TypeError):  # glibc only
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -80,7 +80,7 @@ def _resident() -> Iterator[Peak]:
 
 def _reset_high_water() -> None:
     with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # the mark that Linux keeps
+        file.write("5")  # resets VmHWM, Linux's high-water mark
 
 
 def _proc_status(field: str) -> int:

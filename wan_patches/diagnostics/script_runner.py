@@ -1,7 +1,7 @@
-"""Runs somebody's script as Python itself would, in this process: what `wan-patches run` does.
+"""Runs a script in this process as Python itself would; implements `wan-patches run`.
 
-The script is `__main__`: it has the arguments, the first entry of `sys.path`, the exit status and the tracebacks
-that it has without this package, and processes that it starts find it where they look for it.
+The script is `__main__`. It sees the same arguments, first entry of `sys.path`, exit status and tracebacks as without
+this package, and its child processes find it at the expected place.
 """
 
 from __future__ import annotations
@@ -30,26 +30,26 @@ logger = logging.getLogger("wan_patches")
 
 
 def run(target: str, arguments: Sequence[str] = (), *, module: bool = False) -> None:
-    """Runs a script as `python TARGET ARGUMENTS` does, or with `module` as `python -m TARGET ARGUMENTS` does.
+    """Runs a script like `python TARGET ARGUMENTS`, or with `module` like `python -m TARGET ARGUMENTS`.
 
-    Call `wan_patches.enable()` first. This is meant to be the last that a process does: `__main__`, `sys.argv` and
-    `sys.path[0]` stay the script's. The patches also reach processes that the script starts through multiprocessing,
-    whatever the start method. When the process ends, a line on stderr says what was active; of several ranks
-    (`RANK`, `LOCAL_RANK`) the first says it.
+    Call `wan_patches.enable()` first. Nothing else should run in the process afterwards: `__main__`, `sys.argv` and
+    `sys.path[0]` stay those of the script. Processes that the script starts through multiprocessing are patched too,
+    with any start method. At process exit, a line on stderr summarises the active patches; with several ranks (`RANK`,
+    `LOCAL_RANK`) only the first prints it.
 
     Args:
         target: a file, a folder or zip file with a `__main__.py`, or the name of a module.
-        arguments: what the script gets as `sys.argv[1:]`.
+        arguments: `sys.argv[1:]` of the script.
         module: `target` is the name of a module.
 
     Raises:
-        SystemExit: the script's own, or status 2 (with a line on stderr) where the file cannot be read.
-        BaseException: whatever the script raises; Python will print its traceback from the script's first frame on.
+        SystemExit: the script's own, or status 2 (with a line on stderr) if the file cannot be read.
+        BaseException: any exception of the script; Python prints its traceback from the script's first frame on.
     """
     start = _as_module(target, arguments) if module else _as_file(target, arguments)
     main = types.ModuleType("__main__")
     main.__dict__["__builtins__"] = builtins
-    # under the second name, the one that it has in children, multiprocessing looks for it here
+    # in child processes multiprocessing looks the script up under the second name
     sys.modules["__main__"] = sys.modules["__mp_main__"] = main
     _tell_at_exit()
     _reach_children()
@@ -61,11 +61,11 @@ def run(target: str, arguments: Sequence[str] = (), *, module: bool = False) -> 
 
 
 def summary() -> str:
-    """Returns one line on this process: by patch, the fast calls of all; the patched functions if none was called."""
+    """Returns a one-line summary of this process: for each patch, the fast calls of all, or its patched functions."""
     if wan_patches._registry.chosen() is None:
-        return "wan-patches: nothing is active: the script called wan_patches.disable()"
+        return "wan-patches: no patch is active: the script called wan_patches.disable()"
     status, places = wan_patches.status(), wan_patches._registry.places()
-    parts = ["nothing was patched: no module that a patch is for was imported"]
+    parts = ["no patch is active: the script imported none of the modules that patches apply to"]
     if counts := wan_patches._registry.calls({}):
         fast, calls = tally.total(counts.values())
         names = ", ".join(f"{name} {taken} of {every}" for name, (taken, every) in sorted(counts.items()))
@@ -83,20 +83,20 @@ def summary() -> str:
     return "wan-patches: " + "; ".join(parts)
 
 
-# Starting
+# Starting the script
 
 
 def _as_module(name: str, arguments: Sequence[str]) -> Callable[[types.ModuleType], None]:
-    sys.argv = ["-m", *arguments]  # runpy puts the file in place of "-m" when it has found it
+    sys.argv = ["-m", *arguments]  # runpy replaces "-m" by the file once it is found
     _set_first_path(os.getcwd())
-    # the function that the interpreter itself calls for "-m"; runpy's public ones take `__main__` away at the end,
-    # while threads and exit handlers of the script are still running
+    # the function that the interpreter itself calls for "-m"; runpy's public functions remove `__main__` at the end,
+    # while threads and exit handlers of the script may still be running
     return lambda _: runpy._run_module_as_main(name)  # type: ignore[attr-defined]
 
 
 def _as_file(path: str, arguments: Sequence[str]) -> Callable[[types.ModuleType], None]:
     sys.argv = [path, *arguments]
-    file = os.path.join(os.getcwd(), path)  # not normalised, as with Python
+    file = os.path.join(os.getcwd(), path)  # not normalised, as in Python itself
     if pkgutil.get_importer(path) is not None:  # a folder or zip file
         _set_first_path(file, always=True)
         return lambda _: runpy._run_module_as_main("__main__", False)  # type: ignore[attr-defined]
@@ -121,24 +121,24 @@ def _as_file(path: str, arguments: Sequence[str]) -> Callable[[types.ModuleType]
 
 def _set_first_path(folder: str, always: bool = False) -> None:
     if not (getattr(sys.flags, "safe_path", False) or sys.flags.isolated):
-        sys.path[0] = folder  # where Python put the folder of this command
+        sys.path[0] = folder  # replaces the folder of this command
     elif always:
         sys.path.insert(0, folder)
 
 
-# Children
+# Child processes
 
 
 class _Inherited:
-    """Travels with what multiprocessing tells each new process, and enables there what is enabled here."""
+    """Part of the data that multiprocessing sends to each new process; unpickling it enables the same patches there."""
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Choice | None]]:
         return _enable_in_child, (wan_patches._registry.chosen(),)
 
 
 def _reach_children() -> None:
-    # every process inherits this dictionary from the one that starts it; a forked one is patched anyhow
-    with contextlib.suppress(AttributeError):  # it is an implementation detail, though an old one
+    # every child process gets this dictionary from its parent; forked ones are patched already
+    with contextlib.suppress(AttributeError):  # a long-standing implementation detail
         multiprocessing.current_process()._config["wan_patches"] = _Inherited()  # type: ignore[attr-defined]
 
 
@@ -146,16 +146,16 @@ def _enable_in_child(choice: Choice | None) -> _Inherited:
     if choice is not None:
         try:
             wan_patches.enable(choice.names, fidelity=choice.fidelity, gate=choice.gate)
-        except Exception as error:  # it must not keep the script's process from starting
-            logger.warning("not enabled in this process: %s: %s", type(error).__name__, error)
+        except Exception as error:  # must not prevent the child from starting
+            logger.warning("patches could not be enabled in this child process: %s: %s", type(error).__name__, error)
     return _Inherited()
 
 
-# Ending
+# At the end
 
 
 def _hide_frames(error: BaseException) -> None:
-    """Has Python print the traceback of `error` without the frames of this module and of its callers."""
+    """Makes Python print the traceback of `error` without the frames of this module and its callers."""
     own = error.__traceback__
     while own is not None and own.tb_frame.f_globals is globals():
         own = own.tb_next
@@ -171,7 +171,7 @@ def _hide_frames(error: BaseException) -> None:
 
 
 def _tell_at_exit() -> None:
-    """The line comes last: after the script's threads, its traceback and its own exit handlers."""
+    """Prints the summary last: after the script's threads, its traceback and its own exit handlers."""
     process = os.getpid()
 
     def tell() -> None:

@@ -1,6 +1,7 @@
-"""What changed between two versions of diffusers, function by function, of what patches change or rely on.
+"""Compares two versions of diffusers: the functions that patches change or rely on.
 
-Both are read and not imported: a wheel, or a folder that holds `diffusers/` (site-packages, or `src` of a checkout).
+The versions are read without importing them, from a wheel or from a folder that contains `diffusers/` (site-packages,
+or `src` of a checkout).
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ KNOWN, ABSENT = "known", "-"
 
 
 class Source:
-    """The text of a library's modules.
+    """The source text of a library's modules.
 
-    Raises `ValueError` where there is none at `path`.
+    Raises `ValueError` if `path` does not contain the library.
     """
 
     def __init__(self, path: Path, library: str = "diffusers") -> None:
@@ -40,13 +41,13 @@ class Source:
             raise ValueError(f"{path} is neither a wheel nor a folder") from None
         text = self._text(library)
         if text is None:
-            raise ValueError(f"there is no {library}/ in {path}: name a wheel, site-packages, or src of a checkout")
+            raise ValueError(f"{path} contains no {library}/: give a wheel, site-packages, or src of a checkout")
         found = re.search(r'^__version__ = "(.*)"', text, re.MULTILINE)
         self.version = found[1] if found else str(path)
         self._module = functools.cache(self._read)
 
     def function(self, module: str, qualname: str) -> tuple[ast.FunctionDef, str] | None:
-        """A function, or a method of a class or of what it derives from, and its text."""
+        """Returns a function, or a method of a class or its bases, with its source text."""
         tree, text = self._module(module)
         *classes, name = qualname.split(".")
         body: list[ast.stmt] = tree.body
@@ -89,9 +90,9 @@ class Source:
 class Function:
     """A function in both versions.
 
-    patches: the names of those that change it or rely on it; none for what this package asks elsewhere.
-    old, new: `KNOWN`, `ABSENT`, or why it is not known.
-    diff: lines of a unified diff; none where the texts say the same.
+    patches: names of the patches that change it or rely on it; empty if only other code of this package checks it.
+    old, new: `KNOWN`, `ABSENT`, or the reason why the text is not known.
+    diff: lines of a unified diff; empty if the texts are equivalent.
     """
 
     module: str
@@ -103,12 +104,12 @@ class Function:
 
     @property
     def is_lost(self) -> bool:
-        """Whether the new version is one that this package leaves alone, and the old one was not."""
+        """Whether the function is known in the old version and unknown, or absent, in the new one."""
         return self.old == KNOWN != self.new
 
 
 def compare(old: Source, new: Source, patches: Iterable[Patch]) -> list[Function]:
-    """Every function that `patches` change or rely on, or that is known here, in both versions."""
+    """Compares every function that `patches` change or rely on, or that this package knows otherwise."""
     edits: dict[tuple[str, str], list[tuple[Edit, ...]]] = {}
     names: dict[tuple[str, str], set[str]] = {}
     former: dict[tuple[str, str], str] = {}
@@ -138,7 +139,7 @@ def compare(old: Source, new: Source, patches: Iterable[Patch]) -> list[Function
 
 
 def table(functions: Iterable[Function], old: Source, new: Source, *, diffs: bool = False) -> Group:
-    """The functions for people; with `diffs`, what changed in each."""
+    """Returns the functions as a table; with `diffs`, followed by the changes of each."""
     found = Table(box=box.SIMPLE, pad_edge=False)
     for column in ("function", "patches", old.version, new.version):
         found.add_column(column, overflow="fold")

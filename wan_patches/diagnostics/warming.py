@@ -1,4 +1,4 @@
-"""The first request of a kind, before anybody waits for it: proofs of the gate, kernels' compilers, allocators."""
+"""Warms up a pipeline before its first request: first-sight gate, kernel compilation, memory allocators."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from dataclasses import dataclass
 from typing import Any
 
 _STEPS = "num_inference_steps"
-_FEW = 2  # steps, so that pipelines with two transformers reach both
+_FEW = 2  # steps; enough to reach both transformers of pipelines that have two
 
 
 @dataclass(frozen=True)
 class Warmth:
-    """What a pipeline's first call took, and what later ones take.
+    """Costs of a pipeline's first call and of later calls.
 
-    first_seconds, later_seconds: of the call; first_peak, later_peak: bytes beyond what was held when it began (of
-        torch's allocator on accelerators, of the process on CPUs), None where nobody counts.
-    kinds: kinds of input about which ops have decided meanwhile; `fast` of them in favour of a form.
+    first_seconds, later_seconds: duration of the call.
+    first_peak, later_peak: peak bytes beyond those held when the call began (of torch's allocator on accelerators, of
+        the process on CPUs); None if the backend does not count memory.
+    kinds: kinds of input for which ops chose a form during the calls; `fast` of them chose one other than stock's.
     """
 
     first_seconds: float
@@ -36,25 +37,29 @@ class Warmth:
 
 
 def warm(pipe: Any, /, **inputs: Any) -> Warmth:
-    """Calls a pipeline twice as a request would, so that the first request finds all decided, compiled and allocated.
+    """Calls a pipeline twice, so that the first request needs no verification, compilation or allocation.
 
         wan_patches.enable()
         print(wan_patches.warm(pipe, prompt="a fox", height=480, width=832, num_frames=81))
 
-    What ops decide holds for tensors of the same shapes, strides and dtypes: call it for each size and number of frames
-    that will be asked for. Two denoising steps are enough, which is the default for pipelines that take
-    `num_inference_steps`. The generators among the arguments and the global ones are as before afterwards.
+    Decisions of ops are valid for tensors with the same shapes, strides and dtypes: warm every size and number of
+    frames that will be requested. Two denoising steps are enough; they are the default for pipelines with a
+    `num_inference_steps` parameter. The generators in the arguments and the global random states are restored
+    afterwards.
 
     Args:
         pipe: a pipeline, or any other object that is called with keyword arguments.
-        **inputs: its arguments.
+        **inputs: the arguments of the pipeline.
+
+    Returns:
+        The durations and peak memory of the calls; prints as a sentence.
 
     Raises:
-        TypeError: `pipe` cannot be called.
-        Exception: whatever the pipeline raises.
+        TypeError: `pipe` is not callable.
+        Exception: any exception of the pipeline.
     """
     if not callable(pipe):
-        raise TypeError(f"warm takes a pipeline, not {type(pipe).__name__}; give it one that can be called")
+        raise TypeError(f"warm expects a pipeline or another callable, not {type(pipe).__name__}")
     from wan_patches.diagnostics.verification.trials import Subject
 
     if _STEPS not in inputs and _STEPS in inspect.signature(pipe.__call__).parameters:
@@ -77,9 +82,9 @@ def warm(pipe: Any, /, **inputs: Any) -> Warmth:
 
 
 def _decisions() -> list[tuple[str, Any, str | None]]:
-    """Op, key and form of all decisions."""
+    """Returns op, key and form of all decisions."""
     dispatch = sys.modules.get("wan_patches.ops.dispatch")
-    if dispatch is None:  # nothing patched was called yet
+    if dispatch is None:  # no patched function was called yet
         return []
     return [
         (op.name, key, decision.form and decision.form.name)

@@ -44,9 +44,9 @@ def test_nan_is_the_same_as_itself_and_not_as_a_number():
 @pytest.mark.parametrize(
     ("stock", "patched", "reason"),
     [
-        (torch.zeros(2), torch.zeros(3), "shape (2,) of stock, (3,) patched"),
-        (torch.zeros(2), torch.zeros(2).double(), "float32 of stock, float64 patched"),
-        ([torch.zeros(2)], [torch.zeros(2)] * 2, "1 tensors of stock, 2 patched"),
+        (torch.zeros(2), torch.zeros(3), "shape (2,) in stock, (3,) patched"),
+        (torch.zeros(2), torch.zeros(2).double(), "float32 in stock, float64 patched"),
+        ([torch.zeros(2)], [torch.zeros(2)] * 2, "1 tensors in stock, 2 patched"),
     ],
 )
 def test_what_cannot_be_subtracted_is_said(stock, patched, reason):

@@ -76,7 +76,7 @@ def test_the_page_says_what_was_found(found, page):
     assert "VideoProcessor.postprocess_video" in text
     assert "all 2 calls" in text or "all 4 calls" in text  # of the blocks, which are right
     assert torch.__version__.split("+")[0] in text
-    assert "white is the largest, 4 of 255" in text
+    assert "white is the largest difference, 4 of 255" in text
 
 
 def test_the_strips_show_where_frames_differ(found, page):

@@ -1,7 +1,7 @@
-"""What works on this machine, what does not, and what to do about it: `wan-patches doctor`.
+"""Reports what works on this machine, what does not, and how to fix it; implements `wan-patches doctor`.
 
-Nothing here imports torch: where that fails, the reason is what one wants to know. Other processes try (`probes`).
-Functions whose names begin with `_find` turn facts into findings and look at nothing themselves.
+This module does not import torch, since a failing import is one of the problems to explain. Other processes try it
+(`probes`). Functions named `_find_*` turn facts into findings and inspect nothing themselves.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ from wan_patches.diagnostics.doctor.probes import Answer, ask, patch_facts, torc
 
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
 
-#: The form of `Examination.json()`; a new number where a reader would have to change.
+#: Version of the format of `Examination.json()`; increased by changes that readers must adapt to.
 SCHEMA = 1
 
 AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 
-_SMALL = 2**30  # bytes of /dev/shm; containers get 64 MiB unless told otherwise
+_SMALL = 2**30  # bytes of /dev/shm; containers have 64 MiB by default
 _NEWEST_PYTHON = (3, 13)
 
 
 @dataclass(frozen=True)
 class Tested:
-    """The versions of a package, first and last included, that the tests have run with."""
+    """The range of a package's versions, inclusive, that the tests have run with."""
 
     package: str
     oldest: str
     newest: str
     needed: bool = True
-    decisive: bool = False  # what is patched, and whether the bits are equal, can depend on it
+    decisive: bool = False  # patches and bit equality can depend on this package
 
 
 TESTED = (
@@ -62,7 +62,7 @@ TESTED = (
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing looked at: `state` is "ok", "warning" or "problem"; the latter two come with a remedy."""
+    """The result of one check. `state` is "ok", "warning" or "problem"; warnings and problems come with a remedy."""
 
     area: str
     state: str
@@ -78,12 +78,12 @@ class Examination:
 
     @property
     def problems(self) -> tuple[Finding, ...]:
-        """What keeps pipelines from running, or patches from being applied at all."""
+        """The findings that prevent pipelines from running or patches from being applied at all."""
         return tuple(finding for finding in self.findings if finding.state == PROBLEM)
 
     @property
     def warnings(self) -> tuple[Finding, ...]:
-        """What works less well than it could."""
+        """The findings that make pipelines work less well than they could."""
         return tuple(finding for finding in self.findings if finding.state == WARNING)
 
     @property
@@ -92,11 +92,11 @@ class Examination:
         return PROBLEM if self.problems else WARNING if self.warnings else OK
 
     def of(self, area: str) -> tuple[Finding, ...]:
-        """The findings of an area."""
+        """Returns the findings of an area."""
         return tuple(finding for finding in self.findings if finding.area == area)
 
     def json(self) -> str:
-        """A JSON object: `schema`, `wan_patches` (its version), `state` and `findings`, each as `Finding` has it."""
+        """Returns a JSON object: `schema`, `wan_patches` (its version), `state`, and `findings` each a `Finding`."""
         content = {"schema": SCHEMA, "wan_patches": wan_patches.__version__, "state": self.state}
         return json.dumps(content | {"findings": [asdict(finding) for finding in self.findings]}, indent=2)
 
@@ -125,12 +125,12 @@ class Examination:
 
 
 def examine(*, timeout: float = 300.0) -> Examination:
-    """Looks at this machine and this Python environment. Changes nothing, and needs no torch that can be imported.
+    """Examines this machine and Python environment. Changes nothing, and works even if torch cannot be imported.
 
-    Torch is imported, and the patches are tried, in other processes, which takes some seconds.
+    Other processes import torch and try the patches, which takes some seconds.
 
     Args:
-        timeout: seconds that each of those processes may take.
+        timeout: maximum seconds for each of those processes.
     """
     installed = {tested.package: _version_of(tested.package) for tested in TESTED}
     findings = [*_find_python(sys.version_info[:3], platform.system()), *_find_package(_number_of_patches())]
@@ -164,7 +164,7 @@ def _torch_and_patches(installed: Mapping[str, str | None], timeout: float) -> I
         yield from _find_patches(patches, cann)
 
 
-# What this process finds out
+# Facts about this process
 
 
 def _version_of(package: str) -> str | None:
@@ -175,7 +175,7 @@ def _version_of(package: str) -> str | None:
 
 
 def _required(package: str) -> SpecifierSet:
-    """The versions of `package` that this package says it needs."""
+    """Returns the versions of `package` that this package requires."""
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         for requirement in map(Requirement, importlib.metadata.requires("wan-patches") or ()):
             if requirement.name == package:
@@ -188,19 +188,19 @@ def _number_of_patches() -> int:
 
 
 def _backends() -> list[str]:
-    """What `import torch` loads by itself, through an entry point."""
+    """Returns the backends that `import torch` loads automatically, through an entry point."""
     return sorted({point.name for point in importlib.metadata.entry_points(group="torch.backends")})
 
 
 def _cann_scripts() -> list[str]:
-    """The scripts that set up an installed CANN."""
+    """Returns the set-up scripts of the installed CANN versions."""
     roots = ["/usr/local/Ascend", os.path.expanduser("~/Ascend")]
     paths = [os.path.join(root, name, "set_env.sh") for root in roots for name in ("ascend-toolkit", "cann", "nnae")]
     return [path for path in paths if os.path.exists(path)]
 
 
 def _shared_memory() -> tuple[int | None, int, bool]:
-    """Bytes of /dev/shm (None: there is none), bytes free, and whether files in memory can be made."""
+    """Returns the size of /dev/shm in bytes (None if there is none), its free bytes, and whether memfd_create works."""
     memfd = False
     if hasattr(os, "memfd_create"):
         with contextlib.suppress(OSError):
@@ -223,8 +223,8 @@ def _find_python(version: Sequence[int], system: str) -> Iterator[Finding]:
         yield Finding(
             "python",
             WARNING,
-            f"{name} is newer than what this package was tested with (3.10 to {newest})",
-            "Functions that are not recognised stay stock: see the patches below.",
+            f"{name} is newer than the tested versions (3.10 to {newest})",
+            "Functions that are not recognised stay stock: see the findings about patches below.",
         )
     else:
         yield Finding("python", OK, f"{name} ({sys.executable})")
@@ -232,7 +232,7 @@ def _find_python(version: Sequence[int], system: str) -> Iterator[Finding]:
     if system == "Linux":
         yield Finding("platform", OK, text)
     else:
-        less = "ParallelExecutor runs `inline` only" if system == "Windows" else "results of workers go through sockets"
+        less = "ParallelExecutor only runs `inline`" if system == "Windows" else "results of workers go through sockets"
         yield Finding("platform", WARNING, f"{text}: not tested; {less}", "Use Linux for several devices.")
 
 
@@ -245,8 +245,8 @@ def _find_package(patches: int) -> Iterator[Finding]:
         yield Finding(
             "wan-patches",
             PROBLEM,
-            f"{text} is not installed: its patches are found through its metadata",
-            "pip install wan-patches (a copied folder is not enough).",
+            f"{text} is not installed, but patches are found through package metadata",
+            "pip install wan-patches (copying the folder is not enough).",
         )
 
 
@@ -264,7 +264,7 @@ def _find_version(tested: Tested, installed: str | None) -> Iterator[Finding]:
     try:
         version = Version(Version(installed).public)  # without "+cpu"
     except InvalidVersion:
-        yield Finding(package, WARNING, f"{installed!r} is no version that can be compared", f"{install}.")
+        yield Finding(package, WARNING, f"{installed!r} is not a valid version", f"{install}.")
         return
     if not required.contains(version, prereleases=True):
         yield Finding(package, PROBLEM, f"{installed} is too old", f"{install}.")
@@ -275,17 +275,21 @@ def _find_version(tested: Tested, installed: str | None) -> Iterator[Finding]:
     else:
         age = "older" if version < Version(tested.oldest) else "newer"
         if package == "diffusers":
-            remedy = f"What is recognised is patched, the rest stays stock: see below. Or take one of {span}."
+            remedy = f"Recognised code is patched, the rest stays stock: see below. Or install one of {span}."
         else:
-            remedy = "Compare the bits on this machine: wan-patches demo."
-        yield Finding(package, WARNING, f"{installed} is {age} than what this package was tested with ({span})", remedy)
+            remedy = "Check the bits on this machine: wan-patches demo."
+        yield Finding(package, WARNING, f"{installed} is {age} than the tested versions ({span})", remedy)
 
 
 def _find_torch(
     answer: Answer, without: Answer | None, enough: bool, backends: Sequence[str], cann: Sequence[str]
 ) -> Iterator[Finding]:
-    """`without`: what a process found in which torch loads no backends; `enough`: diffusers can be imported there."""
-    loads = f"; loads {', '.join(backends)} by itself" if backends else ""
+    """Reports whether torch can be imported.
+
+    without: the answer of a process in which torch loads no backends.
+    enough: diffusers can be imported there.
+    """
+    loads = f"; loads {', '.join(backends)} automatically" if backends else ""
     if answer.facts is not None:
         off = f", which {AUTOLOAD}=0 prevents" if backends and os.environ.get(AUTOLOAD) == "0" else ""
         yield Finding("import torch", OK, f"works{loads}{off}")
@@ -296,13 +300,13 @@ def _find_torch(
         return
     remedy = _remedy(answer.errors, cann, f"Update or uninstall {', '.join(backends)}.")
     if enough:
-        remedy += f" Or start with {AUTOLOAD}=0."
+        remedy += f" Or set {AUTOLOAD}=0."
     else:
-        remedy += f" {AUTOLOAD}=0 is not enough: diffusers imports what is installed by itself."
+        remedy += f" {AUTOLOAD}=0 is not enough, because diffusers imports the installed backends itself."
     yield Finding(
         "import torch",
         PROBLEM,
-        f"{text}. Torch itself is sound: with {AUTOLOAD}=0, so without {', '.join(backends)}, it can be imported",
+        f"{text}. Torch itself works: with {AUTOLOAD}=0, without {', '.join(backends)}, the import succeeds",
         remedy,
     )
 
@@ -312,16 +316,16 @@ def _reasons(errors: Sequence[str]) -> str:
 
 
 def _remedy(
-    errors: Sequence[str], cann: Sequence[str], otherwise: str = "Install torch anew: pip install -U torch."
+    errors: Sequence[str], cann: Sequence[str], otherwise: str = "Reinstall torch: pip install -U torch."
 ) -> str:
-    """What to do about an import that failed with `errors`."""
+    """Returns the remedy for an import that failed with `errors`."""
     text = " ".join(errors)
     if any(word in text for word in ("torch_npu", "libhccl", "libascend", "CANN", "libacl")):
         start = (
             f"Run `source {cann[0]}` in the shell first: torch_npu needs CANN's libraries."
             if cann
-            else "torch_npu needs Ascend CANN, which is not installed in the usual places: install it and run "
-            "`source /usr/local/Ascend/ascend-toolkit/set_env.sh` (or its own set_env.sh) in the shell first."
+            else "torch_npu needs Ascend CANN, which was not found in the usual places: install it and run "
+            "`source /usr/local/Ascend/ascend-toolkit/set_env.sh` (or the set_env.sh of your CANN) in the shell first."
         )
         return f"{start} On a machine without an NPU: pip uninstall torch_npu."
     if errors and errors[-1].startswith("ModuleNotFoundError: No module named "):
@@ -336,14 +340,14 @@ def _find_devices(facts: Mapping[str, Any], nvidia: Sequence[str], ascend: Seque
         yield Finding("devices", OK, f"{kind}: " + ", ".join(f"{n} x {name}" for name, n in count.items()))
     if nvidia and "cuda" not in facts["devices"]:
         if facts["built_for"]:
-            text, remedy = "torch cannot use it", "See what nvidia-smi says; update the driver, or take an older torch."
+            text, remedy = "torch cannot use it", "Check nvidia-smi; update the driver, or install an older torch."
         else:
             text = f"torch {facts['version']} was built without CUDA"
-            remedy = "Install a torch for CUDA: see https://pytorch.org/get-started/locally."
+            remedy = "Install torch with CUDA: see https://pytorch.org/get-started/locally."
         yield Finding("devices", WARNING, f"there is an NVIDIA GPU, but {text}", remedy)
     if ascend and "npu" not in facts["devices"]:
         yield Finding(
-            "devices", WARNING, "there is an Ascend NPU, but torch does not have it", "See the lines about the NPU."
+            "devices", WARNING, "there is an Ascend NPU, but torch does not see it", "See the findings about the NPU."
         )
 
 
@@ -354,7 +358,7 @@ def _find_triton(facts: Mapping[str, Any], triton: str | None) -> Finding:
         return Finding(
             "triton", WARNING, "not installed: torch.compile and fused kernels need it on a GPU", "pip install triton."
         )
-    return Finding("triton", OK, "not installed; nothing needs it on these devices")
+    return Finding("triton", OK, "not installed; not needed on these devices")
 
 
 def _find_npu(
@@ -365,14 +369,16 @@ def _find_npu(
     text = f"{len(ascend)} devices, torch_npu {torch_npu or 'not installed'}, {toolkit}"
     if torch_npu is None:
         if ascend:
-            yield Finding("npu", WARNING, text, f"pip install torch-npu of the version of torch, {facts['version']}.")
+            yield Finding(
+                "npu", WARNING, text, f"pip install torch-npu in the version that matches torch {facts['version']}."
+            )
         else:
-            yield Finding("npu", OK, "no torch_npu; nothing needs it on these devices")
+            yield Finding("npu", OK, "no torch_npu; not needed on these devices")
         return
     ours, theirs = ([*version.split("."), "", ""][:2] for version in (facts["version"], torch_npu))
     if torch_npu[:1].isdigit() and ours != theirs:
         remedy = f'pip install "torch-npu=={".".join(ours)}.*".'
-        yield Finding("npu", WARNING, f"torch_npu {torch_npu} is made for another torch than this", remedy)
+        yield Finding("npu", WARNING, f"torch_npu {torch_npu} does not match torch {facts['version']}", remedy)
     elif ascend and not home:
         yield Finding("npu", WARNING, text, _remedy(["CANN"], cann))
     else:
@@ -381,12 +387,12 @@ def _find_npu(
 
 def _find_shared_memory(total: int | None, free: int, memfd: bool) -> Iterator[Finding]:
     if memfd:
-        yield Finding("shared memory", OK, "memfd_create works: results of workers do not need /dev/shm")
+        yield Finding("shared memory", OK, "memfd_create works: workers return results without /dev/shm")
     else:
         yield Finding(
             "shared memory",
             WARNING,
-            "memfd_create is not available: results of workers go through sockets, which is slower",
+            "memfd_create is not available: workers return results through sockets, which is slower",
             "Use Linux, or a container whose seccomp profile allows memfd_create.",
         )
     if total is None:
@@ -395,9 +401,9 @@ def _find_shared_memory(total: int | None, free: int, memfd: bool) -> Iterator[F
     text = f"/dev/shm: {_size(total)}, of which {_size(free)} free"
     if total < _SMALL:
         remedy = "docker run --shm-size=8g (or --ipc=host); Kubernetes: an emptyDir with medium: Memory."
-        yield Finding("shared memory", WARNING, f"{text}: little for data loaders and for NCCL", remedy)
+        yield Finding("shared memory", WARNING, f"{text}: too small for some data loaders and for NCCL", remedy)
     elif free < total / 10:
-        remedy = "Delete what dead processes have left there: ls -l /dev/shm."
+        remedy = "Delete files that dead processes left there: ls -l /dev/shm."
         yield Finding("shared memory", WARNING, f"{text}: nearly full", remedy)
     else:
         yield Finding("shared memory", OK, text)
@@ -405,7 +411,7 @@ def _find_shared_memory(total: int | None, free: int, memfd: bool) -> Iterator[F
 
 def _find_patches(answer: Answer, cann: Sequence[str]) -> Iterator[Finding]:
     if answer.facts is None:
-        remedy = _remedy(answer.errors, cann, "Report this, with the output of wan-patches doctor --json.")
+        remedy = _remedy(answer.errors, cann, "Please report this with the output of wan-patches doctor --json.")
         yield Finding("patches", PROBLEM, f"cannot be enabled: {_reasons(answer.errors)}", remedy)
         return
     reports, functions = answer.facts["reports"], answer.facts["functions"]
@@ -417,7 +423,7 @@ def _find_patches(answer: Answer, cann: Sequence[str]) -> Iterator[Finding]:
             yield Finding("patches", OK, text)
         elif all(report["fidelity"] == "close" for report in reports if report["name"] == name):
             if set(states) == {"off"}:
-                yield Finding("patches", OK, f"{name}: off: only enable(fidelity='close') takes it")
+                yield Finding("patches", OK, f"{name}: off: only enable(fidelity='close') uses it")
         elif set(states) <= {"off", "waiting for import"} and not answer.facts["errors"]:
             yield Finding("patches", OK, f"{name}: not in this version of diffusers")
     for report in reports:
@@ -427,15 +433,15 @@ def _find_patches(answer: Answer, cann: Sequence[str]) -> Iterator[Finding]:
                 "patches",
                 WARNING,
                 f"{report['name']}: skipped in {report['module']}: {report['reason']}",
-                "Update or uninstall the package that brings this plugin."
+                "Update or uninstall the package that provides this plugin."
                 if plugin
-                else "Stock code runs there: right, but not faster. Update wan-patches, or take a tested diffusers.",
+                else "Stock code runs there: correct, not faster. Update wan-patches, or install a tested diffusers.",
             )
-    if errors := answer.facts["errors"]:  # the first one is often what breaks the others
+    if errors := answer.facts["errors"]:  # often causes the others
         module, reasons = next(iter(errors.items()))
-        more = f" (nor can {len(errors) - 1} more)" if len(errors) > 1 else ""
+        more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
         text = f"{module} cannot be imported: {_reasons(reasons)}{more}"
-        remedy = _remedy(reasons, cann, "Install diffusers anew: pip install -U diffusers.")
+        remedy = _remedy(reasons, cann, "Reinstall diffusers: pip install -U diffusers.")
         yield Finding("patches", PROBLEM, text, remedy)
 
 

@@ -1,4 +1,4 @@
-"""Asks other processes what works there: an import that fails or crashes is an answer, not the end of the asker."""
+"""Runs probes in other processes, so that an import that fails or crashes is a result and not the end of the caller."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ _ASK = (
 
 @dataclass(frozen=True)
 class Answer:
-    """What a probe has found out; or None and the errors that ended it, each caused by the one after it."""
+    """The facts that a probe found, or None and the errors that ended it, each caused by the next one."""
 
     facts: Mapping[str, Any] | None
     errors: tuple[str, ...] = ()
 
 
 def ask(probe: Callable[[], Mapping[str, Any]], environment: Mapping[str, str], timeout: float) -> Answer:
-    """Calls a function of this module in a process of its own.
+    """Calls a function of this module in a separate process.
 
     Args:
-        probe: gives what JSON can hold.
-        environment: variables that are set there in addition to those of this process.
+        probe: returns a value that JSON can represent.
+        environment: variables to set in addition to those of this process.
         timeout: seconds.
     """
     command = [sys.executable, "-c", _ASK, json.dumps([str(path) for path in sys.path]), probe.__name__]
@@ -60,13 +60,13 @@ def ask(probe: Callable[[], Mapping[str, Any]], environment: Mapping[str, str], 
             return Answer(answer["facts"], tuple(answer["errors"]))
     if done.returncode < 0:
         with contextlib.suppress(ValueError):
-            return Answer(None, (f"the process was ended by {signal.Signals(-done.returncode).name}",))
+            return Answer(None, (f"the process was killed by {signal.Signals(-done.returncode).name}",))
     last = done.stderr.strip().splitlines()[-1:]
     return Answer(None, tuple(last or [f"the process ended with status {done.returncode}"]))
 
 
 def _answer() -> None:
-    """What such a process does."""
+    """Runs in the probe's process."""
     try:
         answer: dict[str, Any] = {"facts": globals()[sys.argv[2]](), "errors": []}
     except Exception as error:
@@ -75,7 +75,7 @@ def _answer() -> None:
 
 
 def chain(error: BaseException | None) -> list[str]:
-    """An error and what caused it, each in a line."""
+    """Returns an error and its causes, one line each."""
     lines: list[str] = []
     while error is not None and len(lines) < 8:
         message = " ".join(str(error).split())
@@ -88,7 +88,7 @@ def chain(error: BaseException | None) -> list[str]:
 
 
 def torch_facts() -> dict[str, Any]:
-    """Torch's version, threads and devices: by kind, the names of those that it can use."""
+    """Returns torch's version, threads and devices: for each kind, the names of the usable devices."""
     import torch
 
     devices = {kind: _device_names(torch, kind) for kind in ("cuda", "npu", "xpu", "mps")}
@@ -113,10 +113,10 @@ def _device_names(torch: Any, kind: str) -> list[str]:
 
 
 def patch_facts() -> dict[str, Any]:
-    """What becomes of every patch when its module is imported, and the errors of modules that cannot be."""
+    """Returns the state of every patch after importing its module, and the errors of failed imports."""
     errors: dict[str, list[str]] = {}
     for report in wan_patches.enable().reports:
-        if report.state == "skipped" or report.module in errors:  # a plugin that could not be loaded has no module
+        if report.state == "skipped" or report.module in errors:  # plugins that could not be loaded have no module
             continue
         try:
             importlib.import_module(report.module)

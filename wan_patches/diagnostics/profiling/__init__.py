@@ -1,11 +1,11 @@
-"""Where the time of pipelines goes: by stage, by patched operation, and which calls took stock's way and why.
+"""Profiles pipelines: time by stage and by patched operation, and which calls fell back to stock and why.
 
     with wan_patches.profile() as profile:
         pipe(prompt="A red fox")
     print(profile)
 
-Everything is watched from outside, for the length of the block: functions and their code stay as they are, and without
-a block nothing is paid.
+Calls are observed from outside during the block: functions and their code stay unchanged, and without a profile there
+is no overhead.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ Value = TypeVar("Value")
 
 __all__ = ["OpProfile", "PipelineProfile", "Profile", "Transfer", "profile", "run"]
 
-# What is found
+# Results
 
 
 class Profile:
-    """What `profile()` found; complete when its block has ended. Prints as tables, in notebooks too.
+    """The result of `profile()`, complete when its block has ended. Prints as tables, also in notebooks.
 
-    seconds: of the block, without what the preparation of its calls took.
-    pipelines: a row for each class of pipeline and device.
-    ops: a row for each operation of a patch that was called.
-    transfers: between host and device; None where torch's profiler was not on (`recorded`).
-    active: the names of the patches that were in force.
-    notes: what else there is to know.
+    seconds: duration of the block, without the preparation of its calls.
+    pipelines: one row for each pipeline class and device.
+    ops: one row for each operation of a patch that was called.
+    transfers: between host and device; None if torch's profiler was not on (`recorded`).
+    active: names of the active patches.
+    notes: further remarks.
     """
 
     def __init__(self) -> None:
@@ -87,7 +87,7 @@ class Profile:
         return html(*tables(self))
 
     def to_json(self) -> str:
-        """All of it, and the machine's facts. Times are seconds, memory is bytes."""
+        """Returns the whole profile and the machine's facts as JSON. Times are in seconds, memory in bytes."""
         import torch
 
         from wan_patches.diagnostics.machine import machine
@@ -109,68 +109,70 @@ class Profile:
         Path(path).write_text(self.to_json() + "\n", encoding="utf-8")
 
     def save_chart(self, path: str | Path) -> None:
-        """Draws the stages of each pipeline and the time of each operation, as PNG or what else the name ends with.
+        """Draws the stages of each pipeline and the time of each operation to an image file, as PNG or by its suffix.
 
         Raises:
             ImportError: matplotlib is not installed.
-            ValueError: matplotlib knows no such file type, or there is nothing to draw.
+            ValueError: matplotlib does not support the file type, or there is nothing to draw.
         """
         from wan_patches.diagnostics.profiling.views import chart
 
         chart(self).savefig(path)
 
     def save_trace(self, path: str | Path) -> None:
-        """Writes the trace of torch's profiler, in which calls of patched operations have their names.
+        """Writes the trace of torch's profiler, in which calls of patched operations are labelled.
 
-        `chrome://tracing` and https://ui.perfetto.dev show it.
+        View it in `chrome://tracing` or https://ui.perfetto.dev.
 
         Raises:
             RuntimeError: torch's profiler was not on.
         """
         if self._recorder is None:
-            raise RuntimeError("nothing was recorded to make a trace of: use wan_patches.profile(trace=True)")
+            raise RuntimeError("no trace was recorded: use wan_patches.profile(trace=True)")
         if self._saved is None:
             self._recorder.export_chrome_trace(str(path))
             self._saved = Path(path)
-        elif Path(path).resolve() != self._saved.resolve():  # torch gives its trace away once
+        elif Path(path).resolve() != self._saved.resolve():  # torch can export a trace only once
             shutil.copyfile(self._saved, path)
 
 
-# What users call
+# Entry points
 
 
 @contextlib.contextmanager
 def profile(pipe: Any = None, *, trace: bool | None = None) -> Iterator[Profile]:
-    """Finds out where the time of pipelines goes that are called in the block, in this thread.
+    """Profiles the pipelines that are called in the block, in this thread.
 
         with wan_patches.profile() as profile:
             pipe(prompt="A red fox")
         print(profile)
         profile.save_chart("profile.png")
 
-    Enables nothing: with `enable()` before, it tells which calls of patched operations took the fast way; without, only
-    the stages of stock. Watching costs time in Python code, and on accelerators it waits for the device at
-    the ends of stages and operations, which therefore do not overlap as they otherwise would; counters of peak
-    memory are reset. Afterwards nothing is left of it. Code that `torch.compile` has taken over is not seen. Nor is
-    what runs under another profiler that is set within the block (cProfile, another `profile`): a note tells of it.
+    Does not enable patches. After `enable()` the profile shows which calls of patched operations were fast; without it,
+    only the stages of stock. Profiling slows down Python code. On accelerators it waits for the device at the end of
+    stages and operations, so these cannot overlap, and it resets the counters of peak memory. Nothing remains in place
+    after the block. Code compiled by `torch.compile` is not seen, nor is code under another profiler that is set within
+    the block (cProfile, another `profile`); a note reports that.
 
     Args:
-        pipe: the pipeline whose calls are watched, or any other object with a `__call__` in Python; None is every
-            pipeline of diffusers that is called.
-        trace: whether torch's profiler is on, which a trace (`save_trace`) and the counts of copies and waits
-            are made from. It keeps every operator of the block in memory: a few steps are enough. None is on where
+        pipe: the pipeline to watch, or any other object with a `__call__` in Python; None watches every diffusers
+            pipeline.
+        trace: whether to run torch's profiler, which is required for `save_trace` and for the counts of copies and
+            waits. It keeps every operator of the block in memory, so profile only a few steps. None turns it on if
             there is an accelerator. Not for blocks that use torch's profiler themselves.
 
     Yields:
-        A `Profile`, which is complete after the block.
+        A `Profile`, complete after the block.
 
     Raises:
-        TypeError: `pipe` cannot be called, or `trace` is neither True, False nor None.
+        TypeError: `pipe` is not callable, or `trace` is not True, False or None.
     """
     if pipe is not None and not callable(pipe):
-        raise TypeError(f"pipe is a {type(pipe).__name__}, not a pipeline; a script: wan-patches profile script.py")
+        raise TypeError(
+            f"pipe must be a pipeline, not {type(pipe).__name__}; for scripts: wan-patches profile script.py"
+        )
     if trace is not None and not isinstance(trace, bool):
-        raise TypeError("trace is True, False or None; afterwards profile.save_trace(path) writes the file")
+        raise TypeError("trace must be True, False or None; profile.save_trace(path) writes the file after the block")
     found = Profile()
     before = _active()
     torchs = recorder(found.notes, trace)
@@ -208,17 +210,17 @@ def run(
     trace: Path | None = None,
     copies: bool = True,
 ) -> None:
-    """`script_runner.run` with a profile of all that it does, which is printed to stderr when it ends.
+    """Runs a script like `script_runner.run` and prints a profile of it to stderr when it ends.
 
-    Of several ranks (`RANK`, `LOCAL_RANK`) the first prints and writes files.
+    With several ranks (`RANK`, `LOCAL_RANK`) only the first prints and writes files.
 
     Args:
-        target, arguments, module: what to run, as there.
+        target, arguments, module: as for `script_runner.run`.
         json, chart, trace: files to write the profile to.
-        copies: whether copies and waits are counted on accelerators; a `trace` has them anyhow.
+        copies: whether to count copies and waits on accelerators; always on with `trace`.
 
     Raises:
-        BaseException: whatever the script raises, its `SystemExit` among them.
+        BaseException: any exception of the script, including its `SystemExit`.
     """
     from wan_patches.diagnostics.script_runner import run as run_script
 
@@ -228,12 +230,12 @@ def run(
             run_script(target, arguments, module=module)
     finally:
         rank = os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or "0"
-        if found is not None and os.getpid() == process and rank == "0":  # not in a child that the script has forked
+        if found is not None and os.getpid() == process and rank == "0":  # not in a forked child process
             _deliver(found, [(json, found.save_json), (chart, found.save_chart), (trace, found.save_trace)])
 
 
 def obstacle(chart: Path | None, *others: Path | None) -> str | None:
-    """Why files could not be written after a long run; None where they can be."""
+    """Returns why files could not be written after a long run, or None."""
     if chart is not None and importlib.util.find_spec("matplotlib") is None:
         from wan_patches.diagnostics.profiling.views import NO_MATPLOTLIB
 
@@ -255,7 +257,7 @@ def _deliver(found: Profile, files: Sequence[tuple[Path | None, Callable[[Path],
             continue
         try:
             save(path)
-        except Exception as error:  # the script's own end is what counts
+        except Exception as error:  # must not hide how the script ended
             with contextlib.suppress(OSError, ValueError):
                 print(f"wan-patches: {path.name} was not written: {error}", file=sys.stderr)
 
@@ -271,20 +273,22 @@ def _active() -> set[str]:
 def _remark(found: Profile, pipe: Any, displaced: bool) -> None:
     if displaced:
         found.notes.append(
-            "another profiler was set meanwhile (such as cProfile, or a profile within this one): what ran under it "
-            "was not seen"
+            "another profiler was set meanwhile (such as cProfile, or a nested profile): code that ran under it was "
+            "not seen"
         )
     elif not found.pipelines:
         what = "no pipeline was" if pipe is None else "the pipeline was not"
-        found.notes.append(f"{what} called in this thread of this process: there are no stages")
+        found.notes.append(f"{what} called in this thread of this process, so there are no stages")
     choice = wan_patches._registry.chosen()
     if not found.active and choice is not None and choice.names != frozenset():
-        found.notes.append("patches are enabled, and no module that one is for was imported")
+        found.notes.append("patches are enabled, but none of the modules that they apply to was imported")
     elif not found.active:
-        found.notes.append("no patch is enabled: these are the times of stock (wan_patches.enable())")
+        found.notes.append("no patch is enabled, so these are the times of stock; call wan_patches.enable()")
     elif idle := sorted(set(found.active) - {row.patch for row in found.ops}):
-        found.notes.append(f"enabled, and no call was seen (nor would be in compiled code): {', '.join(idle)}")
+        found.notes.append(f"enabled, but no call was seen (calls in compiled code are not seen): {', '.join(idle)}")
     if found.transfers is None and not has_accelerator():
-        found.notes.append("no accelerator: nothing is copied between host and device, and nobody waits")
+        found.notes.append("no accelerator: there are no copies between host and device and no waits")
     elif found.transfers is None:
-        found.notes.append("copies between host and device were not counted: that takes torch's profiler (trace=True)")
+        found.notes.append(
+            "copies between host and device were not counted: they require torch's profiler (trace=True)"
+        )

@@ -1,4 +1,4 @@
-"""What crosses between host and device, from the operators that torch's profiler records."""
+"""Counts transfers between host and device, from the operators that torch's profiler records."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 
 @dataclass
 class Transfer:
-    """What crossed between host and device, as torch's profiler saw it.
+    """Transfers of one kind between host and device, as recorded by torch's profiler.
 
     what: `"copy to device"`, `"copy to host"`, `"copy between devices"`, or the operator that reads a value.
-    inside: the operator in which it happened; empty where it was asked for by itself.
-    bytes: of what was copied, in the dtype that it had before.
+    inside: the operator that caused it; empty if it was called directly.
+    bytes: size of the copied data, in its dtype before the copy.
     waits: how many times the host had to wait.
     """
 
@@ -25,7 +25,7 @@ class Transfer:
 
 
 def has_accelerator() -> bool:
-    """Whether torch finds one."""
+    """Whether torch has an accelerator."""
     import torch
 
     found = torch.accelerator.current_accelerator() if hasattr(torch, "accelerator") else None
@@ -33,33 +33,33 @@ def has_accelerator() -> bool:
 
 
 def recorder(notes: list[str], trace: bool | None) -> Any:
-    """Torch's profiler, not started; None where it is not wanted or not to be had."""
+    """Returns torch's profiler, not started; None if it is not wanted or not available."""
     if trace is False or (trace is None and not has_accelerator()):
         return None
     import torch
     from torch.profiler import ProfilerActivity, supported_activities
 
     if torch.autograd._profiler_enabled():
-        notes.append("torch's profiler was on already, and was left alone")
+        notes.append("torch's profiler was already on and was left alone")
         return None
     wanted = {ProfilerActivity.CPU, ProfilerActivity.CUDA, ProfilerActivity.XPU}
     return torch.profiler.profile(activities=wanted & set(supported_activities()), record_shapes=True)
 
 
 def mark(name: str) -> Any:
-    """A context manager that gives what happens in it a name in the trace."""
+    """Returns a context manager that labels its block in the trace."""
     import torch
 
     return torch.profiler.record_function(name)
 
 
-#: Operators that are nothing but copies, and those that read a value, for which the host waits.
+#: Operators that only copy, and operators that read a value, for which the host waits.
 _COPYING = ("to", "_to_copy", "copy_", "contiguous", "clone", "type_as", "item", "is_nonzero")
 _READING = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "_unique2", "unique_dim")
 
 
 def count_transfers(recorder: Any, notes: list[str]) -> list[Transfer] | None:
-    """What the recorded operators copied and read, by the devices of their inputs; None, and a note, if that fails."""
+    """Counts copies and reads of the recorded operators by the devices of their inputs; None and a note on failure."""
     try:
         events = [(event, "") for event in recorder.profiler.kineto_results.experimental_event_tree()]
         rows: dict[tuple[str, str], Transfer] = {}
@@ -77,8 +77,8 @@ def count_transfers(recorder: Any, notes: list[str]) -> list[Transfer] | None:
                     continue
                 inside = inside or ("" if name in _COPYING else event.name)
             events += [(child, inside) for child in event.children]
-    except Exception as error:  # that interface of torch is no promise
-        notes.append(f"copies were not counted: torch's profiler does not tell ({type(error).__name__}: {error})")
+    except Exception as error:  # not a stable interface of torch
+        notes.append(f"copies were not counted, because torch's profiler failed ({type(error).__name__}: {error})")
         return None
     return sorted(rows.values(), key=lambda row: (row.inside, row.what))
 
@@ -97,7 +97,7 @@ def _transfer(name: str, tensors: Sequence[Any], event: Any, inside: str) -> Tra
         what = "copy to device"
     elif target.device.type == "cpu":
         what = "copy to host"
-    waits = not any(value is True for value in event.extra_fields.inputs)  # it may be `non_blocking`
+    waits = not any(value is True for value in event.extra_fields.inputs)  # True may be `non_blocking`
     size = source.dtype.itemsize
     for length in source.sizes:
         size *= length

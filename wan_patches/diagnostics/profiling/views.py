@@ -1,4 +1,4 @@
-"""What a profile looks like: tables and a chart."""
+"""Renders a profile as tables and as a chart."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NO_MATPLOTLIB = 'matplotlib must be installed for charts: pip install "wan-patch
 
 
 def tables(found: Profile) -> list[Any]:
-    """The tables and the lines below them, for `rich`."""
+    """Returns the tables, and the lines below them, for `rich`."""
     parts: list[Any] = [
         Text(f"Profile of {_ms(found.seconds)} ms. Patches: {', '.join(found.active) or 'none'}.", style="bold")
     ]
@@ -30,11 +30,11 @@ def tables(found: Profile) -> list[Any]:
         parts.append(_op_table(found))
         for row in found.ops:
             for reason, count in row.reasons.items():
-                parts.append(Text(f"  {row.patch}, {row.op}: {count} of {row.calls} took stock's way: {reason}"))
+                parts.append(Text(f"  {row.patch}, {row.op}: {count} of {row.calls} fell back to stock: {reason}"))
     if found.transfers:
         parts.append(_transfer_table(found.transfers))
     elif found.transfers is not None:
-        parts.append(Text("  nothing was copied between host and device, and nobody waited"))
+        parts.append(Text("  no copies between host and device, and no waits"))
     return parts + [Text(f"  {note}") for note in found.notes]
 
 
@@ -92,14 +92,14 @@ def _share(seconds: float, whole: float) -> str:
 
 
 def chart(found: Profile) -> Any:
-    """A figure of matplotlib: the stages of each pipeline, and the time of each operation.
+    """Returns a matplotlib figure with the stages of each pipeline and the time of each operation.
 
     Raises:
         ImportError: matplotlib is not installed.
         ValueError: there is nothing to draw.
     """
     if not found.pipelines and not found.ops:
-        raise ValueError("there is nothing to draw: no pipeline and no patched operation was called in the block")
+        raise ValueError("nothing to draw: no pipeline and no patched operation was called in the block")
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -115,7 +115,7 @@ def chart(found: Profile) -> Any:
         if any(stage in row.seconds for row in pipelines.values())
     }
     _bars(above, "Seconds by stage", list(pipelines), stages)
-    # the calls of an operation were timed together: they are divided by their number
+    # an operation's calls were timed together, so their time is divided in proportion to the number of calls
     ways: dict[str, Callable[[OpProfile], int]] = {
         "fast": lambda row: row.fast,
         "stock": lambda row: row.stock,
@@ -123,12 +123,12 @@ def chart(found: Profile) -> Any:
     }
     parts = {way: [row.own_seconds * count(row) / row.calls for row in ops] for way, count in ways.items()}
     names = [f"{row.patch}: {row.op}" for row in ops]
-    _bars(below, "Seconds in patched operations, by the way that calls took", names, parts)
+    _bars(below, "Seconds in patched operations, by how calls were served", names, parts)
     return figure
 
 
 def _bars(axes: Any, title: str, names: Sequence[str], parts: dict[str, list[float]]) -> None:
-    """Horizontal bars put together of parts."""
+    """Draws stacked horizontal bars."""
     left = [0.0] * len(names)
     for label, seconds in parts.items():
         axes.barh(names, seconds, left=left, label=label)

@@ -1,4 +1,4 @@
-"""Follows the calls of pipelines and of patched operations from outside; the tally tells which way each took."""
+"""Observes calls of pipelines and patched operations from outside; the tally reports which form served each call."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class PipelineProfile:
-    """The calls of pipelines of one class on one device, in sum.
+    """The calls of the pipelines of one class on one device, summed.
 
-    calls: how many; `failed` of them ended with an exception. Those, and calls whose end was not seen, contribute the
-        stages that had ended.
-    seconds: by stage, in the order in which a pipeline goes through them.
-    peak_bytes: by stage, the most memory held beyond what was held when the call began: of torch's allocator on
-        accelerators, of the process on CPUs. None if that is not counted.
+    calls: number of calls, of which `failed` raised an exception. Failed calls, and calls whose end was not seen,
+        contribute only their completed stages.
+    seconds: by stage, in the order in which a pipeline runs them.
+    peak_bytes: by stage, peak memory beyond that held when the call began: of torch's allocator on accelerators, of the
+        process on CPUs. None if the backend does not count memory.
     """
 
     pipeline: str
@@ -44,13 +44,13 @@ class PipelineProfile:
 
 @dataclass
 class OpProfile:
-    """The calls of one operation of a patch, as far as `wan_patches.patching.tally` counts.
+    """The calls of one operation of a patch, as counted by `wan_patches.patching.tally`.
 
-    calls: all of them. `stock` took stock's way; `first_sight` took both, because the first-sight gate compared them.
-    forms: the forms that computed the others, and how many calls each took.
-    seconds: of the calls, with the device synchronised at both ends; `own_seconds` without other operations that were
-        called inside. first_seconds: of calls at first sight alone, compilation of kernels included.
-    reasons: why calls took stock's way, and how many did.
+    calls: number of calls. `stock` of them fell back to stock; `first_sight` ran both ways for the first-sight gate.
+    forms: the forms that served the other calls, with the number of calls of each.
+    seconds: duration of the calls, with the device synchronised at both ends; `own_seconds` excludes operations called
+        inside. first_seconds: duration of the first-sight calls only, including the compilation of kernels.
+    reasons: the reasons for falling back to stock, with the number of calls of each.
     """
 
     patch: str
@@ -66,7 +66,7 @@ class OpProfile:
 
     @property
     def fast(self) -> int:
-        """Calls that took the patch's own way."""
+        """Number of calls served by a form of the patch."""
         return self.calls - self.stock - self.first_sight
 
 
@@ -75,7 +75,7 @@ _OP, _PIPELINE = range(2)
 
 @dataclass
 class _Call:
-    """A call from patched code that has not returned, and the ways that it has taken so far."""
+    """A call from patched code in progress, and the ways counted for it so far."""
 
     frame: FrameType
     op: _Op
@@ -96,7 +96,7 @@ class _Op:
     function: str
 
     def found(self) -> Any:
-        """The function, or the op of `wan_patches.ops.dispatch`; None while its module is not loaded."""
+        """Returns the function, or the op of `wan_patches.ops.dispatch`; None while its module is not loaded."""
         return getattr(sys.modules.get(self.module), self.function, None)
 
 
@@ -111,13 +111,13 @@ class _PipelineCall:
 
 
 class Observer:
-    """Recognises functions by their code, and follows their calls of one another.
+    """Recognises functions by their code objects and follows their nested calls.
 
-    Its findings are in `pipelines` and `ops`; `preparing` is the time that it took for itself, in seconds.
+    The results are in `pipelines` and `ops`; `preparing` is the observer's own overhead in seconds.
 
     Args:
-        pipe: the pipeline whose calls are watched; None is every pipeline of diffusers.
-        marks: whether calls get their names in the trace of torch's profiler.
+        pipe: the pipeline to watch; None watches every diffusers pipeline.
+        marks: whether calls are labelled in the trace of torch's profiler.
     """
 
     def __init__(self, pipe: Any, marks: bool) -> None:
@@ -138,7 +138,7 @@ class Observer:
                     self._ops.setdefault(function, []).append(_Op(patch.name, name, module, function))
 
     def wants(self, frame: FrameType) -> bool:
-        """Whether calls of this code are to be told to `enter` and `leave`."""
+        """Whether `enter` and `leave` should be called for this code."""
         role = self._role(frame)
         if role is not None:
             self._roles[id(frame.f_code)] = role
@@ -148,7 +148,7 @@ class Observer:
         code, owner = frame.f_code, _first_argument(frame)
         if code.co_name == "__call__":
             if frame.f_globals.get("__name__") == DISPATCH and hasattr(owner, "forms"):
-                return _OP, None  # of any op: which one, its frame tells
+                return _OP, None  # code shared by all ops; the frame identifies the op
             return (_PIPELINE, None) if self._is_watched_kind(owner) else None
         ops = [op for op in self._ops.get(code.co_name, ()) if getattr(op.found(), "__code__", None) is code]
         return (_OP, ops) if ops else None
@@ -169,12 +169,12 @@ class Observer:
                     return
 
     def _named(self, frame: FrameType) -> list[_Op]:
-        """Returns the names by which patches call the op whose call begins."""
+        """Returns the names under which patches call the op whose call begins."""
         found = _first_argument(frame)
         return [op for op in self._ops.get(found.__name__, ()) if op.found() is found]
 
     def count(self, way: Way) -> None:
-        """Notes the way of the call that was entered last."""
+        """Adds a way to the innermost call."""
         if self._calls:
             self._calls[-1].ways.append(way)
 
@@ -187,7 +187,7 @@ class Observer:
             self._leave_op(self._calls.pop())
 
     def close(self) -> None:
-        """Ends the watching of calls whose end was not seen, because another profiler was set."""
+        """Closes calls whose end was not seen, because another profiler was set."""
         while self._calls:
             call = self._calls.pop()
             if call.mark is not None:
@@ -211,7 +211,7 @@ class Observer:
         seconds = time.perf_counter() - call.start
         if call.mark is not None:
             call.mark.__exit__(None, None, None)
-        if not call.ways:  # it passed on the result of another operation
+        if not call.ways:  # it returned the result of another operation
             if self._calls:
                 self._calls[-1].inner += call.inner
             return
@@ -235,7 +235,7 @@ class Observer:
             self._calls[-1].inner += seconds
 
     def _device(self, frame: FrameType) -> torch.device:
-        """Returns the device of a call: of the pipeline around it, else of its arguments."""
+        """Returns the device of a call: that of the surrounding pipeline, or else that of its arguments."""
         import torch
 
         if self._running:
@@ -256,7 +256,7 @@ class Observer:
         pipe = _first_argument(frame)
         if self._pipe is not None and pipe is not self._pipe:
             return
-        if any(call.pipe is pipe for call in self._running):  # a class calls that of its base
+        if any(call.pipe is pipe for call in self._running):  # the class calls its base class
             return
         start, device = time.perf_counter(), execution_device(pipe)
         row = self._pipeline_row(type(pipe).__name__, str(device))
@@ -274,12 +274,12 @@ class Observer:
         self.preparing += time.perf_counter() - start
 
     def _leave_pipeline(self, call: _PipelineCall, value: Any) -> None:
-        failed = value is None and _is_pipeline(call.pipe)  # none of them returns that: an exception has left it
+        failed = value is None and _is_pipeline(call.pipe)  # no pipeline returns None, so an exception was raised
         call.row.failed += failed
         self._end_pipeline(call, whole=not failed)
 
     def _end_pipeline(self, call: _PipelineCall, whole: bool) -> None:
-        """Adds the stages that have ended to the row, and if the call is `whole`, the last one too."""
+        """Adds the completed stages to the row; if the call is `whole`, also the last one."""
         call.row.calls += 1
         if whole:
             call.watched.close()
@@ -307,7 +307,7 @@ def _first_argument(frame: FrameType) -> Any:
 
 
 def _is_pipeline(value: Any) -> bool:
-    """Whether an object is a pipeline of diffusers, which need not be imported to tell."""
+    """Whether an object is a diffusers pipeline, without importing diffusers."""
     return any(
         base.__name__ in ("DiffusionPipeline", "ModularPipeline") and _package(base.__module__) == "diffusers"
         for base in type(value).__mro__

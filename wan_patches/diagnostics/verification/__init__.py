@@ -1,11 +1,11 @@
-"""Stock against patched on a pipeline of one's own: equal bits, time, memory, and which patch is to blame.
+"""Verifies the patches on the user's own pipeline: bit equality, time, memory, and the patch that causes a difference.
 
     import wan_patches
 
     found = wan_patches.verify(pipe, prompt="A red fox", num_inference_steps=4, report="verification.html")
     assert found.exact, found
 
-The runs that are watched and those that are measured are different ones, so that neither spoils the other.
+Watched runs and measured runs are separate, so that watching does not distort the measurements.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ from wan_patches.patching.status import ACTIVE, SKIPPED, WAITING, Status
 from wan_patches.pipelines.components import modules
 from wan_patches.pipelines.stages import CALL, POSTPROCESS, STAGES
 
-#: What `Verification.verdict` says.
+#: The values of `Verification.verdict`.
 SAME, DIFFERENT, UNKNOWN = "same", "different", "unknown"
 
 __all__ = ["Compared", "Culprit", "Divergence", "Stage", "Strips", "Suspect", "Verification", "Video", "verify"]
@@ -75,11 +75,11 @@ _PACKAGES = (
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of the pipeline: what it gave, how long it took, and how much memory.
+    """One stage of the pipeline: bit equality of its output, time and memory.
 
-    difference: None where the stage hands nothing over that could be compared.
-    stock_seconds, patched_seconds: medians; None where nothing was measured.
-    stock_peak, patched_peak: most bytes held beyond those held before the call; on the CPU of the whole process.
+    difference: None if the stage has no output to compare.
+    stock_seconds, patched_seconds: medians; None if nothing was measured.
+    stock_peak, patched_peak: peak bytes beyond those held before the call; on the CPU, of the whole process.
     """
 
     name: str
@@ -92,22 +92,24 @@ class Stage:
 
 @dataclass(frozen=True)
 class Verification:
-    """What `verify` has found; prints as tables, in notebooks too.
+    """The result of `verify`; prints as tables, also in notebooks.
 
-    pipeline: the class of the pipeline. device: where it runs.
-    fidelity: what was asked for. patches: the names of those that were in force.
-    inputs: the arguments, in words.
-    result: how far apart what the pipeline returns is.
-    ops, blocks, stages, video: the same by patched function, block of a denoiser, stage and frame.
-    first_divergence: where the runs first differ; None if they do not. culprits: the patches that make them.
-    stock_repeats, patched_repeats: whether all runs of stock, and all patched ones, gave the same result.
-    error: what patched code raised where stock did not.
-    repeat: measured runs of each.
-    status: the patches, as `wan_patches.status()` gives them. facts: versions and the machine.
-    notes: what else is worth knowing.
-    calls: by patch, how many calls took a form other than stock's, and how many there were, in all patched runs.
-    undecided: why nothing can be said about the patches; empty where something can. Stock does not repeat itself, or no
-        patch was in force, or no patched function was seen to run though nothing is compiled.
+    pipeline: class of the pipeline. device: the device on which it runs.
+    fidelity: the requested fidelity. patches: names of the active patches.
+    inputs: descriptions of the arguments.
+    result: difference between the pipeline's results.
+    ops, blocks, stages, video: the comparison by patched function, denoiser block, stage and frame.
+    first_divergence: where the runs first differ; None if they do not. culprits: the patches that cause it.
+    stock_repeats, patched_repeats: whether all stock runs, and all patched runs, gave the same result.
+    error: the exception of patched code, if stock raised none.
+    repeat: number of measured runs of each.
+    status: the patches, as returned by `wan_patches.status()`. facts: versions and machine.
+    notes: further remarks.
+    calls: for each patch, the number of calls served by a form other than stock's and of all calls, in all patched
+        runs.
+    undecided: why nothing can be concluded about the patches; empty if a conclusion is possible. Either stock runs
+        differ from each other, or no patch was active, or no patched function was seen to run although nothing is
+        compiled.
     """
 
     parting = renamed("parting", "first_divergence")
@@ -137,15 +139,15 @@ class Verification:
 
     @property
     def exact(self) -> bool:
-        """Whether everything that could be compared has the same bits, the result above all.
+        """Whether everything that was compared is bit-identical, above all the result.
 
-        False also where nothing can be said (`undecided`): use `verdict` to tell the two apart.
+        Also False if no conclusion is possible (`undecided`): use `verdict` to distinguish the two.
         """
         return self.verdict == SAME
 
     @property
     def exercise(self) -> str:
-        """How many calls took forms other than stock's, in words; where none did, nothing is said about those."""
+        """How many calls forms other than stock's served, in words; without such calls those forms are not verified."""
         fast, total = tally.total(self.calls.values())
         if fast:
             return f"fast in {fast} of {total} calls"
@@ -153,7 +155,7 @@ class Verification:
 
     @property
     def verdict(self) -> str:
-        """`"same"`, `"different"` (also where patched code raises), or `"unknown"` (`undecided` says why)."""
+        """`"same"`, `"different"` (also if patched code raises), or `"unknown"` (see `undecided`)."""
         if self.undecided:
             return UNKNOWN
         same = all(stage.difference is None or stage.difference.exact for stage in self.stages)
@@ -173,7 +175,7 @@ class Verification:
         return html(*renderables(self))
 
     def to_json(self) -> str:
-        """Everything but the pictures. Numbers that JSON lacks, such as an infinite PSNR, are null."""
+        """Returns everything except the pictures. Numbers that JSON lacks, such as an infinite PSNR, are null."""
         return json.dumps({"exact": self.exact, "verdict": self.verdict, **_plain(self)}, indent=2, allow_nan=False)
 
     def save_json(self, path: str | Path) -> None:
@@ -181,13 +183,13 @@ class Verification:
         Path(path).write_text(self.to_json() + "\n", encoding="utf-8")
 
     def save_html(self, path: str | Path) -> None:
-        """Writes a page with tables, charts and frames that needs no other file, no network and no scripts."""
+        """Writes an HTML page with tables, charts and frames that needs no other files, no network and no scripts."""
         from wan_patches.diagnostics.verification.report import page
 
         Path(path).write_text(page(self), encoding="utf-8")
 
 
-# What users call
+# Entry point
 
 
 def verify(
@@ -201,32 +203,34 @@ def verify(
     on_run: Callable[[str], None] | None = None,
     **inputs: Any,
 ) -> Verification:
-    """Runs a pipeline with stock code and with patches, on its own weights and device, and compares.
+    """Runs a pipeline with stock code and with patches, on its own weights and device, and compares the runs.
 
-    Each run gets the same random state: the generators among the arguments and the global ones (torch's on the CPU and
-    on the pipeline's device, Python's, numpy's) are put back before each run and at the end, and so is what was enabled
-    before. There are 4 runs, 2 more per `repeat`, and some more to find the patch if results differ; few steps and
-    frames will do. Nothing else may use diffusers in this process meanwhile.
+    Every run starts from the same random state: the generators in the arguments and the global ones (torch's on the CPU
+    and on the pipeline's device, Python's, numpy's) are reset before each run and restored at the end. The previous
+    selection of patches is restored too. There are 4 runs, 2 more per `repeat`, and further runs to find the
+    responsible patch if results differ; a few steps and frames are enough. No other code may use diffusers in this
+    process at the same time.
 
     Args:
         pipe: a pipeline, or any other object that is called with keyword arguments.
-        patches: names of the patches to verify (see `wan_patches.status()`), or `wan_patches.Patch` values, of which
-            then exactly those are in force; None means all that are registered.
+        patches: names of the patches to verify (see `wan_patches.status()`), or `wan_patches.Patch` values, which are
+            then the only active patches; None means all registered patches.
         fidelity: as for `wan_patches.enable`.
-        repeat: measured runs of each, stock and patched in turns; 0 leaves out time and memory.
-        report: where to write a report in HTML. Whether that can be is tried before the runs; should it fail after
-            them all the same, it is logged and noted, and nothing else is lost.
-        on_run: called before every run with what it is for.
+        repeat: number of measured runs of each, stock and patched alternating; 0 skips the measurement of time and
+            memory.
+        report: path for an HTML report, checked before the runs. If writing fails afterwards, the failure is logged and
+            added to the notes, and the result is returned nevertheless.
+        on_run: called before every run with its purpose.
         **inputs: the arguments of the pipeline.
 
     Returns:
-        What was found; `.exact` says whether every bit is the same, `.undecided` why nothing could be found out.
+        The result; `.exact` is True if every bit is the same, and `.undecided` gives the reason if that is unknown.
 
     Raises:
-        ValueError: for an unknown patch or fidelity, or a negative `repeat`.
-        TypeError: `pipe` cannot be called, or returns nothing that could be compared; `repeat` is no whole number.
-        OSError: `report` cannot be written there.
-        Exception: whatever the pipeline itself raises with stock code.
+        ValueError: unknown patch or fidelity, or negative `repeat`.
+        TypeError: `pipe` is not callable or returns nothing that can be compared, or `repeat` is not an integer.
+        OSError: `report` cannot be written.
+        Exception: any exception of the pipeline with stock code.
     """
     if isinstance(pipe, type):
         raise TypeError(
@@ -235,13 +239,13 @@ def verify(
     if isinstance(pipe, torch.nn.Module):
         raise TypeError(f"verify takes a whole pipeline, not a {type(pipe).__name__}: pass the pipeline that has it")
     if not callable(pipe):
-        raise TypeError(f"verify takes a pipeline, not {type(pipe).__name__}; give it one that can be called")
+        raise TypeError(f"verify expects a pipeline or another callable, not {type(pipe).__name__}")
     try:
         repeat = operator.index(repeat)
     except TypeError:
-        raise TypeError(f"repeat is {repeat!r}; give a whole number of measured runs, 0 or more") from None
+        raise TypeError(f"repeat must be an integer, the number of measured runs, not {repeat!r}") from None
     if repeat < 0:
-        raise ValueError(f"repeat is {repeat}; give 0 or more measured runs")
+        raise ValueError(f"repeat must be 0 or more measured runs, not {repeat}")
     if report is not None:
         check_file(report)
     subject = Subject(pipe, inputs, on_run or (lambda text: logger.info("verify: %s", text)))
@@ -253,7 +257,7 @@ def verify(
     if report is not None:
         try:
             found.save_html(report)
-        except OSError as error:  # such as a full disk: what has been found is worth more
+        except OSError as error:  # such as a full disk; the result is more important
             unwritten = f"The report was not written to {report}: {error}"
             logger.error("verify: %s", unwritten)
             found = dataclasses.replace(found, notes=(*found.notes, unwritten))
@@ -264,16 +268,16 @@ def _verify(subject: Subject, choice: Choice, repeat: int) -> Verification:
     before = tally.counted()
     with choice.patched():
         ops = ops_of(choice.registry.places())
-    # once unwatched: on accelerators the first-sight gate gives stock's results at first, and compilers compile
+    # one unwatched run: on accelerators the first-sight gate first returns stock's results, and compilers compile
     with choice.stock():
         digests = {False: [subject.result("stock, to warm up")], True: []}
     error = ""
     with choice.patched():
         try:
             first = subject.result("patched, to warm up")
-            if choice.fidelity is Fidelity.EXACT:  # else what the gate gives at first is not what comes later
+            if choice.fidelity is Fidelity.EXACT:  # close forms differ from the gate's first results
                 digests[True].append(first)
-        except Exception as raised:  # it is seen again below, with what came before it
+        except Exception as raised:  # the watched run raises it again and locates it
             error = message(raised)
     outputs: dict[str, list[Any]] = defaultdict(list)
     apart: dict[str, list[Difference]] = defaultdict(list)
@@ -300,7 +304,7 @@ def _verify(subject: Subject, choice: Choice, repeat: int) -> Verification:
         digests[True].append(patched.events[-1].digest)
     for stage, given in outputs.items():
         if len(apart[stage]) < len(given):
-            apart[stage].append(Difference(False, reason="not reached, or less often than by stock"))
+            apart[stage].append(Difference(False, reason="not reached, or less often than in stock"))
     if patched.error is None:
         apart[POSTPROCESS] = [difference(stock.result, patched.result)]
 
@@ -376,7 +380,7 @@ def _stages(apart: Mapping[str, list[Difference]], measured: Mapping[bool, list[
         return max((most for run in measured[which] if (most := run.peaks.get(stage)) is not None), default=None)
 
     known = {stage for runs in measured.values() for run in runs for stage in run.seconds} | {*apart}
-    if CALL in known:  # of this pipeline nothing is known but what it returns
+    if CALL in known:  # no known stages: only the result can be compared
         apart = {CALL: apart[POSTPROCESS]} if POSTPROCESS in apart else {}
         known.discard(POSTPROCESS)
     return tuple(
@@ -394,35 +398,37 @@ def _stages(apart: Mapping[str, list[Difference]], measured: Mapping[bool, list[
 
 
 def _patched_calls(compared: Mapping[tuple[str, str], Compared]) -> int:
-    """How many calls of patched functions were seen, with the patches in force."""
+    """Returns the number of calls of patched functions that were seen while the patches were active."""
     return sum(one.patched_calls for (kind, _), one in compared.items() if kind == "op")
 
 
 def _notes_on_runs(subject: Subject, stock_repeats: bool, patched_repeats: bool, displaced: bool) -> Iterator[str]:
     if not stock_repeats:
         yield (
-            "Runs of stock code differ from each other, so nothing can be said about patches. Give a generator, "
-            "torch.use_deterministic_algorithms(True), and no callback that keeps state."
+            "Runs of stock code differ from each other, so patches cannot be verified. Pass a generator, call "
+            "torch.use_deterministic_algorithms(True), and use no callback that keeps state."
         )
     elif not patched_repeats:
         yield "Runs of patched code differ from each other; please report this with the HTML report."
     if displaced:
         yield (
-            "Another profiler was set during the runs that are watched (by a callback, perhaps): patched functions "
-            "that ran under it were not seen."
+            "Another profiler was set during the watched runs (perhaps by a callback): patched functions that ran "
+            "under it were not seen."
         )
     if subject.compiled:
-        yield f"Compiled, so that its blocks are not seen: {', '.join(subject.compiled)}."
+        yield f"Compiled, so its blocks were not compared: {', '.join(subject.compiled)}."
 
 
 def _notes_on_calls(subject: Subject, compared: Mapping[tuple[str, str], Compared], displaced: bool) -> Iterator[str]:
     if not _patched_calls(compared) and not displaced:
-        why = "what runs them is compiled" if subject.compiled else "patches do not apply to this pipeline"
+        why = (
+            "the code that calls them is compiled" if subject.compiled else "the patches do not apply to this pipeline"
+        )
         yield f"No patched function was seen to run: {why}. See the states of the patches."
     if any(
         kind == "op" and one.reason not in ("", NOTHING) and one.patched_calls for (kind, _), one in compared.items()
     ):
-        yield "Where calls were not compared, what came of them is: by block, by stage and in the result."
+        yield "Calls that were not compared are covered by the comparison of blocks, stages and the result."
 
 
 def _notes_on_patches(choice: Choice, status: Status) -> Iterator[str]:
@@ -434,34 +440,34 @@ def _notes_on_patches(choice: Choice, status: Status) -> Iterator[str]:
         if states & {ACTIVE, SKIPPED}:
             continue
         if not any(choice.fidelity.allows(report.fidelity) for report in reports):
-            why = "which is only for fidelity='close'"
+            why = "which requires fidelity='close'"
         elif WAITING in states:
-            why = "as no module that it is for was imported"
+            why = "because none of its modules was imported"
         else:
-            why = "which is not for this version of diffusers"
+            why = "which does not apply to this version of diffusers"
         yield f"Not in force: {name}, {why}."
     for form, op, reason in dict.fromkeys((one.form, one.op, one.reason) for one in status.verdicts if not one.exact):
-        yield f"Here the first-sight gate keeps a form away, {form} of {op}: {reason}."
+        yield f"The first-sight gate disables the form {form} of {op} on this device: {reason}."
 
 
 def _notes_on_results(
     video: Video | None, first_divergence: Divergence | None, culprits: Sequence[Culprit], undecided: str
 ) -> Iterator[str]:
     if first_divergence is not None and not undecided and not culprits:
-        yield "No set of patches that makes results differ was found; what differs may not repeat."
+        yield "No set of patches was found that causes the difference; it may not be reproducible."
     if video is not None and video.ssim is None and importlib.util.find_spec("skimage") is None:
         yield 'For SSIM by frame: pip install "wan-patches[verify]"'
 
 
 def _facts(subject: Subject) -> dict[str, str]:
-    """Versions and the machine. No names of users, no paths."""
+    """Returns versions and machine. No user names, no paths."""
     facts = {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"}
     for package in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             facts[package] = importlib.metadata.version(package)
     facts["device"] = str(subject.device)
     if subject.device.type != "cpu":
-        with contextlib.suppress(Exception):  # not every backend tells
+        with contextlib.suppress(Exception):  # not every backend has it
             facts["device"] = str(torch.get_device_module(subject.device.type).get_device_name())
     for name, module in modules(subject.pipe).items():
         dtype = str(getattr(module, "dtype", "")).removeprefix("torch.")
@@ -483,7 +489,7 @@ def _in_words(value: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Of dictionaries, lists, text and finite numbers only."""
+    """Converts a value to dictionaries, lists, text and finite numbers."""
     if dataclasses.is_dataclass(value):
         fields = (one.name for one in dataclasses.fields(value) if one.repr)
         return {name: _plain(getattr(value, name)) for name in fields}

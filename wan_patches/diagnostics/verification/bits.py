@@ -1,4 +1,4 @@
-"""Whether two results have the same bits, and how far apart they are where they do not."""
+"""Compares the bits of two results, and measures how far apart they are."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from PIL import Image
 
 __all__ = ["Difference", "difference", "digest", "leaves", "psnr", "ssim"]
 
-_CHUNK = 1 << 22  # elements looked at a time: what is compared can be a whole video
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
+_CHUNK = 1 << 22  # elements compared at a time, because a result can be a whole video
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by element size in bytes
 
 
 @dataclass(frozen=True)
 class Difference:
     """How far apart two results are.
 
-    exact: they have the same types, dtypes, shapes and bits (0 and -0 differ).
-    max_abs: the largest absolute difference, in units of the values; None where there is nothing to subtract.
-    max_ulp: the largest difference in units in the last place, of results in a floating dtype.
-    reason: what else is to say, such as shapes that differ.
+    exact: types, dtypes, shapes and bits are equal (0 and -0 differ).
+    max_abs: the largest absolute difference; None if the values cannot be subtracted.
+    max_ulp: the largest difference in units in the last place, for floating dtypes.
+    reason: further explanation, such as different shapes.
     """
 
     exact: bool
@@ -36,7 +36,7 @@ class Difference:
 
     @classmethod
     def of(cls, parts: Iterable[Difference]) -> Difference:
-        """The largest of several."""
+        """Returns the maximum of several differences."""
         parts = list(parts)
         reasons = dict.fromkeys(part.reason for part in parts if part.reason)
         return cls(
@@ -48,7 +48,7 @@ class Difference:
 
 
 def leaves(value: Any) -> Iterator[torch.Tensor]:
-    """The tensors in a result, in order, whatever it is nested in; arrays and PIL images come as tensors."""
+    """Yields the tensors of a result in order, with any nesting; arrays and PIL images are converted to tensors."""
     if isinstance(value, torch.Tensor):
         yield value.detach()
     elif isinstance(value, np.ndarray):
@@ -64,7 +64,7 @@ def leaves(value: Any) -> Iterator[torch.Tensor]:
 
 
 def digest(value: Any) -> str | None:
-    """A fingerprint of the bits, dtypes and shapes in a result; None where there is nothing of the kind in it."""
+    """Returns a fingerprint of a result's bits, dtypes and shapes; None if it contains no tensors, arrays or images."""
     found = hashlib.blake2b(digest_size=16)
     empty = True
     for leaf in leaves(value):
@@ -76,21 +76,21 @@ def digest(value: Any) -> str | None:
 
 
 def difference(stock: Any, patched: Any) -> Difference:
-    """Compares the tensors, arrays and images in two results, one by one and on the CPU."""
+    """Compares the tensors, arrays and images of two results pairwise, on the CPU."""
     ours, theirs = list(leaves(patched)), list(leaves(stock))
     if len(ours) != len(theirs):
-        return Difference(False, reason=f"{len(theirs)} tensors of stock, {len(ours)} patched")
+        return Difference(False, reason=f"{len(theirs)} tensors in stock, {len(ours)} patched")
     return Difference.of(_pair(*pair) for pair in zip(theirs, ours)) if ours else Difference(True)
 
 
 def psnr(stock: np.ndarray, patched: np.ndarray, peak: float) -> float:
-    """Peak signal-to-noise ratio in dB; infinite where nothing differs."""
+    """Returns the peak signal-to-noise ratio in dB; infinite for identical frames."""
     error = np.mean(np.square(stock.astype(np.float64) - patched))
     return 10 * math.log10(peak**2 / error) if error else math.inf
 
 
 def ssim(stock: np.ndarray, patched: np.ndarray, peak: float) -> float | None:
-    """Structural similarity of two frames `(height, width, channels)` by scikit-image; None without that library."""
+    """Returns the structural similarity of two frames `(height, width, channels)`; None without scikit-image."""
     if np.array_equal(stock, patched):
         return 1.0
     try:
@@ -106,23 +106,23 @@ def ssim(stock: np.ndarray, patched: np.ndarray, peak: float) -> float | None:
 
 def _from_array(array: np.ndarray) -> torch.Tensor:
     try:
-        return torch.from_numpy(np.array(array))  # a copy, since torch takes neither every stride nor read-only memory
+        return torch.from_numpy(np.array(array))  # copied: torch lacks some strides and read-only memory
     except TypeError:  # a dtype that torch lacks, such as strings
         return torch.from_numpy(np.frombuffer(np.ascontiguousarray(array).tobytes(), np.uint8).copy())
 
 
 def _words(tensor: torch.Tensor) -> torch.Tensor:
-    """The bits as a row of integers, as many as there are elements."""
+    """Returns the bits as a flat tensor of integers, one per element."""
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
     return tensor.resolve_neg().contiguous().reshape(-1).view(_INTEGERS[tensor.element_size()])
 
 
 def _condensed(words: torch.Tensor) -> torch.Tensor:
-    """Integers reduced on their device, so that not all have to leave it: sums with fixed random weights, mod 2**64.
+    """Reduces integers on their device, so that few have to be copied: sums with fixed random weights, mod 2**64.
 
-    Integer sums do not depend on the order in which a device adds. Of two rows that differ, one in some 2**32 pairs
-    (one in 2**48 of half precision) would have the same sum.
+    Integer sums do not depend on the order of summation. Two different rows have the same sum with a probability of
+    about 2**-32 (2**-48 in half precision).
     """
     weights = _weights(words.device)
     sums = [(part.long() * weights[: len(part)]).sum() for part in words.split(_CHUNK)]
@@ -138,9 +138,9 @@ def _weights(device: torch.device) -> torch.Tensor:
 
 def _pair(stock: torch.Tensor, patched: torch.Tensor) -> Difference:
     if stock.dtype != patched.dtype:
-        return Difference(False, reason=f"{_name(stock.dtype)} of stock, {_name(patched.dtype)} patched")
+        return Difference(False, reason=f"{_name(stock.dtype)} in stock, {_name(patched.dtype)} patched")
     if stock.shape != patched.shape:
-        return Difference(False, reason=f"shape {tuple(stock.shape)} of stock, {tuple(patched.shape)} patched")
+        return Difference(False, reason=f"shape {tuple(stock.shape)} in stock, {tuple(patched.shape)} patched")
     pairs = zip(*(tensor.cpu().contiguous().reshape(-1).split(_CHUNK) for tensor in (stock, patched)))
     return Difference.of(_chunk(*pair) for pair in pairs)
 
@@ -153,7 +153,7 @@ def _chunk(stock: torch.Tensor, patched: torch.Tensor) -> Difference:
         return _chunk(torch.view_as_real(stock).reshape(-1), torch.view_as_real(patched).reshape(-1))
     lost = stock.isnan() != patched.isnan()
     apart = (stock.double() - patched.double()).abs()
-    apart = torch.where((stock == patched) | apart.isnan(), 0.0, apart)  # infinities of the same sign, two nan
+    apart = torch.where((stock == patched) | apart.isnan(), 0.0, apart)  # equal infinities, or nan on both sides
     ulp = None
     if stock.is_floating_point() and stock.element_size() < 8:
         numbers = ~(stock.isnan() | patched.isnan())
@@ -163,7 +163,7 @@ def _chunk(stock: torch.Tensor, patched: torch.Tensor) -> Difference:
 
 
 def _ordered(floats: torch.Tensor) -> torch.Tensor:
-    """Integers in the order of the floats, one apart where those are neighbours; 0 and -0 are the same."""
+    """Maps floats to integers in the same order, such that neighbours differ by one; 0 and -0 are equal."""
     bits = floats.view(torch.int8 if floats.element_size() == 1 else _INTEGERS[floats.element_size()]).long()
     return torch.where(bits < 0, -(1 << (8 * floats.element_size() - 1)) - bits, bits)
 

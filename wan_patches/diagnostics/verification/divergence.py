@@ -1,4 +1,4 @@
-"""Where two runs of a pipeline part, and which patches make them."""
+"""Finds where two runs of a pipeline diverge, and which patches cause it."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ __all__ = [
     "smallest",
 ]
 
-#: Why calls are not compared that return no tensors, arrays or images.
+#: The reason for not comparing calls that return no tensors, arrays or images.
 NOTHING = "it returns nothing to compare"
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """Where two runs part: the first call, in the order in which calls end, whose results differ.
+    """The point where two runs diverge: the first call, in order of completion, whose results differ.
 
     kind: `"op"` (a patched function), `"block"` (of a denoiser), `"stage"`, `"result"` or `"error"`.
-    name: of the function, block or stage; the message of the error.
-    call: which call of it, counted from 1.
+    name: name of the function, block or stage; the message of an error.
+    call: number of the call, from 1.
     """
 
     kind: str
@@ -47,7 +47,7 @@ class Divergence:
 
 @dataclass(frozen=True)
 class Suspect:
-    """A patch by its name, the module that it changes and its targets there."""
+    """A patch: its name, the module that it changes, and its targets there."""
 
     name: str
     module: str
@@ -59,9 +59,9 @@ class Suspect:
 
 @dataclass(frozen=True)
 class Culprit:
-    """Patches that make results differ with no others in force, and where they first do.
+    """Patches that by themselves cause a difference, and where it first appears.
 
-    More than one where none of them does it alone.
+    Contains several patches if none of them causes it alone.
     """
 
     parting = renamed("parting", "first_divergence")
@@ -76,11 +76,11 @@ class Culprit:
 
 @dataclass(frozen=True)
 class Compared:
-    """What the calls of one op or block gave, in order, stock and patched.
+    """Comparison of the calls of one op or block, in order, stock with patched.
 
-    patches: the names of the patches in it; none for a block.
-    differing: how many calls gave other bits.
-    reason: why calls were not compared; empty where they were.
+    patches: names of the patches in the op; empty for a block.
+    differing: number of calls with different bits.
+    reason: why calls were not compared; empty if they were.
     """
 
     name: str
@@ -97,7 +97,7 @@ class Compared:
 
 
 def compare_calls(stock: Trial, patched: Trial, ops: Sequence[Op]) -> dict[tuple[str, str], Compared]:
-    """By kind and name of what was called, in the order in which stock ended it first."""
+    """Compares calls by kind and name of the called object, in the order in which stock first completed them."""
     ours, theirs = _by_name(patched), _by_name(stock)
     owners = {op.name: tuple(dict.fromkeys(patch.name for patch in op.patches)) for op in ops}
     found = {}
@@ -107,14 +107,14 @@ def compare_calls(stock: Trial, patched: Trial, ops: Sequence[Op]) -> dict[tuple
         reason = ""
         differing = sum(a != b for a, b in both)
         if len(before) != len(after) and patched.error is None:
-            if key[0] == "op":  # an op may take its work in other portions
+            if key[0] == "op":  # an op may divide its work differently
                 reason, differing = "stock and patched call it a different number of times", 0
             else:
                 differing += abs(len(before) - len(after))
         elif not both:
             reason = NOTHING if before and after else "it was not reached"
         elif not differing and any((a is None) != (b is None) for a, b in zip(before, after)):
-            reason = "stock and patched return different kinds of things"
+            reason = "stock and patched return different types"
         found[key] = Compared(key[1], len(before), len(after), differing, reason, owners.get(key[1], ()))
     return found
 
@@ -129,7 +129,7 @@ def _by_name(run: Trial) -> dict[tuple[str, str], list[str | None]]:
 def find_first_divergence(
     stock: Trial, patched: Trial, compared: Mapping[tuple[str, str], Compared]
 ) -> Divergence | None:
-    """The first call that gives other bits; an error, or calls that did not come, where there is none."""
+    """Returns the first call with different bits, otherwise the error or the missing calls, or None."""
     theirs, seen = _by_name(stock), Counter[tuple[str, str]]()
     for event in patched.events:
         key = event.kind, event.name
@@ -143,14 +143,14 @@ def find_first_divergence(
             return Divergence(*key, nth + 1)
     if patched.error is not None:
         return Divergence("error", message(patched.error))
-    missing = next((key for key, one in compared.items() if one.state == "differs"), None)  # called too seldom
+    missing = next((key for key, one in compared.items() if one.state == "differs"), None)  # missing calls
     return None if missing is None else Divergence(*missing, seen[missing] + 1)
 
 
 def find_culprits(
     subject: Subject, choice: Choice, ops: Sequence[Op], stock: Trial, patched: Trial, first_divergence: Divergence
 ) -> list[Culprit]:
-    """The smallest sets of patches that make results differ by themselves."""
+    """Returns the smallest sets of patches that cause a difference by themselves."""
     called = {event.name for event in patched.events if event.kind == "op"}
     by_suspicion = sorted(ops, key=lambda op: (op.name != first_divergence.name, op.name not in called))
     suspects = {id(patch): patch for op in by_suspicion for patch in op.patches}
@@ -167,7 +167,7 @@ def find_culprits(
         return known[key]
 
     rest = [patch for key, patch in suspects.items() if key in used]
-    if not rest or parts(rest) is None:  # compiled code is not seen to be called
+    if not rest or parts(rest) is None:  # compiled calls are not seen
         rest = list(suspects.values())
     found = []
     while rest and (where := parts(rest)) is not None:
@@ -180,7 +180,7 @@ def find_culprits(
 
 
 def smallest(patches: Sequence[Patch], differs: Callable[[Sequence[Patch]], bool]) -> Sequence[Patch]:
-    """A set of which no patch can be left out: one that differs alone, or else by delta debugging."""
+    """Returns a minimal set that causes a difference: a single patch, or else one found by delta debugging."""
     for patch in patches if len(patches) > 1 else ():
         if differs([patch]):
             return [patch]

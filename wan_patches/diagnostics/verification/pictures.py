@@ -1,4 +1,4 @@
-"""The frames of two videos: how alike they are, and some of them to look at."""
+"""Compares the frames of two videos and selects some for display."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from wan_patches.diagnostics.verification.bits import psnr, ssim
 
 __all__ = ["Strips", "Video", "compare_videos", "frames_of"]
 
-_SHOWN = 6  # frames to look at
+_SHOWN = 6  # number of frames in the report
 
 
 @dataclass(frozen=True)
 class Video:
-    """The frames that the pipeline gave.
+    """The frames that the pipeline returned.
 
-    shape: `(frames, height, width, channels)`, the items of a batch one after another.
-    peak: the largest value of a pixel, 255 for bytes and 1 for floats.
-    psnr: of each frame, in dB; infinite where nothing differs.
-    ssim: structural similarity of each frame; None where scikit-image is not installed.
+    shape: `(frames, height, width, channels)`; the videos of a batch follow one another.
+    peak: the largest possible pixel value, 255 for bytes and 1 for floats.
+    psnr: of each frame, in dB; infinite for identical frames.
+    ssim: structural similarity of each frame; None without scikit-image.
     """
 
     shape: tuple[int, ...]
@@ -35,7 +35,7 @@ class Video:
 
 @dataclass(frozen=True)
 class Strips:
-    """Some frames, uint8 `(height, width, 3)`: stock, patched, and their difference with the largest made white."""
+    """Selected frames, uint8 `(height, width, 3)`: stock, patched, and their difference, whose maximum is white."""
 
     frames: tuple[int, ...]
     stock: tuple[np.ndarray, ...]
@@ -45,7 +45,7 @@ class Strips:
 
 
 def compare_videos(stock: Any, patched: Any) -> tuple[Video | None, Strips | None]:
-    """Two results of a pipeline as videos; None where they are none, or of different shapes or dtypes."""
+    """Compares two pipeline results as videos; None if they are not videos, or differ in shape or dtype."""
     before, after = frames_of(stock), frames_of(patched)
     if before is None or after is None or before.shape != after.shape or before.dtype != after.dtype:
         return None, None
@@ -61,7 +61,7 @@ def compare_videos(stock: Any, patched: Any) -> tuple[Video | None, Strips | Non
     worst = [float(_apart(a, b).max(initial=0)) for a, b in zip(before, after)]
     largest = max(worst)
     chosen = {round(nth) for nth in np.linspace(0, len(before) - 1, min(_SHOWN, len(before)))}
-    if largest:  # the frame with the largest difference, in place of its neighbour
+    if largest:  # it replaces the nearest of the selected frames
         nth = worst.index(largest)
         chosen = {*chosen} - {min(chosen, key=lambda one: abs(one - nth))} | {nth}
     indices = tuple(sorted(chosen))
@@ -71,7 +71,7 @@ def compare_videos(stock: Any, patched: Any) -> tuple[Video | None, Strips | Non
 
 
 def frames_of(result: Any) -> np.ndarray | None:
-    """`(frames, height, width, channels)` of whatever a pipeline gives pictures in; None where that is not clear."""
+    """Returns the frames of a pipeline result, `(frames, height, width, channels)`; None if its format is not clear."""
     for name in ("frames", "images", "videos"):
         result = getattr(result, name, result)
     if isinstance(result, tuple) and result:

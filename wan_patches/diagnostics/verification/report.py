@@ -1,4 +1,4 @@
-"""A verification for people: tables for the terminal and the notebook, and a page that needs nothing else."""
+"""Renders a verification: tables for terminal and notebook, and a self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = ["page", "renderables"]
 
-_WIDTH = 320  # pixels of a frame in the page, at most
-_SHOWN = 12  # rows of what differs among many blocks
+_WIDTH = 320  # maximum width of a frame in the page, in pixels
+_SHOWN = 12  # maximum number of rows of the table of blocks
 _MIB = 1 << 20
 
 
@@ -33,7 +33,7 @@ _MIB = 1 << 20
 
 
 def renderables(found: Verification) -> list[object]:
-    """The verification as things that `rich` prints."""
+    """Returns the verification as objects that `rich` prints."""
     colour = {"same": "green", "different": "red", "unknown": "yellow"}[found.verdict]
     shown: list[object] = [Text(_verdict(found), style=f"bold {colour}")]
     shown += [Text(f"  {culprit}", style="red") for culprit in found.culprits]
@@ -89,7 +89,7 @@ def _table(title: str, rows: Sequence[Compared], patches: str | None = None) -> 
 
 
 def _short(name: str) -> str:
-    """A function by its module's own name: the packages before say little, and take the width of the table."""
+    """Shortens a function's name to its module and qualified name, so that the table stays narrow."""
     return re.sub(r"^(?:\w+\.)*?(\w+\.(?:[A-Z]|\w+$))", r"\1", name)
 
 
@@ -166,7 +166,7 @@ def _mebibytes(value: int | None) -> str:
 
 
 def page(found: Verification) -> str:
-    """The verification as HTML: styles and pictures are in it, scripts are not."""
+    """Returns the verification as HTML with embedded styles and pictures and without scripts."""
     here = importlib.resources.files("wan_patches.diagnostics.verification")
     template = here.joinpath("report.html.jinja").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -195,13 +195,13 @@ def page(found: Verification) -> str:
 
 
 def _strip_rows(found: Verification) -> list[tuple[str, list[str]]]:
-    """Titles and pictures: stock, patched, their difference."""
+    """Returns titles and pictures: stock, patched, and their difference."""
     strips, video = found.strips, found.video
     if strips is None or video is None:
         return []
     amplified = "no difference"
     if strips.largest:
-        amplified = f"difference, amplified: white is the largest, {strips.largest:.3g} of {video.peak:.0f}"
+        amplified = f"difference, amplified: white is the largest difference, {strips.largest:.3g} of {video.peak:.0f}"
     return [
         ("stock", [_png(frame) for frame in strips.stock]),
         ("patched", [_png(frame) for frame in strips.patched]),
@@ -218,7 +218,7 @@ def _png(pixels: np.ndarray) -> str:
 
 
 def _brightest(pixels: np.ndarray) -> np.ndarray:
-    """Shrunk by the brightest pixel of each block: an average would dim a difference of one pixel."""
+    """Shrinks to the brightest pixel of each tile; averaging would dim a difference in a single pixel."""
     block = -(-max(pixels.shape[:2]) // _WIDTH)
     rows, columns = (np.arange(0, size, block) for size in pixels.shape[:2])
     return np.maximum.reduceat(np.maximum.reduceat(pixels, rows, axis=0), columns, axis=1)
@@ -229,7 +229,7 @@ def _data(kind: str, content: bytes) -> str:
 
 
 def _charts(found: Verification) -> list[tuple[str, str]]:
-    """Titles and pictures; none without matplotlib, or where nothing was measured."""
+    """Returns titles and pictures; empty without matplotlib or without measurements."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -241,7 +241,7 @@ def _charts(found: Verification) -> list[tuple[str, str]]:
         charts.append(("Time by stage", _bars(Figure, values, "seconds")))
     held = [(s.name, s.stock_peak / _MIB, (s.patched_peak or 0) / _MIB) for s in timed if s.stock_peak is not None]
     if held:
-        charts.append(("Peak memory by stage", _bars(Figure, held, "MiB beyond what was held before the call")))
+        charts.append(("Peak memory by stage", _bars(Figure, held, "MiB beyond the memory held before the call")))
     if found.video is not None and not all(map(math.isinf, found.video.psnr)):
         charts.append(("PSNR by frame", _line(Figure, found.video.psnr)))
     return charts
@@ -266,7 +266,7 @@ def _line(figure: Any, values: Sequence[float]) -> str:
     axes = chart.subplots()
     axes.plot([math.nan if math.isinf(value) else value for value in values], marker="o", color="#c0392b")
     axes.set_xlim(-0.5, len(values) - 0.5)
-    axes.set_xlabel("frame (those without a difference are left out)")
+    axes.set_xlabel("frame (frames without a difference are omitted)")
     axes.set_ylabel("dB")
     axes.spines[["top", "right"]].set_visible(False)
     return _svg(chart)

@@ -1,4 +1,4 @@
-"""One pipeline called again and again from the same random state, with and without patches: watched, or measured."""
+"""Calls one pipeline repeatedly from the same random state, with and without patches: watched, or measured."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = ["Choice", "Event", "Measured", "Op", "Subject", "Trial", "copied", "m
 
 @dataclass(frozen=True)
 class Event:
-    """A call that has ended; `digest` is of its result, None if there is nothing to compare in it."""
+    """A completed call; `digest` is that of its result, or None if it has nothing to compare."""
 
     kind: str
     name: str
@@ -39,9 +39,9 @@ class Event:
 
 @dataclass
 class Trial:
-    """One watched call: the calls that ended in it, in order, and its result or error.
+    """One watched run: its completed calls in order, and its result or error.
 
-    displaced: another profiler was set meanwhile, and patched functions that ran under it were not seen.
+    displaced: another profiler was set meanwhile; patched functions that ran under it are missing.
     """
 
     events: list[Event] = field(default_factory=list)
@@ -52,7 +52,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Measured:
-    """One measured call: seconds and most bytes by stage, and a fingerprint of the result."""
+    """One measured run: seconds and peak bytes by stage, and a fingerprint of the result."""
 
     seconds: Mapping[str, float]
     peaks: Mapping[str, int | None]
@@ -60,7 +60,7 @@ class Measured:
 
 
 class Subject:
-    """A pipeline and its arguments, called again and again from the same random state."""
+    """A pipeline and its arguments, for repeated calls from the same random state."""
 
     def __init__(self, pipe: Any, inputs: Mapping[str, Any], on_run: Callable[[str], None]) -> None:
         self.pipe, self.inputs = pipe, inputs
@@ -75,17 +75,17 @@ class Subject:
         ]
 
     def put_back(self) -> None:
-        """Restores the states that the generators had when they were given."""
+        """Restores the initial states of the given generators."""
         for generator, state in self._generators:
             generator.set_state(state)
 
     def result(self, purpose: str) -> str | None:
-        """Calls the pipeline, and returns a fingerprint of its result."""
+        """Calls the pipeline and returns a fingerprint of its result."""
         self._on_run(purpose)
         return self._digest(self._call())
 
     def observe(self, ops: Sequence[Op], purpose: str, on_stage: Callable[[str, Any], None] | None = None) -> Trial:
-        """Calls the pipeline, and watches its operations, blocks and stages."""
+        """Calls the pipeline and watches its operations, blocks and stages."""
         self._on_run(purpose)
         run = Trial()
         names = {id(code): op.name for op in ops for code in op.codes()}
@@ -117,7 +117,7 @@ class Subject:
         return run
 
     def measure(self, purpose: str) -> Measured:
-        """Calls the pipeline under nothing but a clock and a counter of bytes."""
+        """Calls the pipeline with only a clock and a memory counter."""
         self._on_run(purpose)
         most: dict[str, int | None] = {}
         with watching_memory(self.device) as peak:
@@ -132,7 +132,7 @@ class Subject:
 
     def _call(self) -> Any:
         self.put_back()
-        # pipelines write into some of their arguments
+        # fresh copies, because pipelines modify some of their arguments
         fresh = {
             name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in self.inputs.items()
         }
@@ -143,8 +143,8 @@ class Subject:
         found = digest(result)
         if found is None:
             raise TypeError(
-                f"{type(self.pipe).__name__} returned a {type(result).__name__} without tensors, arrays or images; "
-                "there is nothing to verify"
+                f"{type(self.pipe).__name__} returned a {type(result).__name__} without tensors, arrays or images, "
+                "so there is nothing to verify"
             )
         return found
 
@@ -166,15 +166,15 @@ def _random_state(device: torch.device) -> Iterator[None]:
 
 
 def _blocks(pipe: Any) -> tuple[list[tuple[str, torch.nn.Module]], list[str]]:
-    """Returns the transformer blocks of the denoisers by name, and the names of denoisers that are compiled.
+    """Returns the transformer blocks of the denoisers by name, and the names of compiled denoisers.
 
-    Never modules of a VAE: there, stock's code runs in those with hooks.
+    Modules of a VAE are never included: patched VAE code falls back to stock in modules with hooks.
     """
     found: list[tuple[str, torch.nn.Module]] = []
     compiled = []
     for name, model in denoisers(pipe).items():
         if is_compiled(model):
-            compiled.append(name)  # calls within compiled code cannot be seen
+            compiled.append(name)  # calls in compiled code are not seen
         else:
             found += [(f"{name}.{path}", block) for blocks in block_lists(model) for path, block in blocks.items()]
     return found, compiled
@@ -184,7 +184,7 @@ def _blocks(pipe: Any) -> tuple[list[tuple[str, torch.nn.Module]], list[str]]:
 def _watching_blocks(
     blocks: Iterable[tuple[str, torch.nn.Module]], on_output: Callable[[str, Any], None]
 ) -> Iterator[None]:
-    """Tells the outputs of blocks. Not by hooks: patches treat blocks that have some as stock does."""
+    """Reports the outputs of blocks. Does not use hooks, because patches fall back to stock in blocks with hooks."""
     kinds: dict[type, dict[int, str]] = defaultdict(dict)
     for name, block in blocks:
         kinds[type(block)][id(block)] = name
@@ -205,7 +205,7 @@ def _told(call: Callable[..., Any], names: Mapping[int, str], on_output: Callabl
 
 
 def copied(value: Any) -> Any:
-    """Copies tensors to the CPU, into memory of their own: pipelines go on working on some of them in place."""
+    """Copies tensors to new CPU memory, because pipelines modify some of them in place later."""
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, Mapping):
@@ -219,40 +219,40 @@ def copied(value: Any) -> Any:
 class Choice:
     """The patches to verify, and contexts with and without them.
 
-    names: of the patches that were asked for; None means all.
+    names: names of the requested patches; None means all.
     """
 
     def __init__(self, patches: Iterable[str | Patch] | None, fidelity: Fidelity | str) -> None:
         patches = [patches] if isinstance(patches, (str, Patch)) else None if patches is None else list(patches)
         values = [patch for patch in patches or () if isinstance(patch, Patch)]
         if values and len(values) < len(patches or ()):
-            raise ValueError("patches are given by their names or as Patch values, not both; give all as one kind")
+            raise ValueError("patches must be either all names or all Patch values, not a mixture")
         self.registry = Registry(values) if values else wan_patches._registry
         self._names = None if patches is None or values else [str(name) for name in patches]
         self.names = [patch.name for patch in values] if values else self._names
-        with wan_patches.enabled((), fidelity=fidelity):  # raises for an unknown one
+        with wan_patches.enabled((), fidelity=fidelity):  # raises for an unknown name
             self.fidelity = Fidelity(fidelity)
 
     def stock(self) -> contextlib.AbstractContextManager[Status]:
-        """Has no patch in force."""
+        """Disables all patches in the block."""
         return wan_patches.enabled(())
 
     @contextlib.contextmanager
     def patched(self) -> Iterator[None]:
-        """Has the patches in force that are to be verified."""
+        """Enables the patches to verify in the block."""
         with self.stock(), self.registry.enabled(self._names, fidelity=self.fidelity):
             yield
 
     @contextlib.contextmanager
     def only(self, patches: Iterable[Patch]) -> Iterator[None]:
-        """Has these patches in force and no others."""
+        """Enables exactly these patches in the block."""
         with self.stock(), Registry(patches).enabled(fidelity=self.fidelity):
             yield
 
 
 @dataclass(frozen=True)
 class Op:
-    """A function that patches change, or one nested in it that they replace."""
+    """A function that patches change, or a nested function that they replace."""
 
     name: str
     function: FunctionType
@@ -260,7 +260,7 @@ class Op:
     patches: tuple[Patch, ...]
 
     def codes(self) -> list[CodeType]:
-        """Returns the code objects that it runs at the moment."""
+        """Returns the code objects that it currently runs."""
         code = self.function.__code__
         return [code] if self.nested is None else [inner for inner in _inner(code) if inner.co_name == self.nested]
 
@@ -290,5 +290,5 @@ def ops_of(places: Iterable[Place]) -> list[Op]:
 
 
 def message(error: BaseException) -> str:
-    """Returns an error in one line."""
+    """Formats an exception in one line."""
     return f"{type(error).__name__}: {error}"
