@@ -50,7 +50,7 @@ def test_the_command_exits_with_1_and_names_the_patch(monkeypatch):
         (["tiny:wan_t2v", "--patches", "rpoe"], "unknown patch rpoe"),
         (["tiny:wan_t2v", "--fidelity", "near"], "unknown fidelity 'near'"),
         (["tiny:wan_t2v", "--size", "47x"], "WIDTHxHEIGHT"),
-        (["tiny:wan_t2v", "--size", "47x31"], "Does this model run with these arguments at all?"),
+        (["tiny:wan_t2v", "--size", "47x31"], "Check that the model runs without wan-patches."),
         (["tiny:wan_t2v", "--report", "no-such-folder/report.html"], "there is no folder no-such-folder"),
         (["tiny:wan_t2v", "--json", "."], "is a folder"),
         (["tiny:wan_t2v", "--dtype", "fp7"], "Unknown dtype 'fp7'"),

@@ -1,6 +1,6 @@
 """The command line: `wan-patches`, or `python -m wan_patches`.
 
-A module per command. Commands import torch and diffusers when they run: `--help` must be fast.
+Each command is a module. Commands import torch and diffusers only when they run, so that `--help` is fast.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from wan_patches.cli.shared import Outside
 __all__ = ["app", "main"]
 
 app = typer.Typer(
-    name="wan-patches", help="Faster Wan and Helios pipelines, with the same bits.", no_args_is_help=True,
+    name="wan-patches", help="Faster Wan and Helios pipelines, bit-identical to stock.", no_args_is_help=True,
     add_completion=False, pretty_exceptions_enable=False,
 )  # fmt: skip
 
-_OF_A_SCRIPT = {"allow_interspersed_args": False}  # everything after the script is the script's
+_OF_A_SCRIPT = {"allow_interspersed_args": False}  # options after the script belong to the script
 
 app.command()(status.status)
 app.command(context_settings=_OF_A_SCRIPT)(run.run)

@@ -1,4 +1,4 @@
-"""`wan-patches bench`: a command per table that `wan_patches.bench` measures."""
+"""`wan-patches bench`: one command for each table that `wan_patches.bench` measures."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from wan_patches.cli import options, shared
 from wan_patches.diagnostics.preflight import check_file, check_folder
 from wan_patches.tables import text
 
-app = typer.Typer(help="Measures what this package does against what was there before.", no_args_is_help=True)
+app = typer.Typer(help="Measure the patches, executors and parallel VAE against stock.", no_args_is_help=True)
 
-Rows = Annotated[Path | None, typer.Option(help="Write the rows and the machine's facts here.")]
+Rows = Annotated[Path | None, typer.Option(help="JSON file to write the rows and the machine's facts to.")]
 
 
 @app.command()
@@ -22,10 +22,10 @@ def ops(
     json: Rows = None,
     device: options.Device = "cpu",
     dtype: options.Dtype = "bf16",
-    quick: Annotated[bool, typer.Option("--quick", help="Smaller shapes, shorter runs.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Use smaller shapes and shorter runs.")] = False,
     threads: options.Threads = None,
 ) -> None:
-    """Each operation by itself: time, memory, equal bits. Exits with status 1 if a single bit differs."""
+    """Measure each patched operation: time, memory, bit equality. Exits with status 1 if a single bit differs."""
     _operations("ops", json, device, dtype, quick, threads)
 
 
@@ -34,10 +34,10 @@ def forms(
     json: Rows = None,
     device: options.Device = "cpu",
     dtype: options.Dtype = "bf16",
-    quick: Annotated[bool, typer.Option("--quick", help="The smallest sizes only, shorter runs.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Use only the smallest sizes and shorter runs.")] = False,
     threads: options.Threads = None,
 ) -> None:
-    """Each form beside the reference of its op, from the smallest size on. Exits with status 1 if a bit differs."""
+    """Measure each form against its op's reference, smallest size first. Exits with status 1 if a bit differs."""
     _operations("forms", json, device, dtype, quick, threads)
 
 
@@ -55,18 +55,18 @@ def _operations(name: str, json: Path | None, device: str, dtype: str, quick: bo
 
 @app.command()
 def overhead(
-    json: Rows = None, repeats: Annotated[int, typer.Option(min=1, help="Fresh processes per row.")] = 5
+    json: Rows = None, repeats: Annotated[int, typer.Option(min=1, help="Number of fresh processes per row.")] = 5
 ) -> None:
-    """What enable() costs, and the dispatch of one call."""
+    """Measure the cost of enable() and of dispatching one call."""
     _costs("overhead", json, repeats)
 
 
 @app.command()
 def executor(
     json: Rows = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Workers that are killed, per row.")] = 5,
+    repeats: Annotated[int, typer.Option(min=1, help="Number of workers killed per row.")] = 5,
 ) -> None:
-    """A small request's way through an executor, and the time without a worker that has died."""
+    """Measure the latency of a small request through an executor, and the recovery time after a worker dies."""
     _costs("executor", json, repeats)
 
 
@@ -83,9 +83,9 @@ def _costs(name: str, json: Path | None, repeats: int) -> None:
 @app.command()
 def transport(
     json: Rows = None,
-    quick: Annotated[bool, typer.Option("--quick", help="An eighth of the size, shorter runs.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Use an eighth of the size and shorter runs.")] = False,
 ) -> None:
-    """Results from one process to another. Exits with status 1 if a value does not arrive as it was."""
+    """Measure the transfer of results between processes. Exits with status 1 if a value arrives changed."""
     shared.preflight(check_file, json)
     with shared.errors("bench"):
         from wan_patches.bench import transport as run
@@ -93,7 +93,7 @@ def transport(
         rows = run.measure(quick=quick)
         typer.echo(text(run.table(rows)))
     different = [f"{row.case} through {row.transport}" for row in rows if not row.equal]
-    shared.end(different, (json, lambda path: run.write_json(path, rows)), finding="NOT what was sent")
+    shared.end(different, (json, lambda path: run.write_json(path, rows)), finding="Changed in transfer")
 
 
 @app.command()
@@ -103,9 +103,11 @@ def vae(
     dtype: options.Dtype = "bf16",
     quick: Annotated[bool, typer.Option("--quick", help="A tiny model.")] = False,
     threads: options.Threads = None,
-    parallel: Annotated[bool, typer.Option(help="Also tiles shared by two processes, on two cores.")] = True,
+    parallel: Annotated[
+        bool, typer.Option(help="Also measure VAE tiles split between two processes, on two cores.")
+    ] = True,
 ) -> None:
-    """The video autoencoder: time, memory, equal bits. Exits with status 1 if a single bit differs."""
+    """Measure the VAE: time, memory, bit equality. Exits with status 1 if a single bit differs."""
     shared.preflight(check_file, json)
     with shared.errors("bench"):
         from wan_patches.bench import vae as run
@@ -122,22 +124,26 @@ def vae(
 # `bench block`, `model` and `pipeline`
 
 Shape = Annotated[
-    str, typer.Option(help="14b-480p, 14b-720p, 1.3b-480p, ti2v-5b, helios, or tiny, tiny-ti2v, tiny-helios.")
+    str, typer.Option(help="Model: 14b-480p, 14b-720p, 1.3b-480p, ti2v-5b, helios, tiny, tiny-ti2v, tiny-helios.")
 ]
-Frames = Annotated[int | None, typer.Option(min=1, help="Of the video; on a CPU there are fewer by default.")]
-Size = Annotated[str | None, typer.Option(help="WIDTHxHEIGHT of the video; on a CPU smaller by default.")]
-Layers = Annotated[int | None, typer.Option(min=1, help="Blocks of the model; all by default.")]
+Frames = Annotated[int | None, typer.Option(min=1, help="Frames of the video; the default is smaller on a CPU.")]
+Size = Annotated[str | None, typer.Option(help="WIDTHxHEIGHT of the video; the default is smaller on a CPU.")]
+Layers = Annotated[int | None, typer.Option(min=1, help="Number of transformer blocks; all by default.")]
 Compile = Annotated[
     bool | None,
-    typer.Option("--compile/--no-compile", help="Also through torch.compile; by default on accelerators only."),
+    typer.Option("--compile/--no-compile", help="Also measure with torch.compile; default: on accelerators only."),
 ]
-Regional = Annotated[bool, typer.Option("--regional", help="Compile the blocks, not the whole model.")]
+Regional = Annotated[bool, typer.Option("--regional", help="Compile the blocks separately instead of the whole model.")]
 Attention = Annotated[
     str | None,
-    typer.Option(help="Backend, as diffusers names it (native, _native_cudnn, flash, ...); by default its own choice."),
+    typer.Option(
+        help="Attention backend by its diffusers name (native, _native_cudnn, flash, ...); default: diffusers' choice."
+    ),
 ]
-Seconds = Annotated[float, typer.Option(min=0, help="About how long is measured; each way three times at least.")]
-Result = Annotated[Path | None, typer.Option(help="Write the result and the machine's facts here.")]
+Seconds = Annotated[
+    float, typer.Option(min=0, help="Approximate duration of the measurement; at least three calls of each variant.")
+]
+Result = Annotated[Path | None, typer.Option(help="JSON file to write the result and the machine's facts to.")]
 
 
 @app.command()
@@ -146,9 +152,9 @@ def block(
     size: Size = None, attention: Attention = None, compiled: Compile = None, threads: options.Threads = None,
     seconds: Seconds = 5.0, json: Result = None, chart: options.Chart = None,
 ) -> None:  # fmt: skip
-    """One transformer block with random weights: stock, patched, compiled, and the floor under all of them.
+    """Measure one transformer block with random weights: stock, patched, compiled, and the floor of its matmuls.
 
-    Also the rotary embedding by itself. Exits with status 1 if a single bit differs.
+    Also measures the rotary embedding by itself. Exits with status 1 if a single bit differs.
     """
     wanted = {"name": shape, "frames": frames, "size": options.size(size), "attention": attention}
     _ways("block", wanted, device, dtype, compiled, json, chart, threads=threads, seconds=seconds)
@@ -161,7 +167,10 @@ def model(
     regional: Regional = False, threads: options.Threads = None, seconds: Seconds = 10.0, json: Result = None,
     chart: options.Chart = None,
 ) -> None:  # fmt: skip
-    """One forward of a denoiser with random weights, in the same ways. Exits with status 1 if a single bit differs."""
+    """Measure one forward pass of a denoiser with random weights, in the same variants as `block`.
+
+    Exits with status 1 if a single bit differs.
+    """
     wanted = {"name": shape, "frames": frames, "size": options.size(size), "layers": layers, "attention": attention}
     _ways("model", wanted, device, dtype, compiled, json, chart, regional=regional, threads=threads, seconds=seconds)
 
@@ -174,7 +183,10 @@ def pipeline(
     attention: Attention = None, compiled: Compile = None, regional: Regional = False,
     threads: options.Threads = None, seconds: Seconds = 10.0, json: Result = None, chart: options.Chart = None,
 ) -> None:  # fmt: skip
-    """A pipeline with random weights from noise to frames, likewise. Exits with status 1 if a single bit differs."""
+    """Measure a pipeline with random weights from noise to frames, in the same variants as `block`.
+
+    Exits with status 1 if a single bit differs.
+    """
     wanted = {"name": shape, "frames": frames, "size": options.size(size), "layers": layers, "attention": attention}
     others = {"regional": regional, "steps": steps, "threads": threads, "seconds": seconds}
     _ways("pipeline", wanted, device, dtype, compiled, json, chart, **others)
@@ -211,10 +223,10 @@ def sharding(
     json: Rows = None,
     device: options.Device = "cpu",
     dtype: options.Dtype = "bf16",
-    ranks: Annotated[int, typer.Option(min=2, help="Processes that share the weights.")] = 2,
+    ranks: Annotated[int, typer.Option(min=2, help="Number of processes that share the weights.")] = 2,
     quick: Annotated[bool, typer.Option("--quick", help="A tiny model.")] = False,
 ) -> None:
-    """Memory of weights that are divided among ranks. Exits with status 1 if a single bit differs."""
+    """Measure the memory of weights sharded over ranks. Exits with status 1 if a single bit differs."""
     shared.preflight(check_file, json)
     with shared.errors("bench"):
         from wan_patches.bench import sharding as run
@@ -228,13 +240,20 @@ def sharding(
 
 @app.command()
 def compatibility(
-    families: Annotated[list[str] | None, typer.Argument(help="By default all that this diffusers has.")] = None,
-    json: Annotated[Path | None, typer.Option(help="Folder for a record, named after the versions.")] = None,
+    families: Annotated[
+        list[str] | None, typer.Argument(help="Pipeline families; default: all that the installed diffusers has.")
+    ] = None,
+    json: Annotated[
+        Path | None, typer.Option(help="Folder for the JSON record, which is named after the versions.")
+    ] = None,
     production: Annotated[
-        bool, typer.Option("--production", help="Forms are asked from the sizes on at which they are fast. Takes long.")
+        bool, typer.Option("--production", help="Use forms only at sizes where they are fast, as in production. Slow.")
     ] = False,
 ) -> None:
-    """Each pipeline: its patches, how many calls took forms, equal bits. Exits with status 1 if a bit differs."""
+    """Run each pipeline stock and patched: active patches, calls served by forms, bit equality.
+
+    Exits with status 1 if a single bit differs.
+    """
     shared.preflight(check_folder, json)
     with shared.errors("bench"):
         from wan_patches.bench import compatibility as run

@@ -13,10 +13,8 @@ from wan_patches.tables import text
 
 
 def demo(
-    image: Annotated[
-        Path | None, typer.Option(help="A photograph; by default one from matplotlib's sample data.")
-    ] = None,
-    model: Annotated[str | None, typer.Option(help="Real weights: a folder, or a name on the Hub.")] = None,
+    image: Annotated[Path | None, typer.Option(help="Input photo; default: one from matplotlib's sample data.")] = None,
+    model: Annotated[str | None, typer.Option(help="Model with real weights: a folder, or a name on the Hub.")] = None,
     prompt: options.Prompt = None,
     size: options.Size = None,
     frames: options.Frames = None,
@@ -25,12 +23,12 @@ def demo(
     dtype: options.Dtype = "bf16",
     out: Annotated[Path, typer.Option(help="Folder for the videos and the contact sheet.")] = Path("wan-patches-demo"),
     seed: options.Seed = 0,
-    repeats: Annotated[int, typer.Option(min=1, help="Measured runs of each, after one to warm up.")] = 3,
+    repeats: Annotated[int, typer.Option(min=1, help="Number of measured runs of each, after one warm-up run.")] = 3,
 ) -> None:
-    """Run pipelines stock and patched, side by side: times, equal bits, videos, a contact sheet.
+    """Run pipelines stock and patched, side by side: times, bit equality, videos, a contact sheet.
 
-    Without --model these are small pipelines of the real architectures with random weights. Exits with status 1 if a
-    single bit differs.
+    Without --model, runs small pipelines of the real architectures with random weights.
+    Exits with status 1 if a single bit differs.
     """
     width_height = options.size(size)
     shared.preflight(check_folder, out)
@@ -48,6 +46,6 @@ def demo(
             subjects = [lambda: run.model_subject(model, photo, on, precision, **choice)]
         comparisons = run.demo(subjects, on, out, repeats=repeats)
     typer.echo(text(run.table(comparisons)))
-    typer.echo(f"Videos and contact-sheet.png are in {out}")
+    typer.echo(f"Videos and contact-sheet.png were written to {out}")
     if wrong := run.verdict(comparisons):
         shared.fail(wrong, 1)

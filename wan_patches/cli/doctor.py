@@ -10,9 +10,10 @@ import typer
 def doctor(
     json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
-    """Say what works on this machine, what does not, and what to do about it.
+    """Check this machine and installation: what works, what does not, and how to fix it.
 
-    Works where `import torch` fails. Exits with status 1 if there is a problem; warnings are none.
+    Works even if `import torch` fails.
+    Exits with status 1 if there is a problem; warnings do not count.
     """
     from wan_patches.diagnostics.doctor import examine
 

@@ -1,4 +1,4 @@
-"""Options and arguments that several commands take, and the values that their texts stand for."""
+"""Options and arguments shared by several commands, and the parsing of their values."""
 
 from __future__ import annotations
 
@@ -7,34 +7,36 @@ from typing import Annotated
 
 import typer
 
-# A script and the patches that it runs with
+# Script and patches
 
-Script = Annotated[str, typer.Argument(help="The script; with -m the name of a module.")]
-Arguments = Annotated[list[str] | None, typer.Argument(help="What the script gets.")]
-Module = Annotated[bool, typer.Option("-m", help="Run a module, as `python -m` does.")]
+Script = Annotated[str, typer.Argument(help="Script to run; with -m the name of a module.")]
+Arguments = Annotated[list[str] | None, typer.Argument(help="Arguments of the script.")]
+Module = Annotated[bool, typer.Option("-m", help="Run a module, like `python -m`.")]
 Patches = Annotated[
-    str | None, typer.Option(help="Names with commas between them; by default all that `status` lists.")
+    str | None, typer.Option(help="Comma-separated names of patches (see `wan-patches status`); default: all.")
 ]
-Fidelity = Annotated[str, typer.Option(help="exact, or close to allow patches that move rounding.")]
-Gate = Annotated[bool, typer.Option("--gate/--no-gate", help="On accelerators: compare with stock at first sight.")]
+Fidelity = Annotated[str, typer.Option(help="exact, or close to also allow patches that change rounding.")]
+Gate = Annotated[
+    bool, typer.Option("--gate/--no-gate", help="On accelerators, compare each operation with stock the first time.")
+]
 
-# A video
+# Video
 
-Prompt = Annotated[str | None, typer.Option(help="What the video shows.")]
+Prompt = Annotated[str | None, typer.Option(help="Description of the video.")]
 Size = Annotated[str | None, typer.Option(help="WIDTHxHEIGHT of the video.")]
-Frames = Annotated[int | None, typer.Option(min=1, help="Frames of the video.")]
-Seed = Annotated[int, typer.Option(help="Of the noise, and of random weights.")]
+Frames = Annotated[int | None, typer.Option(min=1, help="Number of frames of the video.")]
+Seed = Annotated[int, typer.Option(help="Seed of the noise and of random weights.")]
 
-# The machine, and the files
+# Machine and files
 
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, npu, ...")]
-Dtype = Annotated[str, typer.Option(help="fp32, bf16 or fp16.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="Threads of torch on the CPU.")]
-Chart = Annotated[Path | None, typer.Option(help="Draw it here, as PNG.")]
+Device = Annotated[str, typer.Option(help="Device: auto, cpu, cuda, npu, ...")]
+Dtype = Annotated[str, typer.Option(help="Data type: fp32, bf16 or fp16.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Number of torch threads on the CPU.")]
+Chart = Annotated[Path | None, typer.Option(help="PNG file to draw a chart of the result to.")]
 
 
 def names(patches: str | None) -> list[str] | None:
-    """Splits a value of `Patches`; None stands for all patches."""
+    """Splits a value of `Patches` into names; None stands for all patches."""
     return None if patches is None else [name.strip() for name in patches.split(",") if name.strip()]
 
 
@@ -42,11 +44,11 @@ def size(text: str | None) -> tuple[int, int] | None:
     """Parses a value of `Size` into width and height in pixels.
 
     Raises:
-        typer.BadParameter: the text is not of the form WIDTHxHEIGHT.
+        typer.BadParameter: the text does not have the form WIDTHxHEIGHT.
     """
     if text is None:
         return None
     width, _, height = text.lower().partition("x")
     if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
-        raise typer.BadParameter("a size is WIDTHxHEIGHT, for example 832x480", param_hint="--size")
+        raise typer.BadParameter("the size must have the form WIDTHxHEIGHT, for example 832x480", param_hint="--size")
     return int(width), int(height)

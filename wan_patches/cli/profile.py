@@ -15,22 +15,23 @@ def profile(
     arguments: options.Arguments = None,
     module: options.Module = False,
     patches: Annotated[
-        str | None, typer.Option(help='Names with commas between them; "" for stock, by default all.')
+        str | None, typer.Option(help='Comma-separated names of patches; "" for stock; default: all.')
     ] = None,
     fidelity: options.Fidelity = "exact",
     gate: options.Gate = True,
-    json: Annotated[Path | None, typer.Option(help="Write the profile here.")] = None,
+    json: Annotated[Path | None, typer.Option(help="JSON file to write the profile to.")] = None,
     chart: options.Chart = None,
     trace: Annotated[
-        Path | None, typer.Option(help="Write the trace of torch's profiler here, for chrome://tracing.")
+        Path | None, typer.Option(help="File for the trace of torch's profiler; view it in chrome://tracing.")
     ] = None,
     copies: Annotated[
-        bool, typer.Option(help="On accelerators: count copies and waits, for which every operator is kept in memory.")
+        bool, typer.Option(help="On accelerators, count copies and waits; keeps every operator in memory.")
     ] = True,
 ) -> None:
-    """Run a Python script with the patches enabled, and print to stderr where the time of its pipelines went.
+    """Run a Python script with the patches enabled, and print to stderr where its pipelines spent their time.
 
-    By stage and by patched operation, and which calls took stock's way and why. Exits with the script's status.
+    Lists times by stage and by patched operation, and which calls fell back to stock and why.
+    Exits with the script's status.
     """
     from wan_patches.diagnostics.profiling import obstacle
     from wan_patches.diagnostics.profiling import run as run_script

@@ -15,8 +15,10 @@ def run(
 ) -> None:
     """Run a Python script, unchanged, with the patches enabled.
 
-    As `python SCRIPT ARGUMENTS` does: same exit status, same tracebacks. A line on stderr says at the end what was
-    active. Also as `torchrun ... -m wan_patches run SCRIPT` and `accelerate launch ... -m wan_patches run SCRIPT`.
+    Behaves like `python SCRIPT ARGUMENTS`: same exit status, same tracebacks.
+    A last line on stderr lists the active patches.
+    Also works as `torchrun ... -m wan_patches run SCRIPT`
+    and as `accelerate launch ... -m wan_patches run SCRIPT`.
     """
     from wan_patches.diagnostics.script_runner import run as run_script
 

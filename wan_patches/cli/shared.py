@@ -1,7 +1,7 @@
-"""What commands share: errors and exit statuses, imports, files.
+"""Functions shared by the commands: errors, exit statuses, imports, files.
 
-Exit status 1 is a finding (bits differ, there is a problem); 2 means that the command could not do what was asked for,
-so that there is no finding.
+Exit status 1 is a finding (bits differ, there is a problem). Exit status 2 means that the command could not do its
+work, so there is no finding.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import typer
 
 import wan_patches
 
-#: The packages of an extra that the commands need.
+#: The packages of each extra that commands need.
 NEEDS = {
     "demo": ("transformers", "accelerate", "ftfy", "av"),
     "bench": ("transformers", "accelerate", "ftfy", "psutil"),
@@ -26,7 +26,7 @@ NEEDS = {
 
 
 class Outside(BaseException):
-    """Leaves typer, which would catch what a script raises, and has `main` run `action`."""
+    """Runs `action` outside of typer, which would otherwise catch the exceptions of a script."""
 
     def __init__(self, action: Callable[[], None]) -> None:
         self.action = action
@@ -40,14 +40,14 @@ def fail(message: str, status: int = 2) -> NoReturn:
 
 @contextlib.contextmanager
 def errors(extra: str) -> Iterator[None]:
-    """Turns errors that the user can fix into one sentence without a traceback.
+    """Reports errors that the user can fix in one sentence, without a traceback.
 
     Args:
         extra: the extra of this package (a key of `NEEDS`) whose packages the block needs.
     """
     if missing := [package for package in NEEDS[extra] if importlib.util.find_spec(package) is None]:
-        fail(f'{" and ".join(missing)} must be installed for this: pip install "wan-patches[{extra}]"')
-    require("torch", "diffusers.pipelines.pipeline_utils")  # both import torch_npu where it is installed
+        fail(f'this command needs {" and ".join(missing)}: pip install "wan-patches[{extra}]"')
+    require("torch", "diffusers.pipelines.pipeline_utils")  # both import torch_npu if it is installed
     from wan_patches.bench.measure import MeasurementError
 
     try:
@@ -57,11 +57,11 @@ def errors(extra: str) -> Iterator[None]:
 
 
 def require(*modules: str) -> None:
-    """Imports modules; ends the command with the reason if one cannot be imported."""
+    """Imports modules; if one cannot be imported, ends the command with the reason."""
     for module in modules:
         try:
             importlib.import_module(module)
-        except Exception as error:  # not only ImportError: a backend that torch loads may raise anything
+        except Exception as error:  # any exception, since torch loads backends that may raise anything
             from wan_patches.diagnostics.doctor.probes import chain
 
             reason = ", caused by ".join(line.rstrip(".") for line in chain(error))
@@ -77,7 +77,7 @@ def enable(names: list[str] | None, fidelity: str, gate: bool) -> None:
 
 
 def preflight(check: Callable[[Path], None], *paths: Path | None) -> None:
-    """Ends the command before long work if `check` refuses one of the paths."""
+    """Ends the command before long work if `check` rejects one of the paths."""
     try:
         for path in paths:
             if path is not None:
@@ -87,13 +87,13 @@ def preflight(check: Callable[[Path], None], *paths: Path | None) -> None:
 
 
 def write(*files: tuple[Path | None, Callable[[Path], object]]) -> bool:
-    """Writes files, each by its function. Prints which cannot be written, and why; returns whether all were."""
+    """Writes files, each with its function; prints the errors and returns whether all files were written."""
     written = True
     for path, save in files:
         try:
             if path is not None:
                 save(path)
-        except (OSError, ValueError) as error:  # a full disk; a picture format that matplotlib does not know
+        except (OSError, ValueError) as error:  # a full disk, or an image format that matplotlib lacks
             typer.echo(f"Error: {path} was not written: {error}", err=True)
             written = False
     return written
@@ -102,12 +102,12 @@ def write(*files: tuple[Path | None, Callable[[Path], object]]) -> bool:
 def end(
     different: list[str], *files: tuple[Path | None, Callable[[Path], object]], finding: str = "NOT bit-identical"
 ) -> None:
-    """Ends a measurement whose table has been printed: writes the files and sets the exit status.
+    """Ends a measurement after its table was printed: writes the files and sets the exit status.
 
     Args:
-        different: the rows that are not as they should be.
+        different: the rows that failed the comparison.
         files: paths, and functions that write them.
-        finding: what the rows in `different` are.
+        finding: what is wrong with the rows in `different`.
     """
     written = write(*files)
     if different:

@@ -13,7 +13,7 @@ import wan_patches
 
 def status(
     import_: Annotated[
-        bool, typer.Option("--import", help="Import all modules that have patches, to see each.")
+        bool, typer.Option("--import", help="Import all modules that patches apply to, to see the final states.")
     ] = False,
     all_: Annotated[bool, typer.Option("--all", help="List every patched function.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the status as JSON.")] = False,

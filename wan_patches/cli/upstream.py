@@ -13,14 +13,16 @@ from wan_patches.tables import text
 
 
 def upstream(
-    old: Annotated[Path, typer.Argument(help="A wheel of diffusers, or a folder that holds `diffusers/`.")],
-    new: Annotated[Path, typer.Argument(help="Another.")],
-    diff: Annotated[bool, typer.Option("--diff", help="Also what changed in each function.")] = False,
-    everything: Annotated[bool, typer.Option("--all", help="Also functions that did not change.")] = False,
+    old: Annotated[
+        Path, typer.Argument(help="Old version: a diffusers wheel, or a folder that contains `diffusers/`.")
+    ],
+    new: Annotated[Path, typer.Argument(help="New version, likewise.")],
+    diff: Annotated[bool, typer.Option("--diff", help="Also print the changes of each function.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Also list functions that did not change.")] = False,
 ) -> None:
-    """What changed between two versions of diffusers, of what patches change or rely on.
+    """Compare two versions of diffusers: the functions that patches change or rely on.
 
-    Exits with status 1 if the patches know the old text of a function and not the new one.
+    Exits with status 1 if a function's text is known in the old version and not in the new one.
     """
     from wan_patches.diagnostics import upstream as run
 
@@ -32,5 +34,5 @@ def upstream(
     shown = [function for function in found if everything or function.diff or function.is_lost]
     typer.echo(text(run.table(shown, *sources, diffs=diff)))
     lost = sum(function.is_lost for function in found)
-    typer.echo(f"{len(found)} functions: {sum(bool(f.diff) for f in found)} changed, {lost} not known any more.")
+    typer.echo(f"{len(found)} functions: {sum(bool(f.diff) for f in found)} changed, {lost} no longer known.")
     raise typer.Exit(1 if lost else 0)

@@ -13,25 +13,27 @@ from wan_patches.diagnostics.preflight import check_file
 
 
 def verify(
-    model: Annotated[str, typer.Argument(help="A folder, a name on the Hub, or tiny:FAMILY (such as tiny:wan_t2v).")],
+    model: Annotated[
+        str, typer.Argument(help="Model: a folder, a name on the Hub, or tiny:FAMILY (such as tiny:wan_t2v).")
+    ],
     prompt: options.Prompt = None,
-    image: Annotated[Path | None, typer.Option(help="The picture of image-to-video.")] = None,
+    image: Annotated[Path | None, typer.Option(help="Input image for image-to-video.")] = None,
     size: options.Size = None,
     frames: options.Frames = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps; few will do.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps; a few are enough.")] = None,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     dtype: options.Dtype = "bf16",
     patches: options.Patches = None,
     fidelity: options.Fidelity = "exact",
-    repeat: Annotated[int, typer.Option(min=0, help="Measured runs of each; 0 measures nothing.")] = 1,
-    json: Annotated[Path | None, typer.Option(help="Write what was found here.")] = None,
-    report: Annotated[Path | None, typer.Option(help="Write a report in HTML here.")] = None,
+    repeat: Annotated[int, typer.Option(min=0, help="Number of measured runs of each; 0 skips measuring.")] = 1,
+    json: Annotated[Path | None, typer.Option(help="JSON file to write the result to.")] = None,
+    report: Annotated[Path | None, typer.Option(help="HTML file to write a report to.")] = None,
 ) -> None:
-    """Run a model stock and patched: equal bits of operations, blocks, stages and video; time and memory.
+    """Run a model stock and patched and compare: bits of operations, blocks, stages and video; time and memory.
 
-    Exits with status 0 if every bit is the same, 1 if not (and names the patch), 2 if it could not be found out: an
-    error, stock code that does not repeat itself, or no patch in force.
+    Exits with status 0 if every bit is the same, and 1 if not; then it names the patch.
+    Exits with status 2 if no conclusion is possible: an error, stock runs that differ, or no active patch.
     """
     width_height, names = options.size(size), options.names(patches)
     shared.preflight(check_file, json, report)
@@ -45,7 +47,7 @@ def verify(
         on, precision = device_of(device), dtype_of(dtype)
         photo = None if image is None else open_image(image)
         try:
-            with wan_patches.enabled(names, fidelity=fidelity):  # misspelt names end the command before a model loads
+            with wan_patches.enabled(names, fidelity=fidelity):  # rejects misspelt names before a model is loaded
                 pass
         except ValueError as error:
             shared.fail(str(error))
@@ -57,8 +59,8 @@ def verify(
                     found.pipe, patches=names, fidelity=fidelity, repeat=repeat,
                     on_run=lambda purpose: shown.update(purpose), **found.arguments(),
                 )  # fmt: skip
-            except Exception as error:  # of the pipeline itself, with stock code
-                shared.fail(f"{type(error).__name__}: {error}. Does this model run with these arguments at all?")
+            except Exception as error:  # raised by the pipeline itself with stock code
+                shared.fail(f"{type(error).__name__}: {error}. Check that the model runs without wan-patches.")
     typer.echo(str(verification))
     written = shared.write((json, verification.save_json), (report, verification.save_html))
     if verification.verdict == "different":
