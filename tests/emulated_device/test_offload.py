@@ -168,7 +168,7 @@ def test_without_streams_of_the_device_there_is_none(whole, device):
     assert plan.streams == "torch.npu has no streams"
     assert not any(p.stream for p in plan.placements)
     assert np.array_equal(call(pipe), whole("wan22_i2v"))
-    with pytest.raises(ValueError, match=r"no stream to copy on: torch.npu has no streams; use stream='auto'"):
+    with pytest.raises(ValueError, match=r"no stream can be used: torch.npu has no streams; use stream='auto'"):
         enable_offload(build(), "npu", stream=True)
 
 
@@ -177,7 +177,7 @@ def test_diffusers_before_group_offloading_gets_sequential_offload(whole, device
     pipe = build()
     plan = enable_offload(pipe, "npu", level="group")
     assert plan.level == "leaf"
-    assert "sequential offload, since the installed diffusers has no group offloading" in plan.reason
+    assert "sequential offload, because the installed diffusers has no group offloading" in plan.reason
     assert np.array_equal(call(pipe), whole("wan22_i2v"))
     assert all(tensor.is_meta for tensor in pipe.transformer.parameters())
     disable_offload(pipe)
@@ -402,7 +402,7 @@ def test_what_may_not_fit_is_warned_about_with_numbers(runtime, caplog):
         plan = enable_offload(pipe, "npu", budget=4096)
     assert plan.level == "leaf"
     assert plan.fits is False
-    assert "too large: name a smaller `reserve`, or another device" in plan.reason
+    assert "too large: pass a smaller `reserve`, or use another device" in plan.reason
     (warning,) = [record.getMessage() for record in caplog.records if record.name == "wan_patches"]
     assert warning.startswith("WanImageToVideoPipeline may not fit npu: ")
     assert "4.0 KiB of room, of which 1.0 KiB are reserved" in warning

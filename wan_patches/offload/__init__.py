@@ -1,19 +1,19 @@
-"""Offloading with one call: what fits the device, chosen from what the installed diffusers can do, and why.
+"""Offloads a pipeline with one call: chooses the fastest level of diffusers' offloading that fits the device.
 
-    print(wan_patches.enable_offload(pipe, "npu", dry_run=True))  # estimates, and moves nothing
+    print(wan_patches.enable_offload(pipe, "npu", dry_run=True))  # only estimates
     wan_patches.enable_offload(pipe, "npu")
     video = pipe(...).frames
     wan_patches.disable_offload(pipe)
 
-Four levels, each slower and smaller than the one before:
+Each level is slower and needs less memory than the one before:
 
-    none    everything lies on the device
-    model   a model comes when it runs and goes when the next one does (`enable_model_cpu_offload`)
-    group   denoisers come block by block, encoders layer by layer, decoders stay (group offloading)
-    leaf    everything comes layer by layer
+    none    all weights stay on the device
+    model   one model at a time is on the device (`enable_model_cpu_offload`)
+    group   denoisers are loaded block by block, encoders layer by layer; decoders stay (group offloading)
+    leaf    all models are loaded layer by layer
 
-With a stream, the next block is copied while one computes, and two lie on the device. All of it is diffusers' own
-offloading, with its own bits; `wan_patches.offload.streams` extends its streams to devices for which it makes none.
+With a stream, the next block is copied while the current one computes, so two blocks are on the device. Everything is
+diffusers' own offloading and bit-identical; `wan_patches.offload.streams` makes its streams available on more devices.
 """
 
 from __future__ import annotations

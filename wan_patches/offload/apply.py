@@ -1,4 +1,4 @@
-"""`enable_offload` and `disable_offload`: a plan is carried out by diffusers' own offloading, and undone."""
+"""`enable_offload` and `disable_offload`: applies a plan with diffusers' own offloading, and reverts it."""
 
 from __future__ import annotations
 
@@ -43,33 +43,33 @@ def enable_offload(
     low_cpu_mem_usage: bool = False,
     dry_run: bool = False,
 ) -> OffloadPlan:
-    """Puts a pipeline on a device that may be too small for it, by the offloading of the installed diffusers.
+    """Puts a pipeline on a device that may be too small for it, using the offloading of the installed diffusers.
 
-    The results have the bits of the pipeline that lies on the device whole. All or nothing: an exception leaves the
-    pipeline as it was. `disable_offload(pipe)` undoes it.
+    Results are bit-identical to those of the pipeline without offloading. An exception leaves the pipeline unchanged.
+    `disable_offload(pipe)` reverts the call.
 
     Args:
-        pipe: a diffusers pipeline, its weights anywhere; not offloaded and without a device map.
-        device: where to compute; None is torch's accelerator. Make a device that is not number 0 the current one
-            first, since diffusers makes streams there.
-        level: `"none"`, `"model"`, `"group"`, `"leaf"`, or `"auto"`: the first of them that fits.
-        stream: copy the next block while one computes. `"auto"`: for group and leaf wherever torch and diffusers can;
-            True: or raise.
-        blocks_per_group: for "group", how many blocks come at once. More than one excludes a stream.
-        budget: bytes that the device has room for, the pipeline's own weights there included. None asks the device.
-        reserve: bytes of the budget for activations and everything else that is not a weight; None is a quarter.
+        pipe: a diffusers pipeline, not offloaded and without a device map; its weights may be on any device.
+        device: the device to compute on; None is torch's accelerator. For a device with an index other than 0, make it
+            the current one first, because diffusers creates streams there.
+        level: `"none"`, `"model"`, `"group"`, `"leaf"`, or `"auto"` for the first of them that fits.
+        stream: whether to copy the next block while the current one computes. `"auto"` does so for group and leaf if
+            torch and diffusers support it; True raises if they do not.
+        blocks_per_group: for "group", the number of blocks loaded together. More than one excludes a stream.
+        budget: bytes available on the device, including those of the pipeline's weights there. None queries the device.
+        reserve: bytes of the budget for activations and everything else besides weights; None is a quarter.
         low_cpu_mem_usage: with a stream, pin weights when they are copied (slower) instead of all at once. Otherwise
-            all streamed weights lie in pinned host memory.
-        dry_run: estimate and choose, and change nothing.
+            all streamed weights are in pinned host memory.
+        dry_run: only estimate and choose; change nothing.
 
     Returns:
-        The choice and its reason, with the needs of every level. Only the weights are estimated: the size of
-        activations depends on the call.
+        The chosen level, the reason, and the memory needs of every level. Only weights are estimated, because the size
+        of activations depends on the call.
 
     Raises:
         TypeError: `pipe` is not a pipeline.
-        ValueError: the options, or this pipeline with these options, are not possible; the message says what is.
-        ImportError: accelerate, on which diffusers' offloading relies, is not installed.
+        ValueError: the options are invalid, or not possible for this pipeline; the message names valid ones.
+        ImportError: accelerate is not installed; diffusers' offloading requires it.
     """
     _check_options(level, stream, blocks_per_group, budget, reserve)
     _check_pipeline(pipe)
@@ -77,23 +77,23 @@ def enable_offload(
     host = Host(pipe, device, stream, blocks_per_group, low_cpu_mem_usage)
     plan = make_plan(host, level, budget, reserve)
     if plan.level != "none" and importlib.util.find_spec("accelerate") is None:
-        raise ImportError("diffusers offloads by means of accelerate, which is not installed: pip install accelerate")
+        raise ImportError("diffusers' offloading requires accelerate, which is not installed: pip install accelerate")
     if dry_run:
         return plan
     try:
         torch.empty(0, device=device)
     except Exception as error:
-        raise ValueError(f"there is no {device} here: {error}") from error
+        raise ValueError(f"the device {device} is not available: {error}") from error
     if plan.fits is False:
         logger.warning(
-            "%s may not fit %s: %s of weights, and %s of room, of which %s are reserved; see the plan",
+            "%s may not fit on %s: %s of weights, but %s available, of which %s are reserved; see the plan",
             plan.pipeline, plan.device, report.size(plan.peak), report.size(plan.budget or 0),
             report.size(plan.reserve),
         )  # fmt: skip
     now = _Before(pipe)
     try:
         _apply(host, plan)
-        _before.setdefault(pipe, now)  # an earlier call's note is the state to which `disable_offload` goes back
+        _before.setdefault(pipe, now)  # keeps the state noted by an earlier call, which `disable_offload` restores
     except BaseException:
         now.restore(pipe)
         raise
@@ -101,47 +101,47 @@ def enable_offload(
 
 
 def disable_offload(pipe: Any) -> None:
-    """Undoes `enable_offload`: no hooks, every component on the device where it was before.
+    """Reverts `enable_offload`: removes all hooks and moves every component back to its previous device.
 
-    An interrupted call of the pipeline does no harm; if this call itself is interrupted, repeat it. Weights that were
-    copied on a stream stay in pinned host memory until they are moved, and so do weights that an interrupted call of
-    the pipeline has left on the device.
+    Safe after an interrupted pipeline call; if this function itself is interrupted, call it again. Weights that were
+    copied on a stream stay in pinned host memory until they are moved, and so do weights that an interrupted pipeline
+    call left on the device.
 
     Raises:
-        ValueError: `enable_offload` has not touched this pipeline.
+        ValueError: `enable_offload` was not applied to this pipeline.
     """
     try:
         before = _before.get(pipe)
-    except TypeError:  # an object that cannot be a key
+    except TypeError:  # the object is not hashable
         before = None
     if before is None:
-        raise ValueError(f"this {type(pipe).__name__} is not offloaded by enable_offload")
+        raise ValueError(f"this {type(pipe).__name__} was not offloaded by enable_offload")
     before.restore(pipe)
     del _before[pipe]
 
 
-# Before
+# Checks
 
 
 def _check_options(level: str, stream: bool | str, blocks: int, budget: int | None, reserve: int | None) -> None:
     if level not in ("auto", *LEVELS):
         raise ValueError(f"unknown level {level!r}; known: auto, {', '.join(LEVELS)}")
     if stream not in (True, False, "auto"):
-        raise ValueError(f"`stream` is True, False or 'auto', not {stream!r}")
+        raise ValueError(f"`stream` must be True, False or 'auto', not {stream!r}")
     if stream is True and level in ("none", "model"):
-        raise ValueError(f"level {level!r} copies nothing on a stream: use 'group', 'leaf' or 'auto'")
+        raise ValueError(f"level {level!r} does not support streams: use 'group', 'leaf' or 'auto'")
     if isinstance(blocks, bool) or not isinstance(blocks, int) or blocks < 1:
-        raise ValueError(f"`blocks_per_group` is 1 or more, not {blocks!r}")
+        raise ValueError(f"`blocks_per_group` must be an integer of at least 1, not {blocks!r}")
     if stream is True and blocks > 1:
-        raise ValueError("with a stream diffusers copies one block at a time: use blocks_per_group=1 or stream=False")
+        raise ValueError("with a stream, diffusers copies one block at a time: use blocks_per_group=1 or stream=False")
     for name, value in (("budget", budget), ("reserve", reserve)):
         if value is not None and value < 0:
-            raise ValueError(f"`{name}` is a number of bytes, not {value!r}")
+            raise ValueError(f"`{name}` must be a number of bytes, not {value!r}")
 
 
 def _check_pipeline(pipe: Any) -> None:
     if not isinstance(getattr(pipe, "components", None), dict):
-        raise TypeError(f"enable_offload takes a diffusers pipeline, not {type(pipe).__name__}")
+        raise TypeError(f"enable_offload expects a diffusers pipeline, not {type(pipe).__name__}")
     modules = distinct_modules(pipe)
     if not modules:
         raise ValueError(f"this {type(pipe).__name__} has no models, so there is nothing to offload")
@@ -161,13 +161,15 @@ def _way_back(pipe: Any, otherwise: str) -> str:
     return "wan_patches.disable_offload(pipe)" if pipe in _before else otherwise
 
 
-# Carrying a plan out
+# Applying a plan
 
 
 def _apply(host: Host, plan: OffloadPlan) -> None:
     if plan.level == "none":
         for module in host.modules.values():
-            if not is_quantized_by_bitsandbytes(module):  # it is on the device already, and may refuse
+            if not is_quantized_by_bitsandbytes(
+                module
+            ):  # quantised weights are on the device already and may refuse to be moved
                 module.to(host.device)
     elif plan.level == "model":
         host.pipe.enable_model_cpu_offload(device=host.device)
@@ -183,7 +185,7 @@ def _hook(host: Host, module: nn.Module, placement: Placement) -> None:
     if placement.how == DEVICE:
         module.to(host.device)
         return
-    # Not with `record_stream`: copies could then run ahead of the computation by any number of blocks
+    # without `record_stream`, with which copies could run any number of blocks ahead of the computation
     options: dict[str, Any] = {
         "onload_device": host.device,
         "offload_device": torch.device("cpu"),
@@ -193,15 +195,15 @@ def _hook(host: Host, module: nn.Module, placement: Placement) -> None:
     }
     if placement.how == BLOCKS:
         options["num_blocks_per_group"] = host.per_group
-    own: Any = getattr(module, "enable_group_offload", None)  # raises where diffusers knows that it does not work
+    own: Any = getattr(module, "enable_group_offload", None)  # raises for models that diffusers does not support
     own(**options) if own is not None else group_offloading.apply_group_offloading(module, **options)
 
 
-# Going back
+# Reverting
 
 
 class _Before:
-    """The devices of a pipeline's components, and the parts that had a `forward` of their own, before a call."""
+    """The state of a pipeline before the call: devices of its components, and modules that override `forward`."""
 
     def __init__(self, pipe: Any) -> None:
         modules = distinct_modules(pipe)
@@ -228,13 +230,13 @@ class _Before:
                     registry.remove_hook(hook, recurse=False)
             for part in module.modules():
                 if "forward" in vars(part).keys() - own_methods(part) and part not in self.with_forward:
-                    del part.forward  # the class's own, which the removal of a hook leaves on the instance
+                    del part.forward  # the class's own method, which removing a hook leaves on the instance
             if name in self.devices and not is_quantized_by_bitsandbytes(module):
                 module.to(self.devices[name])
 
 
 def _wait_for_copies(module: nn.Module) -> None:
-    """Waits for the copy of the next group, which an interrupted call leaves under way: its weights come last."""
+    """Waits for the pending copy of the next group after an interrupted call; otherwise its weights arrive later."""
     for registry in hook_registries(module):
         hook = registry.get_hook("group_offloading")
         if hook is not None and hook.group.stream is not None:

@@ -1,4 +1,4 @@
-"""Plans of offloading: what each level needs of a pipeline on a device, and which one is chosen."""
+"""Plans offloading: estimates what each level needs of a device, and chooses a level."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["LEVELS", "Estimate", "Host", "OffloadPlan", "Placement", "accelerato
 
 LEVELS = ("none", "model", "group", "leaf")
 
-#: The part of the room that is left to activations if the caller does not say.
+#: The default fraction of the budget that is reserved for activations.
 RESERVED = 0.25
 
 DEVICE, MODEL, BLOCKS, LEAVES = "stays on the device", "whole model", "block by block", "layer by layer"
@@ -33,14 +33,14 @@ _LEAVES = (
 class Placement:
     """How one component is offloaded.
 
-    name: of the component in the pipeline.
-    kind: its class.
+    name: the component's name in the pipeline.
+    kind: the component's class.
     how: "stays on the device", "whole model", "block by block" or "layer by layer".
-    stream: the next block or layer is copied while one computes.
-    weights: bytes of its parameters and buffers.
-    peak: bytes of them that lie on the device at once, at most.
-    pinned: bytes of them that lie in pinned host memory.
-    why: the reason, where there was a choice.
+    stream: whether the next block or layer is copied while the current one computes.
+    weights: bytes of parameters and buffers.
+    peak: maximum bytes of them on the device at once.
+    pinned: bytes of them in pinned host memory.
+    why: the reason, if there was a choice.
     """
 
     name: str
@@ -55,12 +55,12 @@ class Placement:
 
 @dataclass(frozen=True)
 class Estimate:
-    """The needs of one level.
+    """Memory needs of one level.
 
     level: one of `LEVELS`.
-    peak: bytes of weights on the device at once, at most.
-    obstacle: why it is not possible; empty if it is.
-    placements: of every component.
+    peak: maximum bytes of weights on the device at once.
+    obstacle: why the level is not possible; empty if it is.
+    placements: of all components.
     """
 
     level: str
@@ -71,16 +71,16 @@ class Estimate:
 
 @dataclass(frozen=True)
 class OffloadPlan:
-    """The choice of `enable_offload`, its reason and its needs; prints as a table.
+    """The level chosen by `enable_offload`, its reason and its memory needs; prints as a table.
 
-    pipeline: its class.
-    device: where it computes.
+    pipeline: class of the pipeline.
+    device: the device to compute on.
     level: one of `LEVELS`.
-    reason: why this one.
-    streams: whether and why blocks are copied on a stream.
-    estimates: of every level, the chosen one among them.
-    budget: bytes that the device has room for; None if neither the device nor the caller says.
-    reserve: bytes of the budget that are not for weights.
+    reason: why this level was chosen.
+    streams: whether blocks are copied on a stream, and why.
+    estimates: of every level, including the chosen one.
+    budget: bytes available on the device; None if neither the device nor the caller states them.
+    reserve: bytes of the budget that are not available for weights.
     """
 
     pipeline: str
@@ -94,7 +94,7 @@ class OffloadPlan:
 
     @property
     def chosen(self) -> Estimate:
-        """The estimate of the chosen level."""
+        """Estimate of the chosen level."""
         return next(estimate for estimate in self.estimates if estimate.level == self.level)
 
     @property
@@ -104,7 +104,7 @@ class OffloadPlan:
 
     @property
     def peak(self) -> int:
-        """Bytes of weights on the device at once, at most. Activations come on top."""
+        """Maximum bytes of weights on the device at once, without activations."""
         return self.chosen.peak
 
     @property
@@ -122,35 +122,35 @@ class OffloadPlan:
 
 
 def accelerator(device: str | torch.device | None) -> torch.device:
-    """Returns the device to compute on; torch's accelerator for None.
+    """Returns the device to compute on; for None, torch's accelerator.
 
     Raises:
-        ValueError: torch has no accelerator, does not know the device, or the device is the one to offload to.
+        ValueError: torch has no accelerator or does not know the device, or the device is the one to offload to.
     """
     if device is None:
         found = torch.accelerator.current_accelerator() if hasattr(torch, "accelerator") else None
         if found is None and torch.cuda.is_available():
             found = torch.device("cuda")
         if found is None:
-            raise ValueError("torch has no accelerator here, so there is nothing to offload from; else name the device")
+            raise ValueError("torch found no accelerator to offload from; if there is one, pass its device")
         return found
     if str(device).startswith("npu") and not hasattr(torch, "npu"):
         try:
             import torch_npu  # noqa: F401
-        except Exception as error:  # without CANN it is no ImportError
+        except Exception as error:  # without CANN it is not an ImportError
             raise ValueError(
-                f"torch knows no NPU: importing torch_npu raised {type(error).__name__}: {error}"
+                f"the NPU is not available: importing torch_npu raised {type(error).__name__}: {error}"
             ) from error
     device = torch.device(device)
     if device.type in ("cpu", "meta"):
-        raise ValueError(f"there is nothing to offload from on {device.type!r}: name an accelerator")
+        raise ValueError(f"cannot offload from {device.type!r}: pass an accelerator")
     return device
 
 
 def _room(device: torch.device) -> int | None:
-    """Returns the free bytes of a device, with those in torch's cache; None if it does not tell."""
+    """Returns the free bytes of a device, including torch's cache; None if the backend does not report them."""
     module: Any = getattr(torch, device.type, None)
-    with contextlib.suppress(Exception):  # a statistic: no reason to fail
+    with contextlib.suppress(Exception):  # a statistic is optional
         if device.type == "mps":
             return module.recommended_max_memory() - module.current_allocated_memory()
         index = module.current_device() if device.index is None else device.index
@@ -161,7 +161,7 @@ def _room(device: torch.device) -> int | None:
     return None
 
 
-# What it would need
+# Estimates
 
 
 def _size(*modules: nn.Module) -> int:
@@ -169,17 +169,17 @@ def _size(*modules: nn.Module) -> int:
 
 
 def _direct_lists(module: nn.Module) -> list[Sequence[nn.Module]]:
-    """Returns the lists right below the model, by which diffusers' group offloading goes.
+    """Returns the module lists directly below the model, which diffusers' group offloading uses.
 
-    Its rule, and not that of `block_lists`: sequences count, and lists in parts of the model do not.
+    Follows diffusers' rule, which differs from `block_lists`: sequences count, and lists in submodules do not.
     """
     return [list(child) for child in module.children() if isinstance(child, (nn.ModuleList, nn.Sequential))]
 
 
 def _peak_of_blocks(module: nn.Module, per_group: int, stream: bool) -> int:
-    """Returns the most bytes on the device at once if the model comes block by block.
+    """Returns the maximum bytes on the device at once if the model is loaded block by block.
 
-    Weights outside of blocks are there for the whole call; with a stream, a block is there while the one before it
+    Weights outside of blocks stay for the whole call. With a stream, a block is on the device while the previous one
     computes.
     """
     lists = _direct_lists(module)
@@ -190,38 +190,38 @@ def _peak_of_blocks(module: nn.Module, per_group: int, stream: bool) -> int:
         return rest + sum(groups[:2])
     if per_group == 1:
         return rest + sum(groups[:1])
-    return rest + sum(max(sizes_, default=0) for sizes_ in sizes)  # the model may go through its lists in turns
+    return rest + sum(max(sizes_, default=0) for sizes_ in sizes)  # the model may alternate between its lists
 
 
 def _peak_of_leaves(module: nn.Module, stream: bool) -> int:
-    """Returns the most bytes on the device at once if the model comes layer by layer.
+    """Returns the maximum bytes on the device at once if the model is loaded layer by layer.
 
-    Parameters of modules that are not layers (norms, tables) are taken to be there all the time.
+    Parameters of modules that are not layers (norms, tables) are assumed to stay on the device.
     """
     leaves = [part for part in module.modules() if isinstance(part, _LEAVES)]
     rest = _size(module) - _size(*leaves)
-    distinct = {tuple(map(id, tensors(leaf))): leaf for leaf in leaves}  # tied ones are one
+    distinct = {tuple(map(id, tensors(leaf))): leaf for leaf in leaves}  # tied layers count once
     sizes = sorted(map(_size, distinct.values()), reverse=True)
     return min(rest + sum(sizes[: 1 + stream]), _size(module))
 
 
 def _kept_buffers(module: nn.Module, how: str) -> int:
-    """Returns the bytes that stay on the device where diffusers copies on a stream: buffers of blocks, or of layers."""
+    """Returns the bytes of buffers (of blocks or layers) that stay on the device if diffusers copies on a stream."""
     if how == BLOCKS:
         return sum(buffer.nbytes for blocks in _direct_lists(module) for block in blocks for buffer in block.buffers())
     return sum(b.nbytes for part in module.modules() if isinstance(part, _LEAVES) for b in part.buffers())
 
 
 class Host:
-    """A pipeline, a device, and what the installed diffusers can do for the two.
+    """A pipeline, a device, and the offloading that the installed diffusers supports for them.
 
     modules: the pipeline's models by name, without torch.compile's wrappers.
-    per_group: blocks that come at once.
-    has_groups: the installed diffusers has group offloading.
+    per_group: number of blocks loaded together.
+    has_groups: whether the installed diffusers has group offloading.
     streams: whether weights can be copied on a stream of the device.
 
     Raises:
-        ValueError: `stream` is True, and there is none.
+        ValueError: `stream` is True, and no stream can be used.
     """
 
     def __init__(
@@ -235,7 +235,7 @@ class Host:
         self.wants_stream = stream is True
         self.streams = self._streams(stream)
         if stream is True and not self.streams.usable:
-            raise ValueError(f"there is no stream to copy on: {self.streams.reason}; use stream='auto'")
+            raise ValueError(f"no stream can be used: {self.streams.reason}; use stream='auto'")
 
     def _streams(self, stream: bool | str) -> Streams:
         if not self.has_groups:
@@ -243,11 +243,13 @@ class Host:
         if stream is False:
             return Streams(False, False, "not wanted")
         if self.per_group > 1:
-            return Streams(False, False, "diffusers copies one block at a time on them, and more are wanted")
+            return Streams(
+                False, False, "diffusers copies one block at a time on a stream, and blocks_per_group is larger"
+            )
         return streams_on(self.device)
 
     def estimates(self, room: int | None) -> tuple[Estimate, ...]:
-        """Returns the needs of each level; `room`, in bytes of weights, decides whether a decoder stays."""
+        """Returns the needs of each level; `room`, in bytes of weights, decides whether a decoder stays in place."""
         group = self._estimate("group", tuple(self._grouped(n, m, True) for n, m in self.modules.items()))
         if room is not None and group.peak > room:
             group = self._estimate("group", tuple(self._grouped(n, m, False) for n, m in self.modules.items()))
@@ -261,7 +263,7 @@ class Host:
     def _estimate(self, level: str, placements: tuple[Placement, ...]) -> Estimate:
         if level == "model":
             peak = self._peak_of_models({placement.name: placement.weights for placement in placements})
-        else:  # one component runs at a time, and its weights leave after it
+        else:  # one component runs at a time, and its weights are moved away after it
             staying = sum(placement.peak for placement in placements if placement.how == DEVICE)
             kept = sum(_kept_buffers(self.modules[p.name], p.how) for p in placements if p.stream)
             peak = staying + kept + max((p.peak for p in placements if p.how != DEVICE), default=0)
@@ -270,8 +272,8 @@ class Host:
     def _peak_of_models(self, weights: Mapping[str, int]) -> int:
         """Returns the bytes of the largest model and of those that stay on the device beside it.
 
-        A model goes when the next one in diffusers' sequence comes. A VAE that has encoded stays until it decodes, a
-        model that is in no sequence until the end.
+        A model is moved away when the next one in diffusers' sequence is loaded. A VAE that has encoded stays until it
+        decodes; a model that is in no sequence stays until the end.
         """
         sequence = (getattr(self.pipe, "model_cpu_offload_seq", None) or "").split("->")
         excluded = getattr(self.pipe, "_exclude_from_cpu_offload", ())
@@ -285,12 +287,12 @@ class Host:
 
     def _obstacle(self, level: str) -> str:
         if level == "model" and not getattr(self.pipe, "model_cpu_offload_seq", None):
-            return f"{type(self.pipe).__name__} names no order of its models (`model_cpu_offload_seq`)"
+            return f"{type(self.pipe).__name__} defines no order of its models (`model_cpu_offload_seq`)"
         if level not in ("group", "leaf"):
             return ""
         packed = [name for name, module in self.modules.items() if is_quantized_by_bitsandbytes(module)]
         if packed:
-            return f"bitsandbytes has quantised {', '.join(packed)}, whose weights cannot be moved one by one"
+            return f"bitsandbytes has quantised {', '.join(packed)}, so its weights cannot be moved separately"
         if level == "group" and not self.has_groups:
             return "the installed diffusers has no group offloading"
         return ""
@@ -301,7 +303,7 @@ class Host:
 
     def _grouped(self, name: str, module: nn.Module, codecs_stay: bool) -> Placement:
         if _is_codec(module) and codecs_stay:
-            return self._whole(name, module, DEVICE, "its layers would be copied for every few frames")
+            return self._whole(name, module, DEVICE, "its layers would be copied again every few frames")
         if _is_codec(module) or not (is_denoiser(name) and any(_direct_lists(module))):
             return self._leaves(name, module)
         stream = self.streams.usable
@@ -315,8 +317,8 @@ class Host:
         if not getattr(module, "_supports_group_offloading", True) and self.has_groups:
             return self._whole(name, module, DEVICE, "diffusers cannot offload it in parts")
         stream, why, size = self.streams.usable, "", _size(module)
-        if _is_codec(module):  # diffusers learns the order of layers from a call of `forward`
-            why = "it is not called by `forward`, from which diffusers would learn the order" if stream else ""
+        if _is_codec(module):  # diffusers learns the order of layers from calls of `forward`
+            why = "the pipeline does not call `forward`, from which diffusers learns the order" if stream else ""
             stream = False
         return Placement(
             name, type(module).__name__, LEAVES, stream, size,
@@ -325,11 +327,11 @@ class Host:
 
 
 def _is_codec(module: nn.Module) -> bool:
-    """Whether the pipeline calls `encode` and `decode` of a model, which hooks of the whole model do not see."""
+    """Whether the pipeline calls `encode` and `decode` of a model, which bypass the hooks on its `forward`."""
     return callable(getattr(module, "decode", None))
 
 
-# What is chosen
+# Choice of a level
 
 
 def make_plan(host: Host, level: str, budget: int | None, reserve: int | None) -> OffloadPlan:
@@ -338,8 +340,8 @@ def make_plan(host: Host, level: str, budget: int | None, reserve: int | None) -
     Args:
         host: the pipeline and the device.
         level: one of `LEVELS`, or "auto" for the first that fits.
-        budget: bytes that the device has room for; None asks the device.
-        reserve: bytes of the budget for activations; None is the part `RESERVED`.
+        budget: bytes available on the device; None queries the device.
+        reserve: bytes of the budget for activations; None is the fraction `RESERVED`.
 
     Raises:
         ValueError: the level is not possible for this pipeline.
@@ -359,22 +361,22 @@ def make_plan(host: Host, level: str, budget: int | None, reserve: int | None) -
     if level == "auto":
         suitable = [e for e in possible if e.level in ("group", "leaf")] if host.wants_stream else possible
         if not suitable:
-            raise ValueError(f"there is nothing to copy on a stream: {estimates[-1].obstacle}; use stream='auto'")
+            raise ValueError(f"no possible level can use a stream: {estimates[-1].obstacle}; use stream='auto'")
         chosen, reason = _choose(host, suitable, room)
     else:
         chosen = next(e for e in estimates if e.level == level)
         if chosen.obstacle and level == "group" and not host.has_groups:
-            chosen, reason = estimates[-1], "the nearest to 'group'"
+            chosen, reason = estimates[-1], "the possible level closest to 'group'"
         elif chosen.obstacle:
             others = ", ".join(repr(e.level) for e in possible)
             raise ValueError(f"level {level!r} is not possible: {chosen.obstacle}; use {others}")
         else:
-            reason = "you named it"
+            reason = "requested"
         if room is not None and chosen.peak > room:
             smaller = [e.level for e in possible if e.peak <= room]
             reason += f"; it may not fit{', unlike ' + repr(smaller[0]) if smaller else ', nor does anything smaller'}"
     if chosen.level == "leaf" and not host.has_groups:
-        reason += "; by sequential offload, since the installed diffusers has no group offloading"
+        reason += "; uses sequential offload, because the installed diffusers has no group offloading"
     return OffloadPlan(
         pipeline=type(host.pipe).__name__,
         device=str(host.device),
@@ -388,10 +390,10 @@ def make_plan(host: Host, level: str, budget: int | None, reserve: int | None) -
 
 
 def _choose(host: Host, possible: list[Estimate], room: int | None) -> tuple[Estimate, str]:
-    """Returns the first level that fits, or the smallest, and the reason."""
+    """Returns the first level that fits, or otherwise the smallest, with the reason."""
     if room is None:
         chosen = next((e for e in possible if e.level == "group"), possible[-1])
-        return chosen, "the device does not tell what is free: name a `budget` to have less offloaded, or more"
+        return chosen, "the free memory of the device is unknown: pass a `budget` to offload less, or more"
     fitting = next((e for e in possible if e.peak <= room), None)
     if fitting is not None:
         larger = ", ".join(f"{e.level!r}" for e in possible[: possible.index(fitting)])
@@ -400,5 +402,5 @@ def _choose(host: Host, possible: list[Estimate], room: int | None) -> tuple[Est
     short = report.size(smallest.peak - room)
     return (
         smallest,
-        f"the smallest that is possible, and still {short} too large: name a smaller `reserve`, or another device",
+        f"the smallest possible level, still {short} too large: pass a smaller `reserve`, or use another device",
     )

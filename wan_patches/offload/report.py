@@ -1,4 +1,4 @@
-"""Offload plans for people."""
+"""Renders offload plans as text."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["size", "text"]
 
 
 def size(count: int) -> str:
-    """Returns a number of bytes in the largest unit of which there is at least one."""
+    """Formats a number of bytes in the largest unit in which it is at least one."""
     for unit, power in (("GiB", 30), ("MiB", 20)):
         if count >= 1 << power:
             return f"{count / (1 << power):.1f} {unit}"
@@ -24,7 +24,7 @@ def size(count: int) -> str:
 
 
 def text(plan: OffloadPlan) -> str:
-    """Returns a plan as plain text: the choice, a table of components, a table of levels, notes."""
+    """Returns a plan as plain text: the chosen level, tables of components and levels, notes."""
     parts = Table(box=box.SIMPLE)
     for column in ("component", "class", "how", "stream", "weights", "on the device", "why"):
         parts.add_column(column, overflow="fold", justify="right" if column in ("weights", "on the device") else "left")
@@ -38,14 +38,14 @@ def text(plan: OffloadPlan) -> str:
         fits = "" if plan.budget is None else "fits" if e.peak <= plan.budget - plan.reserve else "too large"
         mark = f"{e.obstacle or fits}{', chosen' if e.level == plan.level and fits else ''}"
         levels.add_row(e.level, size(e.peak), mark or ("chosen" if e.level == plan.level else ""))
-    room = "not known" if plan.budget is None else f"{size(plan.budget)}, of which {size(plan.reserve)} are reserved"
+    room = "unknown" if plan.budget is None else f"{size(plan.budget)}, of which {size(plan.reserve)} are reserved"
     lines = [
         f"{plan.pipeline} on {plan.device}: level {plan.level!r} ({plan.reason})",
         parts,
         levels,
-        f"  room on the device: {room}; activations are not estimated",
+        f"  memory on the device: {room}; activations are not estimated",
         f"  streams: {plan.streams}",
     ]
     if plan.pinned:
-        lines.append(f"  pinned host memory: {size(plan.pinned)} (low_cpu_mem_usage=True needs less, and is slower)")
+        lines.append(f"  pinned host memory: {size(plan.pinned)} (low_cpu_mem_usage=True needs less but is slower)")
     return tables.text(*lines)

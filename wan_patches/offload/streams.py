@@ -1,9 +1,9 @@
-"""Streams for diffusers' group offloading on devices for which it makes none.
+"""Enables streams in diffusers' group offloading on devices that it does not support.
 
-Up to 0.40 `apply_group_offloading(use_stream=True)` asks for CUDA, then for XPU, and raises. The rest of that module
-takes streams from whatever accelerator torch has, and its order of copies and waits is the one that later versions
-use on every device: only the two questions need another answer. They get it while `enable_offload` makes hooks for
-such a device, and not by `enable()`: no other code depends on the answer.
+Up to 0.40, `apply_group_offloading(use_stream=True)` asks for CUDA, then for XPU, and raises otherwise. The rest of
+that module takes streams from any accelerator of torch, with the same order of copies and waits that later versions use
+on every device, so only the two questions need another answer. `enable_offload` changes them while it creates hooks for
+such a device; `enable()` does not, because no other code depends on the answer.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ EDITS = (
     Replace("torch.cuda.Stream()", f"{_STREAM}(onload_device)"),
 )
 
-#: The functions that use the stream later: they take it from `torch.accelerator`, and wait for copies and computation.
+#: The functions that use the stream later: they get it from `torch.accelerator` and wait for copies and computation.
 _REQUIRES = (
     "ModuleGroup.__init__",
     "ModuleGroup._onload_from_memory",
@@ -50,9 +50,9 @@ _lock = threading.RLock()
 class Streams:
     """Whether group offloading can copy on a stream of a device, and why.
 
-    usable: it can.
-    enabled_here: diffusers refuses, and `making` overrules it.
-    reason: a sentence about it.
+    usable: whether it can.
+    enabled_here: whether diffusers does not support it and `making` enables it.
+    reason: an explanation in words.
     """
 
     usable: bool
@@ -61,7 +61,7 @@ class Streams:
 
 
 def streams_on(device: torch.device) -> Streams:
-    """Finds out what the installed torch and diffusers, which must have group offloading, can do for a device."""
+    """Determines whether the installed torch and diffusers support streams on a device. Requires group offloading."""
     module = group_offloading
     reason = _obstacle(device, module)
     if reason:
@@ -71,19 +71,23 @@ def streams_on(device: torch.device) -> Streams:
     try:
         accelerator = torch.accelerator.current_accelerator() if hasattr(torch, "accelerator") else None
         if accelerator is None or accelerator.type != device.type:
-            raise Unknown(f"torch.accelerator gives {accelerator}, not {device.type}")
+            raise Unknown(f"torch.accelerator is {accelerator}, not {device.type}")
         for qualname in _REQUIRES:
             if not _says(module, qualname, texts(GROUP_OFFLOADING, qualname)):
                 raise Unknown(f"the text of {qualname} is not known")
         rewritten(stock(_function(module)), EDITS)
     except Unknown as error:
-        return Streams(False, False, f"the installed diffusers asks for CUDA or XPU, and stays as it is: {error}")
-    return Streams(True, True, f"the installed diffusers asks for CUDA or XPU; it gets streams of torch.{device.type}")
+        return Streams(
+            False, False, f"the installed diffusers supports streams on CUDA or XPU only, and was left alone: {error}"
+        )
+    return Streams(
+        True, True, f"the installed diffusers supports CUDA or XPU only; it is given streams of torch.{device.type}"
+    )
 
 
 @contextmanager
 def making(device: torch.device, streams: Streams) -> Iterator[None]:
-    """Has `apply_group_offloading(use_stream=True)` make a stream of `device` in the block; other devices as before."""
+    """Makes `apply_group_offloading(use_stream=True)` create streams of `device` in the block, besides CUDA and XPU."""
     with _lock if streams.enabled_here else nullcontext():
         if not streams.enabled_here:
             yield
@@ -97,12 +101,12 @@ def making(device: torch.device, streams: Streams) -> Iterator[None]:
 
 
 def _available(device: Any) -> bool:
-    """Stands in the place of `torch.cuda.is_available()`."""
+    """Replaces `torch.cuda.is_available()`."""
     return torch.device(device).type not in ("cuda", "xpu") or torch.cuda.is_available()
 
 
 def _stream(device: Any) -> Any:
-    """Stands in the place of `torch.cuda.Stream()`."""
+    """Replaces `torch.cuda.Stream()`."""
     device = torch.device(device)
     return torch.cuda.Stream() if device.type in ("cuda", "xpu") else _backend(device).Stream()
 
@@ -112,10 +116,10 @@ def _obstacle(device: torch.device, module: ModuleType) -> str:
     if not all(hasattr(backend, name) for name in ("Stream", "stream", "current_stream")):
         return f"torch.{device.type} has no streams"
     if _says(module, "GroupOffloadingHook.pre_forward", {PRE_FORWARD_WITHOUT_WAIT}):
-        return "the installed diffusers (before 0.35) lets the last group run before its weights have arrived"
+        return "the installed diffusers (before 0.35) runs the last group before its weights have arrived"
     if device.index and device.index != (current := backend.current_device()):
         return (
-            f"diffusers makes streams on the current device, which is {device.type}:{current}; "
+            f"diffusers creates streams on the current device, which is {device.type}:{current}; "
             f"call torch.{device.type}.set_device({device.index}) first"
         )
     return ""
@@ -130,7 +134,7 @@ def _is_stock(device: torch.device, module: ModuleType) -> bool:
 def _backend(device: torch.device) -> Any:
     try:
         return torch.get_device_module(device)
-    except RuntimeError:  # torch has no module for it
+    except RuntimeError:  # torch has no module for this device type
         return None
 
 
@@ -146,7 +150,7 @@ def _says(module: ModuleType, qualname: str, fingerprints: Container[str]) -> bo
 
 
 def _functions(module: ModuleType, qualname: str) -> list[FunctionType]:
-    """Returns the functions behind a name that the module itself has defined."""
+    """Returns the functions behind a name that the module itself defines."""
     value: Any = module
     for name in qualname.split("."):
         value = getattr(value, name, None)
