@@ -1,15 +1,15 @@
-"""Wan's VAE on several devices: every rank of a process group encodes or decodes a part of each video.
+"""Runs Wan's VAE on several devices: each rank of a process group encodes or decodes a part of each video.
 
     parallel = parallelize_vae(pipe.vae)  # in every rank
     video = pipe(...)  # the same call, with the same arguments, in every rank
     parallel.restore()
 
-    tiles     stock's tiles are spread over the ranks, exchanged, and blended in every rank: EXACT, the bits of stock
-              with `vae.enable_tiling()`
-    spatial   each rank has a slab of the picture, and convolutions get the rows next to it from the neighbours:
-              CLOSE to stock without tiling, since a convolution of a part rounds in another order
+    tiles     stock's tiles are distributed over the ranks, exchanged, and blended in every rank: EXACT, bit-identical
+              to stock with `vae.enable_tiling()`
+    spatial   each rank computes a slab of the image, and convolutions get the adjacent rows from the neighbours:
+              CLOSE to stock without tiling, because convolutions of slabs round in a different order
 
-The model is the installed one: its own modules and methods run, in stock's order.
+The installed model runs with its own modules and methods, in stock's order.
 """
 
 from __future__ import annotations

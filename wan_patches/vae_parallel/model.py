@@ -1,4 +1,4 @@
-"""What must be known of the installed `AutoencoderKLWan`, and of a call of it."""
+"""Checks on the installed `AutoencoderKLWan` and on calls of it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MODEL = "AutoencoderKLWan"
 
 
 def is_wan_vae(vae: object) -> bool:
-    """Whether an object is an `AutoencoderKLWan`, which can be made parallel."""
+    """Whether an object is an `AutoencoderKLWan`, the only class that can be parallelised."""
     try:
         from diffusers import AutoencoderKLWan
     except ImportError:
@@ -22,12 +22,12 @@ def is_wan_vae(vae: object) -> bool:
 
 
 def require_known(cls: type, method: str, name: str) -> None:
-    """Raises RuntimeError unless the text of a method is known here.
+    """Raises RuntimeError unless a method has a known text.
 
     Args:
-        cls: the class as it is, whose method may have been replaced.
-        method: its name.
-        name: diffusers' name of the class under which its texts are known.
+        cls: the class at hand, whose method may have been replaced.
+        method: name of the method.
+        name: diffusers' name of the class, under which the known texts are registered.
     """
     if is_known(getattr(cls, method, None), AUTOENCODER, f"{name}.{method}"):
         return
@@ -38,5 +38,5 @@ def require_known(cls: type, method: str, name: str) -> None:
 
 
 def is_recorded(vae: nn.Module, x: torch.Tensor) -> bool:
-    """Whether autograd records a computation of the VAE, which it cannot follow to other ranks."""
+    """Whether autograd records the VAE's computation; autograd cannot follow it to other ranks."""
     return torch.is_grad_enabled() and (x.requires_grad or any(part.requires_grad for part in vae.parameters()))

@@ -1,4 +1,4 @@
-"""`parallelize_vae`: checks, and the choice between tiles and slabs."""
+"""`parallelize_vae`: validates the arguments and chooses between tiles and slabs."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ MODES = ("tiles", "spatial")
 class ParallelVAE:
     """A VAE that is parallel until `restore`, or for the length of a `with` block.
 
-    undo: functions that make it what it was, the last to be called first.
+    undo: functions that restore the VAE, to be called in reverse order.
     """
 
     def __init__(self, undo: Sequence[Callable[[], None]]) -> None:
         self._undo = list(undo)
 
     def restore(self) -> None:
-        """Makes the VAE what it was before; to be called in every rank, between two calls of the VAE."""
+        """Restores the VAE. Call it in every rank, between two calls of the VAE."""
         while self._undo:
             self._undo.pop()()
 
@@ -42,31 +42,31 @@ class ParallelVAE:
 
 
 def parallelize_vae(vae: Any, group: dist.ProcessGroup | None = None, mode: str = "tiles") -> ParallelVAE:
-    """Has the ranks of a group share the work of `vae.encode` and `vae.decode`.
+    """Distributes the work of `vae.encode` and `vae.decode` over the ranks of a group.
 
-    To be called in every rank, for a VAE with the same weights. From then on all ranks call `encode` and `decode`
-    together, with the same arguments, and all get the whole result, since pipelines go on with decoded frames and
-    encoded conditions. Where autograd records, every rank computes everything, as stock does.
+    Call it in every rank, for a VAE with the same weights. Afterwards all ranks must call `encode` and `decode`
+    together, with the same arguments. Every rank gets the whole result, because pipelines continue with the decoded
+    frames and the encoded conditions. If autograd records the call, every rank computes everything, as in stock.
 
     Args:
         vae: an `AutoencoderKLWan`, on the device of this rank.
         group: a process group with a backend for that device; None for all ranks.
-        mode: "tiles" turns tiling on, with the VAE's tile sizes; results have the bits of stock with tiling, for any
-            number of ranks. Every rank computes a video no larger than a tile whole, as stock does. "spatial" follows
-            stock without tiling: only rounding differs, as convolutions of parts may take other algorithms (mean
-            errors against float64 were 0.93 to 1.09 times stock's own). It divides the height or the width of the
-            latents, whichever divides better.
+        mode: "tiles" enables tiling with the VAE's tile sizes; results are bit-identical to stock with tiling, for any
+            number of ranks. Every rank computes a video no larger than a tile whole, as in stock. "spatial" follows
+            stock without tiling: only rounding differs, because convolutions of slabs may use other algorithms (mean
+            errors against float64 were 0.93 to 1.09 times stock's own). It splits the height or the width of the
+            latents, whichever splits more evenly.
 
     Returns:
-        The parallel VAE, whose `restore` undoes it.
+        The parallel VAE; its `restore` reverts the change.
 
     Raises:
-        ValueError: for another model, an unknown mode, or a VAE that is parallel already or, for "spatial", has tiling
-            turned on. Later, in "spatial", `encode` and `decode` raise it for fewer rows and columns of latents than
-            ranks.
-        RuntimeError: torch.distributed is not initialised, or the code of the installed diffusers is not known here.
-            Later, in "tiles", `encode` and `decode` raise it if another rank failed. In "spatial" the other ranks wait
-            for a rank that failed until the group's timeout.
+        ValueError: another model, an unknown mode, a VAE that is already parallel, or for "spatial" a VAE with tiling
+            enabled. Later, in "spatial", `encode` and `decode` raise it if latents have fewer rows and columns than
+            there are ranks.
+        RuntimeError: torch.distributed is not initialised, or the installed diffusers' code is not known. Later, in
+            "tiles", `encode` and `decode` raise it if another rank failed. In "spatial" the other ranks wait for a
+            failed rank until the group's timeout.
     """
     if mode not in MODES:
         raise ValueError(f"unknown mode {mode!r}; known: {', '.join(MODES)}")

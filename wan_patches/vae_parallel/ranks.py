@@ -1,4 +1,4 @@
-"""What the ranks of a group exchange."""
+"""Communication between the ranks of a group."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["Ranks"]
 
 
 class Ranks:
-    """The processes that share the work of a VAE. Compilers break their graphs where those exchange something.
+    """The processes that share the work of a VAE. Communication causes graph breaks in torch.compile.
 
     group: the process group; None is all processes.
 
@@ -28,14 +28,14 @@ class Ranks:
 
     @torch.compiler.disable
     def tell(self, value: Any) -> list[Any]:
-        """Returns the values of all ranks, by rank; for small values."""
+        """Returns the values of all ranks, in rank order; for small values."""
         values = [None] * self.size
         dist.all_gather_object(values, value, group=self.group)
         return values
 
     @torch.compiler.disable
     def fill(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
-        """Returns the tensor of rank `source` in every rank; in the others, `tensor` is a buffer for it."""
+        """Broadcasts the tensor of rank `source` to every rank; elsewhere `tensor` is the receive buffer."""
         tensor = tensor.contiguous()
         dist.broadcast(tensor, self._global(source), group=self.group)
         return tensor
@@ -44,9 +44,9 @@ class Ranks:
     def edges(
         self, first: torch.Tensor, last: torch.Tensor | None = None
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Returns the `last` of the rank before and the `first` of the rank after.
+        """Returns the `last` of the previous rank and the `first` of the next rank.
 
-        None at the ends, and in the place of the rank before if `last` is not given.
+        None for a missing neighbour, and for the previous rank if `last` is not given.
         """
         above = below = None
         todo = []

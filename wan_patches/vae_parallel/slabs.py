@@ -1,4 +1,4 @@
-"""Slabs: each rank has a part of the rows or columns, and convolutions get those next to it from the neighbours."""
+"""Slabs: each rank computes some of the rows or columns, and convolutions get the adjacent ones from the neighbours."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from wan_patches.vae_parallel.ranks import Ranks
 
 __all__ = ["share_slabs"]
 
-#: By untiled method: the part of the model whose convolutions look at neighbours.
+#: For each untiled method, the part of the model whose convolutions need the neighbours' edges.
 _UNTILED = {"_decode": "decoder", "_encode": "encoder"}
 
-#: The classes that encoder and decoder are made of, whose `forward` has to be known.
+#: The classes of modules in encoder and decoder; their `forward` must have a known text.
 _PARTS = (
     *("AvgDown3D", "DupUp3D", "WanAttentionBlock", "WanCausalConv3d", "WanDecoder3d", "WanEncoder3d", "WanMidBlock"),
     *("WanRMS_norm", "WanResample", "WanResidualBlock", "WanResidualDownBlock", "WanResidualUpBlock", "WanUpBlock"),
@@ -29,18 +29,18 @@ _PARTS = (
 _ACTIVATIONS = (nn.GELU, nn.Mish, nn.ReLU, nn.SiLU)
 _OF_TORCH = (nn.Conv2d, nn.Dropout, nn.Identity, nn.ModuleList, nn.Sequential, nn.ZeroPad2d, *_ACTIVATIONS)
 
-#: Convolutions by spatial kernel, stride and padding.
+#: Spatial kernel, stride and padding of the known convolutions.
 _POINTWISE = ((1, 1), (1, 1), (0, 0, 0, 0))
 _SAME = ((3, 3), (1, 1), (1, 1, 1, 1))
-_HALVING = ((3, 3), (2, 2), (0, 0, 0, 0))  # after a padding at the end
+_HALVING = ((3, 3), (2, 2), (0, 0, 0, 0))  # preceded by padding at the end
 
 
 def share_slabs(vae: Any, ranks: Ranks) -> list[Callable[[], None]]:
-    """Has each rank compute a slab of the picture in a VAE; returns what undoes it.
+    """Makes each rank compute a slab of the image in a VAE; returns the functions that revert this.
 
     Raises:
-        ValueError: the VAE has tiling turned on.
-        RuntimeError: code or a module of the VAE is not known here.
+        ValueError: the VAE has tiling enabled.
+        RuntimeError: code or a module of the VAE is not known.
     """
     cls = type(vae)
     if vae.use_tiling:
@@ -58,26 +58,26 @@ def share_slabs(vae: Any, ranks: Ranks) -> list[Callable[[], None]]:
 
 
 class _Slabs:
-    """How the present computation is divided: by rows or columns, or not at all while `axis` is 0."""
+    """How the current computation is divided: along rows or columns (`axis`), or not at all if `axis` is 0."""
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
         self.axis = 0
         self.sizes: list[int] = []  # in latents
-        self.asked: set[int] = set()  # by `id`: the modules that have exchanged edges
+        self.asked: set[int] = set()  # ids of the modules that have exchanged edges
 
     @contextmanager
     def of(self, x: torch.Tensor, unit: int) -> Iterator[torch.Tensor]:
-        """Yields the slab of this rank; `unit` rows or columns of `x` become one of the latents, and stay together."""
+        """Yields this rank's slab of `x`; never splits the `unit` rows or columns that belong to one of the latents."""
         ranks = self.ranks.size
         shares = {axis: _shares(x.shape[axis] // unit, ranks) for axis in (-2, -1)}
         possible = [axis for axis, sizes in shares.items() if all(sizes)]
         if not possible:
             raise ValueError(
                 f"{ranks} ranks cannot share {sum(shares[-2])} rows or {sum(shares[-1])} columns of latents by "
-                '"spatial"; use "tiles"'
+                '"spatial"; use mode="tiles"'
             )
-        axis = min(possible, key=lambda axis: shares[axis][0] / sum(shares[axis]))  # the share of the slowest rank
+        axis = min(possible, key=lambda axis: shares[axis][0] / sum(shares[axis]))  # the slowest rank's share
         sizes = shares[axis]
         start = sum(sizes[: self.ranks.rank]) * unit
         last = self.ranks.rank == ranks - 1
@@ -101,23 +101,23 @@ class _Slabs:
         return torch.cat(parts, self.axis)
 
     def own(self, whole: torch.Tensor) -> torch.Tensor:
-        """Returns the slab of this rank of a tensor that has the size of the latents."""
+        """Returns this rank's slab of a tensor that has the size of the latents."""
         rank = self.ranks.rank
         return whole.narrow(self.axis, sum(self.sizes[:rank]), self.sizes[rank])
 
 
 def _shares(total: int, ranks: int) -> list[int]:
-    """Divides `total` into parts that differ by one at most, the larger ones first."""
+    """Divides `total` into parts that differ by at most one, larger parts first."""
     return [total // ranks + (rank < total % ranks) for rank in range(ranks)]
 
 
 def _divided_slabs(method: Callable[..., Any], part: str, unit: int, slabs: _Slabs) -> Callable[..., Any]:
-    """Returns an untiled method of which each rank computes a slab."""
+    """Returns an untiled method in which each rank computes one slab."""
 
     @functools.wraps(method)
     def call(vae: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         odd = unit > 1 and vae.config.get("is_residual", False) and (x.shape[-2] % unit or x.shape[-1] % unit)
-        if odd or is_recorded(vae, x):  # stock refuses sizes that it cannot halve: in all ranks, not in the last only
+        if odd or is_recorded(vae, x):  # stock rejects sizes that it cannot halve; every rank must raise
             return method(vae, x, *args, **kwargs)
         if vae.use_tiling:
             raise RuntimeError('"spatial" follows the VAE without tiling, which has been turned on: disable_tiling()')
@@ -135,7 +135,7 @@ def _divided_slabs(method: Callable[..., Any], part: str, unit: int, slabs: _Sla
 
 
 def _neighbourly(part: nn.Module, slabs: _Slabs) -> list[tuple[nn.Module, dict[str, Any]]]:
-    """Returns the modules of an encoder or decoder that look beyond a slab, with the members that exchange edges."""
+    """Returns the modules of an encoder or decoder that need edges, with the members that exchange them."""
     found = []
     padded = {
         id(conv)
@@ -149,7 +149,7 @@ def _neighbourly(part: nn.Module, slabs: _Slabs) -> list[tuple[nn.Module, dict[s
         if cls.__name__ in _PARTS:
             require_known(cls, "forward", cls.__name__)
         elif cls not in _OF_TORCH:
-            raise RuntimeError(f"{cls.__name__} in the VAE is not known here, so it cannot be divided into slabs")
+            raise RuntimeError(f"{cls.__name__} in the VAE is not a known class, so it cannot be divided into slabs")
         call: Callable[..., Any] | None = None
         if cls.__name__ == "WanAttentionBlock":
             call = _with_all
@@ -158,10 +158,10 @@ def _neighbourly(part: nn.Module, slabs: _Slabs) -> list[tuple[nn.Module, dict[s
             if form == _SAME:
                 call = _with_edges
             elif form != _POINTWISE and not (form == _HALVING and id(module) in padded):
-                raise RuntimeError(f"a convolution in the VAE is not known here: {module}")
+                raise RuntimeError(f"the VAE contains an unknown convolution: {module}")
         elif isinstance(module, nn.ZeroPad2d):
             if tuple(module.padding) != (0, 1, 0, 1):
-                raise RuntimeError(f"a padding in the VAE is not known here: {module}")
+                raise RuntimeError(f"the VAE contains an unknown padding: {module}")
             call = _with_what_follows
         if call is not None:
             members = {"__call__": _while_divided(call, cls, slabs), "_wan_patches_slabs": True}
@@ -170,13 +170,13 @@ def _neighbourly(part: nn.Module, slabs: _Slabs) -> list[tuple[nn.Module, dict[s
 
 
 def _form(conv: Any) -> tuple[Any, ...]:
-    # the causal convolution pads by itself, by amounts in the order of `F.pad`
+    # the causal convolution pads its input itself; the amounts are in the order of `F.pad`
     padding = tuple(conv._padding[:4]) if hasattr(conv, "_padding") else (*conv.padding, *conv.padding)
     return tuple(conv.kernel_size[-2:]), tuple(conv.stride[-2:]), padding
 
 
 def _while_divided(call: Callable[..., Any], cls: type[nn.Module], slabs: _Slabs) -> Callable[..., Any]:
-    """Returns a `__call__` (and not a `forward`, so that hooks of others see the module's arguments)."""
+    """Returns a `__call__`; not a `forward`, so that other hooks see the module's own arguments."""
 
     def called(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not slabs.axis:
@@ -190,10 +190,10 @@ def _while_divided(call: Callable[..., Any], cls: type[nn.Module], slabs: _Slabs
 def _with_edges(
     compute: Callable[..., torch.Tensor], slabs: _Slabs, x: torch.Tensor, cache_x: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Computes a convolution that keeps the size, with the rows next to the slab, whose results are left out."""
+    """Computes a size-preserving convolution with the adjacent rows, and drops the results of those rows."""
     axis = slabs.axis
     size = x.shape[axis]
-    parts = [x] if cache_x is None else [x, cache_x]  # earlier frames, kept without those rows
+    parts = [x] if cache_x is None else [x, cache_x]  # earlier frames, stored without the adjacent rows
     first, last = (_joined([part.narrow(axis, at, 1) for part in parts]) for at in (0, size - 1))
     above, below = slabs.ranks.edges(first, last)
     extended = [
@@ -208,14 +208,14 @@ def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def _parted(joined: torch.Tensor | None, parts: Sequence[torch.Tensor]) -> Sequence[torch.Tensor | None]:
-    """Undoes `_joined`, by the frames of `parts`."""
+    """Splits the result of `_joined` by the frames of `parts`."""
     if joined is None or len(parts) == 1:
         return [joined] * len(parts)
     return joined.split([part.shape[2] for part in parts], dim=2)
 
 
 def _with_what_follows(compute: Callable[..., torch.Tensor], slabs: _Slabs, x: torch.Tensor) -> torch.Tensor:
-    """Pads by one at the end, with the next slab's first row instead of zeros."""
+    """Pads by one at the end, with the first row of the next slab instead of zeros."""
     padded = compute(x)
     _, below = slabs.ranks.edges(x.narrow(slabs.axis, 0, 1))
     if below is not None:
@@ -226,5 +226,5 @@ def _with_what_follows(compute: Callable[..., torch.Tensor], slabs: _Slabs, x: t
 
 
 def _with_all(compute: Callable[..., torch.Tensor], slabs: _Slabs, x: torch.Tensor) -> torch.Tensor:
-    """Computes attention, which looks everywhere, in every rank for the whole picture: it is small at that depth."""
+    """Computes attention of the whole image in every rank: it needs all positions, and is small at that depth."""
     return slabs.own(compute(slabs.whole(x)))

@@ -1,4 +1,4 @@
-"""Tiles: stock's tiles are spread over the ranks, exchanged, and blended in every rank."""
+"""Tiles: stock's tiles are distributed over the ranks, exchanged, and blended in every rank."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from wan_patches.vae_parallel.ranks import Ranks
 
 __all__ = ["balanced", "share_tiles"]
 
-#: By tiled method: the two modules that a tile goes through, a few frames at a time.
+#: For each tiled method, the two modules that process a tile, a few frames at a time.
 _TILED = {"tiled_decode": ("post_quant_conv", "decoder"), "tiled_encode": ("encoder", "quant_conv")}
 
 
 def share_tiles(vae: Any, ranks: Ranks) -> list[Callable[[], None]]:
-    """Has each rank compute some of the tiles of a VAE, whose tiling it turns on; returns what undoes it.
+    """Enables tiling in a VAE and makes each rank compute some of the tiles; returns the functions that revert this.
 
     Raises:
-        RuntimeError: a tiled method of the VAE is not known here.
+        RuntimeError: a tiled method of the VAE is not known.
     """
     cls = type(vae)
     for method in _TILED:
@@ -39,10 +39,10 @@ def share_tiles(vae: Any, ranks: Ranks) -> list[Callable[[], None]]:
 
 
 def _divided_tiles(method: Callable[..., Any], names: tuple[str, str], ranks: Ranks) -> Callable[..., Any]:
-    """Returns a tiled method of which each rank computes some tiles.
+    """Returns a tiled method in which each rank computes some of the tiles.
 
-    The method runs three times: to see which tiles there are, to compute those of this rank, and, when all ranks have
-    all tiles, to join them. The first two times, everything that is not to be computed is empty.
+    The method runs three times: to enumerate the tiles, to compute those of this rank, and, once all ranks have all
+    tiles, to join them. In the first two passes, everything else is computed on empty tensors.
     """
 
     @functools.wraps(method)
@@ -53,7 +53,7 @@ def _divided_tiles(method: Callable[..., Any], names: tuple[str, str], ranks: Ra
         def run(enter: Callable[..., torch.Tensor], leave: Callable[..., torch.Tensor]) -> Any:
             return method(_Conducted(vae, dict(zip(names, (enter, leave)))), x, *args, **kwargs)
 
-        vae.clear_cache()  # sets what stock reads
+        vae.clear_cache()  # sets the attributes that stock reads
         nothing = x[:, :, :1, :0, :0]
         sizes = _sizes(run, nothing)
         owners = balanced(sizes, ranks.size)
@@ -62,7 +62,7 @@ def _divided_tiles(method: Callable[..., Any], names: tuple[str, str], ranks: Ra
 
         def all_at_once(tile: int, *_: Any, **__: Any) -> torch.Tensor:
             whole = tiles[tile]
-            tiles[tile] = whole.new_empty((*whole.shape[:2], 0, *whole.shape[3:]))  # for the frames after the first
+            tiles[tile] = whole.new_empty((*whole.shape[:2], 0, *whole.shape[3:]))  # for all calls after the first
             return whole
 
         return run(lambda *_, **__: nothing, all_at_once)
@@ -71,7 +71,7 @@ def _divided_tiles(method: Callable[..., Any], names: tuple[str, str], ranks: Ra
 
 
 class _Conducted:
-    """The VAE as a tiled method sees it: some modules are functions, which get the number of the tile first."""
+    """The VAE as a tiled method sees it: some modules are functions that also get the number of the tile."""
 
     def __init__(self, vae: Any, functions: Mapping[str, Callable[..., torch.Tensor]]) -> None:
         self._wan_patches_vae, self._wan_patches_tile = vae, -1
@@ -81,7 +81,7 @@ class _Conducted:
     def _wan_patches_call(self, function: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
         return function(self._wan_patches_tile, *args, **kwargs)
 
-    def clear_cache(self) -> None:  # before each tile, and at the end
+    def clear_cache(self) -> None:  # called before each tile and at the end
         self._wan_patches_tile += 1
         self._wan_patches_vae.clear_cache()
 
@@ -90,7 +90,7 @@ class _Conducted:
 
 
 def _sizes(run: Callable[..., Any], nothing: torch.Tensor) -> dict[int, int]:
-    """Returns how many numbers each tile reads."""
+    """Returns the number of elements that each tile reads."""
     sizes: dict[int, int] = defaultdict(int)
 
     def enter(tile: int, part: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
@@ -123,7 +123,7 @@ def _computed(
 def _exchanged(
     owners: Mapping[int, int], compute: Callable[[], dict[int, torch.Tensor]], ranks: Ranks, device: torch.device
 ) -> dict[int, torch.Tensor]:
-    """Returns all tiles in every rank; raises in every rank if one cannot compute its own."""
+    """Returns all tiles in every rank; raises in every rank if any rank cannot compute its tiles."""
     tiles: dict[int, torch.Tensor] = {}
     error: Exception | None = None
     try:
@@ -145,11 +145,11 @@ def _exchanged(
 
 
 def balanced(sizes: Mapping[int, int], ranks: int) -> dict[int, int]:
-    """Returns the rank of each tile: from the largest on, each goes to the rank that has the least so far.
+    """Assigns tiles to ranks: largest first, each to the rank with the smallest total so far.
 
     Args:
         sizes: the cost of each tile, in any unit.
-        ranks: how many ranks there are.
+        ranks: number of ranks.
     """
     loads, owners = [0] * ranks, {}
     for tile in sorted(sizes, key=lambda tile: (-sizes[tile], tile)):
