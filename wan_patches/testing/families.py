@@ -1,4 +1,4 @@
-"""Real pipelines of every family, small, with seeded random weights, and what to call them with.
+"""Builds small real pipelines of every family, with seeded random weights, and their arguments.
 
     from wan_patches.testing.families import FAMILIES, available
 
@@ -6,9 +6,9 @@
     pipe = family.build(dtype=torch.bfloat16)
     video = pipe(**family.inputs(seed=1)).frames[0]
 
-Nothing is downloaded: the architectures are those of the published models with fewer and narrower layers, and
-text goes through a tokenizer and an encoder like any other. A family that the installed diffusers lacks is in
-`FAMILIES` but not in `available()`.
+Nothing is downloaded. The architectures are those of the published models with fewer and narrower layers, and prompts
+pass through a tokenizer and a text encoder. A family that the installed diffusers lacks is in `FAMILIES` but not in
+`available()`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ CLIP_TOKENS = 17  # 16 patches of a 32 pixel image, and the class token
 
 
 class Options(TypedDict, total=False):
-    """What every builder takes."""
+    """Options of every builder."""
 
     dtype: torch.dtype  # of the transformer and the encoders; float32
     vae_dtype: torch.dtype  # float32, as diffusers' documentation loads the VAE of Wan
@@ -51,14 +51,14 @@ class Options(TypedDict, total=False):
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """The CPU's global generator seeded inside and as it was outside; an accelerator's is never touched."""
+    """Seeds the CPU's global generator inside the block and restores it afterwards; never touches accelerators."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield
 
 
 def _finish(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
-    """As `from_pretrained` would leave it, with weights as if they had been trained."""
+    """Puts a model into the state that `from_pretrained` leaves, with weights that look trained."""
     with torch.no_grad():
         for parameter in model.parameters():
             # Norms of ones and biases of zeros would hide a patch that forgets them
@@ -73,7 +73,7 @@ def _finish(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
 
 
 def tokenizer(*, eos: bool = True, bos: bool = False) -> transformers.PreTrainedTokenizerFast:
-    """One token a byte, with the special tokens of T5 (`eos`) or of Gemma (`bos`)."""
+    """Returns a byte-level tokenizer with the special tokens of T5 (`eos`) or of Gemma (`bos`)."""
     special = ["<pad>", "</s>", "<unk>", "<bos>"]
     vocabulary = {token: i for i, token in enumerate(special + sorted(pre_tokenizers.ByteLevel.alphabet()))}
     bytes_ = Tokenizer(models.BPE(vocabulary, merges=[], unk_token="<unk>"))
@@ -90,7 +90,7 @@ def tokenizer(*, eos: bool = True, bos: bool = False) -> transformers.PreTrained
 
 @dataclass(frozen=True)
 class _Make:
-    """Makes the components of one pipeline from the options of its builder."""
+    """Makes the components of one pipeline from its builder's options."""
 
     dtype: torch.dtype = torch.float32
     vae_dtype: torch.dtype = torch.float32
@@ -100,7 +100,7 @@ class _Make:
     vae: Mapping[str, Any] = field(default_factory=dict)
 
     def pipeline(self, name: str, **components: Any) -> diffusers.DiffusionPipeline:
-        """The named pipeline of the given components, with Wan's own for the rest."""
+        """Builds the named pipeline from the given components, and Wan's own for the rest."""
         usual: dict[str, Callable[[], Any]] = {
             "tokenizer": tokenizer,
             "text_encoder": self.umt5,
@@ -113,7 +113,7 @@ class _Make:
         return pipe
 
     def dit(self, name: str = "WanTransformer3DModel", nth: int = 0, **config: Any) -> torch.nn.Module:
-        """The transformer, or the `nth` of several, which differ in their weights only."""
+        """Builds the transformer, or the `nth` of several, which differ only in their weights."""
         config = {
             "num_attention_heads": 2,
             "attention_head_dim": self.head_dim,
@@ -133,7 +133,7 @@ class _Make:
             return _finish(cls(**config), self.vae_dtype if as_vae else self.dtype)
 
     def wan_vae(self, **config: Any) -> torch.nn.Module:
-        """Wan's VAE, or what the configuration makes of it."""
+        """Builds Wan's VAE, with changes to its configuration."""
         config = {"base_dim": 8, "num_res_blocks": 1, **config, **self.vae}
         vae = self.build(diffusers.AutoencoderKLWan, as_vae=True, **config)
         with torch.no_grad():
@@ -158,7 +158,7 @@ class _Make:
         return self.build(transformers.Gemma2Model, config=config)
 
     def clip(self, cls: type = transformers.CLIPVisionModel) -> dict[str, Any]:
-        """The image encoder and the processor before it."""
+        """Builds the image encoder and its image processor."""
         config = transformers.CLIPVisionConfig(
             hidden_size=IMAGE_DIM, intermediate_size=64, projection_dim=16, num_hidden_layers=3,
             num_attention_heads=4, image_size=32, patch_size=8,
@@ -170,7 +170,7 @@ class _Make:
 
 
 def unipc(shift: float = 5.0) -> diffusers.UniPCMultistepScheduler:
-    """The scheduler that Wan and SkyReels models are published with."""
+    """Returns the scheduler that Wan and SkyReels models are published with."""
     return diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
 
 
@@ -191,7 +191,7 @@ def wan22_i2v(**options: Unpack[Options]) -> diffusers.DiffusionPipeline:
 
 
 def wan21_i2v(*, first_last: bool = False, **options: Unpack[Options]) -> diffusers.DiffusionPipeline:
-    """Wan 2.1 image to video, or with `first_last` FLF2V, which takes the last image too."""
+    """Wan 2.1 image to video; with `first_last` FLF2V, which also takes the last image."""
     make = _Make(**options)
     more: dict[str, Any] = {"pos_embed_seq_len": 2 * CLIP_TOKENS} if first_last else {}
     dit = make.dit(in_channels=36, out_channels=16, image_dim=IMAGE_DIM, **more)
@@ -199,12 +199,12 @@ def wan21_i2v(*, first_last: bool = False, **options: Unpack[Options]) -> diffus
 
 
 def wan21_flf2v(**options: Unpack[Options]) -> diffusers.DiffusionPipeline:
-    """Wan 2.1 FLF2V: the first and the last image to video."""
+    """Wan 2.1 FLF2V: first and last image to video."""
     return wan21_i2v(first_last=True, **options)
 
 
 def wan22_ti2v(**options: Unpack[Options]) -> diffusers.DiffusionPipeline:
-    """Wan 2.2 TI2V 5B: a timestep for each token, and the residual VAE of 48 channels and 16 x 16 pixels."""
+    """Wan 2.2 TI2V 5B: one timestep per token, and the residual VAE with 48 channels and 16 x 16 pixels per latent."""
     make = _Make(**options)
     vae = make.wan_vae(
         decoder_base_dim=12, z_dim=48, is_residual=True, in_channels=12, out_channels=12, patch_size=2,
@@ -259,7 +259,7 @@ def skyreels_v2_i2v(**options: Unpack[Options]) -> diffusers.DiffusionPipeline:
 
 
 def skyreels_v2_df(**options: Unpack[Options]) -> diffusers.DiffusionPipeline:
-    """SkyReels-V2 diffusion forcing, text to video: each frame has a timestep, and the rate is told."""
+    """SkyReels-V2 diffusion forcing, text to video: one timestep per frame, and the frame rate as an input."""
     return _diffusion_forcing("SkyReelsV2DiffusionForcingPipeline", options)
 
 
@@ -269,7 +269,7 @@ def skyreels_v2_df_i2v(**options: Unpack[Options]) -> diffusers.DiffusionPipelin
 
 
 def skyreels_v2_df_v2v(**options: Unpack[Options]) -> diffusers.DiffusionPipeline:
-    """SkyReels-V2 diffusion forcing, video to video: the video goes on."""
+    """SkyReels-V2 diffusion forcing, video to video: continues a video."""
     return _diffusion_forcing("SkyReelsV2DiffusionForcingVideoToVideoPipeline", options)
 
 
@@ -318,14 +318,14 @@ def _sana(name: str, scheduler: Any, options: Options) -> diffusers.DiffusionPip
 
 
 def helios(**options: Unpack[Options]) -> diffusers.DiffusionPipeline:
-    """Helios at one resolution: text, image or video to video, chunk after chunk."""
+    """Helios at one resolution: text, image or video to video, chunk by chunk."""
     make = _Make(**options)
     scheduler = diffusers.HeliosScheduler(stages=1, stage_range=[0, 1], use_dynamic_shifting=True)
     return make.pipeline("HeliosPipeline", transformer=_helios(make), scheduler=scheduler)
 
 
 def helios_pyramid(*, distilled: bool = False, **options: Unpack[Options]) -> diffusers.DiffusionPipeline:
-    """Helios over three resolutions: with zero-star guidance, or `distilled` and without."""
+    """Helios at three resolutions: with zero-star guidance, or `distilled` and without guidance."""
     make = _Make(**options)
     name = "HeliosDMDScheduler" if distilled else "HeliosScheduler"
     # The published gamma of 1/3 makes a covariance that is singular, and not every Cholesky lets it pass
@@ -340,7 +340,7 @@ def helios_pyramid(*, distilled: bool = False, **options: Unpack[Options]) -> di
 
 
 def helios_distilled(**options: Unpack[Options]) -> diffusers.DiffusionPipeline:
-    """Helios over three resolutions, distilled."""
+    """Helios at three resolutions, distilled."""
     return helios_pyramid(distilled=True, **options)
 
 
@@ -370,7 +370,7 @@ def _anyflow(name: str, options: Options, **config: Any) -> diffusers.DiffusionP
 
 
 def images(seed: int = 0, count: int = 1, size: tuple[int, int] = (48, 32)) -> list[Image.Image]:
-    """`count` RGB frames of `size` (width, height): smooth colours that drift, under a grain of noise."""
+    """Returns `count` RGB frames of `size` (width, height): drifting smooth colours with noise."""
     width, height = size
     random = np.random.default_rng(seed)
     colours = random.integers(0, 256, (6, 6, 3), dtype=np.uint8)
@@ -384,7 +384,7 @@ def images(seed: int = 0, count: int = 1, size: tuple[int, int] = (48, 32)) -> l
 
 
 def masks(count: int = 1, size: tuple[int, int] = (48, 32)) -> list[Image.Image]:
-    """`count` masks of `size` (width, height): a white box that moves over black."""
+    """Returns `count` masks of `size` (width, height): a moving white box on black."""
     width, height = size
     frames = []
     for i in range(count):
@@ -400,7 +400,7 @@ def _tensor(image: Image.Image, size: tuple[int, int]) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Family:
-    """A pipeline, and how to call it for a small run."""
+    """A pipeline, and its arguments for a small run."""
 
     name: str
     build: Callable[..., diffusers.DiffusionPipeline]
@@ -414,7 +414,7 @@ class Family:
 
     @property
     def available(self) -> bool:
-        """Whether the installed diffusers has it."""
+        """Whether the installed diffusers has this pipeline."""
         major, minor = diffusers.__version__.split(".")[:2]
         return (int(major), int(minor)) >= self.since
 
@@ -430,11 +430,10 @@ class Family:
         steps: int = 2,
         **more: Any,
     ) -> dict[str, Any]:
-        """The arguments of one call, made from `seed` where they are not given.
+        """Returns the arguments of one call, generated from `seed` unless given.
 
-        Pictures that the family has no use for are ignored. The generator is fresh: take the inputs anew for
-        every call that is to give the same video. (Before diffusers 0.38, the Helios pyramid draws from the
-        global generator as well.)
+        Pictures that the family does not use are ignored. The generator is new: get new inputs for every call that
+        should produce the same video. (Before diffusers 0.38, the Helios pyramid also draws from the global generator.)
         """
         width, height = size = size or self.size
         frames = frames or self.frames
@@ -521,5 +520,5 @@ FAMILIES: Mapping[str, Family] = {
 
 
 def available() -> list[str]:
-    """The families that the installed diffusers has."""
+    """Returns the families that the installed diffusers has."""
     return [name for name, family in FAMILIES.items() if family.available]
