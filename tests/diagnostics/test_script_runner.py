@@ -147,7 +147,7 @@ def test_the_closing_line_comes_after_threads_exit_handlers_and_the_traceback(tm
     assert error == "ValueError: wrong"
     assert thread == f"thread {tmp_path / 'script.py'}"
     assert handler == "exit handler"
-    assert closing == "wan-patches: nothing was patched: no module that a patch is for was imported"
+    assert closing == "wan-patches: no patch is active: the script imported none of the modules that patches apply to"
 
 
 # With a patch made for it, which needs no diffusers
@@ -201,7 +201,7 @@ def toy(tmp_path, monkeypatch):
         (
             ["--patches", "rope"],
             "2 3",
-            "wan-patches: nothing was patched: no module that a patch is for was imported",
+            "wan-patches: no patch is active: the script imported none of the modules that patches apply to",
         ),
     ],
 )

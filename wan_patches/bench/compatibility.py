@@ -205,7 +205,7 @@ _LONGER: dict[str, dict[str, Any]] = {
     "chronoedit_reasoning": {"size": (320, 320), "steps": 2},  # one with all frames, one with two
     **{name: _CHUNKS for name in ("helios", "helios_i2v", "helios_v2v")},
     **{name: _PYRAMID for name in ("helios_pyramid", "helios_pyramid_i2v", "helios_distilled")},
-    **{name: {"size": (448, 448)} for name in ("anyflow_far", "anyflow_far_i2v")},  # chunks of one latent frame
+    **{name: {"size": (480, 480)} for name in ("anyflow_far", "anyflow_far_i2v")},  # chunks of one latent frame
 }
 _TEXT = "max_sequence_length"  # the published pipelines fill up prompts to 512 tokens
 
