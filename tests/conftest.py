@@ -13,6 +13,7 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
+os.environ["COLUMNS"] = "140"  # tables follow the terminal
 if "PYTEST_XDIST_WORKER" in os.environ:  # threads that spin while they wait take the cores of the other worker
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 

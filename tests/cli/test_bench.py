@@ -11,7 +11,6 @@ from typer.testing import CliRunner
 
 from wan_patches import cli
 from wan_patches.bench import block, model, ops, overhead, shapes, variants
-from wan_patches.cli.bench import Shape
 
 CPU = torch.device("cpu")
 
@@ -90,7 +89,7 @@ def test_bench_block_fails_where_a_bit_differs(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--shape", "15b"], "Unknown shape '15b'"),
+        (["--shape", "15b"], "'15b' is not one of 14b-480p"),
         (["--shape", "tiny", "--frames", "8"], "8 frames of 96x64 do not suit tiny"),
         (["--shape", "tiny", "--device", "toaster"], "The device 'toaster' cannot be used"),
         (["--shape", "tiny", "--json", "no/such/folder/x.json"], "there is no folder"),
@@ -100,12 +99,7 @@ def test_bench_block_fails_where_a_bit_differs(monkeypatch):
 def test_what_the_user_can_mend_is_said_before_anything_is_measured(name, arguments, message):
     done = run("bench", name, *(["--device", "cpu"] * ("--device" not in arguments)), *arguments)
     assert done.exit_code == 2
-    assert message in done.output.replace("\n", " ")
-
-
-def test_the_help_of_bench_block_names_every_shape():
-    (info,) = Shape.__metadata__
-    assert info.help.rstrip(".").replace(", or", ",").split(", ") == list(shapes.SHAPES)
+    assert message in " ".join(done.output.replace("│", " ").split())
 
 
 def test_bench_model_takes_fewer_layers_and_another_video(tmp_path):

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 import wan_patches
 from wan_patches import cli
-from wan_patches.cli import shared
+from wan_patches.cli import options, shared
 
 
 def _run(*arguments: str):
@@ -51,7 +51,7 @@ def test_a_missing_extra_is_named_in_one_sentence(command, extra, monkeypatch):
     done = _run(*command)
     assert done.exit_code == 2
     assert done.output.splitlines() == [
-        f'Error: a_package_that_is_not_there must be installed for this: pip install "wan-patches[{extra}]"'
+        f'Error: this command needs a_package_that_is_not_there: pip install "wan-patches[{extra}]"'
     ]
 
 
@@ -59,14 +59,15 @@ def test_a_missing_extra_is_named_in_one_sentence(command, extra, monkeypatch):
     ("arguments", "message"),
     [
         (["--device", "toaster"], "The device 'toaster' cannot be used"),
-        (["--dtype", "fp7"], "Unknown dtype 'fp7'; known: fp32, bf16, fp16."),
+        (["--dtype", "fp7"], "'fp7' is not one of fp32, bf16, fp16"),
         (["--image", "no-such-photo.jpg"], "Cannot read the image no-such-photo.jpg"),
+        (["--size", "100x100"], "refuses the arguments: `height` and `width` have to be divisible by 16"),
     ],
 )
 def test_what_the_user_can_mend_is_said_without_a_traceback(arguments, message):
     done = _run("demo", "--device", "cpu", *arguments)
     assert done.exit_code == 2
-    assert message in done.output
+    assert message in " ".join(done.output.replace("│", " ").split())
     assert isinstance(done.exception, SystemExit)
 
 
@@ -144,4 +145,49 @@ def test_misspelt_patches_and_fidelities_have_one_status(command, option):
     name, *rest = command
     done = _run(name, *option, *rest)
     assert done.exit_code == 2
-    assert f"unknown {'patch' if 'rpoe' in option else 'fidelity'}" in done.output
+    said = "unknown patch rpoe" if "rpoe" in option else "'near' is not one of exact, close"
+    assert said in " ".join(done.output.replace("│", " ").split())
+
+
+def test_the_names_of_the_command_line_are_those_that_there_are():
+    from wan_patches.bench.measure import DTYPES
+    from wan_patches.bench.shapes import SHAPES
+
+    ours = {patch.name for patch in wan_patches._registry.patches() if patch.module.startswith("diffusers.")}
+    assert set(options.PATCHES) == ours
+    assert tuple(DTYPES) == options.DTYPES
+    assert tuple(SHAPES) == options.SHAPES
+    assert tuple(fidelity.value for fidelity in wan_patches.Fidelity) == options.FIDELITIES
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["verify", "tiny:wan_t2v", "--patches", "rpoe"],
+        ["verify", "tiny:wan_t2v", "--dtype", "fp8"],
+        ["run", "--patches", "rope", "--patches", "rpoe", "script.py"],
+        ["bench", "block", "--shape", "nope"],
+    ],
+)
+def test_a_wrong_name_is_refused_before_torch_is_imported(arguments):
+    code = f"""
+import sys
+from wan_patches.cli import app
+try:
+    app({arguments!r})
+except SystemExit as error:
+    assert error.code == 2, error.code
+assert not {{"torch", "diffusers"}} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_help_has_a_short_form():
+    assert "Usage" in _run("bench", "-h").output
+
+
+def test_progress_is_lines_where_there_is_no_terminal(capsys):
+    with shared.progress("loading") as tell:
+        tell("stock")
+    assert capsys.readouterr().err == "loading\nstock\n"

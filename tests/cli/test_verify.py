@@ -27,7 +27,7 @@ TINY = ("tiny:wan_t2v", "--frames", "5", "--steps", "1", "--repeat", "0", "--dev
 
 def test_the_command_exits_with_0_where_all_is_the_same(tmp_path):
     report, rows = tmp_path / "report.html", tmp_path / "rows.json"
-    done = run(*TINY, "--report", str(report), "--json", str(rows), "--patches", "rope,frames")
+    done = run(*TINY, "--report", str(report), "--json", str(rows), "--patches", "rope", "--patches", "frames,")
     assert done.exit_code == 0, done.output
     assert "Every bit is the same" in done.output
     assert "Every bit is the same" in report.read_text()
@@ -48,12 +48,12 @@ def test_the_command_exits_with_1_and_names_the_patch(monkeypatch):
         (["tiny:wan_t3v"], "Unknown tiny model 'wan_t3v'; known: wan_t2v, "),
         (["no-such-folder"], "Cannot load the model no-such-folder"),
         (["tiny:wan_t2v", "--patches", "rpoe"], "unknown patch rpoe"),
-        (["tiny:wan_t2v", "--fidelity", "near"], "unknown fidelity 'near'"),
+        (["tiny:wan_t2v", "--fidelity", "near"], "'near' is not one of exact, close"),
         (["tiny:wan_t2v", "--size", "47x"], "WIDTHxHEIGHT"),
         (["tiny:wan_t2v", "--size", "47x31"], "Check that the model runs without wan-patches."),
         (["tiny:wan_t2v", "--report", "no-such-folder/report.html"], "there is no folder no-such-folder"),
         (["tiny:wan_t2v", "--json", "."], "is a folder"),
-        (["tiny:wan_t2v", "--dtype", "fp7"], "Unknown dtype 'fp7'"),
+        (["tiny:wan_t2v", "--dtype", "fp7"], "'fp7' is not one of fp32, bf16, fp16"),
         ([*TINY, "--patches", "timesteps"], "NOT verified: no patch was in force"),
         (["tiny:wan22_i2v", "--image", "no-such-photo.png"], "Cannot read the image"),
     ],

@@ -193,7 +193,10 @@ def compare(subject: Subject, device: torch.device, repeats: int, on_step: Calla
     for nth in range(repeats + 1):
         for patched in (False, True) if nth % 2 else (True, False):
             with wan_patches.enabled(None if patched else ()):
-                run = record(subject.pipe, subject.arguments(), device, on_step)
+                try:
+                    run = record(subject.pipe, subject.arguments(), device, on_step)
+                except ValueError as error:  # diffusers' check of the arguments
+                    raise MeasurementError(f"{subject.name} refuses the arguments: {error}") from error
             if nth == 0:  # on accelerators the first patched run gets stock's results from the first-sight gate
                 continue
             runs[patched].append(run)

@@ -18,7 +18,7 @@ __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="wan-patches", help="Faster Wan and Helios pipelines, bit-identical to stock.", no_args_is_help=True,
-    add_completion=False, pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]}, pretty_exceptions_enable=False,
 )  # fmt: skip
 
 _OF_A_SCRIPT = {"allow_interspersed_args": False}  # options after the script belong to the script

@@ -123,9 +123,6 @@ def vae(
 
 # `bench block`, `model` and `pipeline`
 
-Shape = Annotated[
-    str, typer.Option(help="Model: 14b-480p, 14b-720p, 1.3b-480p, ti2v-5b, helios, tiny, tiny-ti2v, tiny-helios.")
-]
 Frames = Annotated[int | None, typer.Option(min=1, help="Frames of the video; the default is smaller on a CPU.")]
 Size = Annotated[str | None, typer.Option(help="WIDTHxHEIGHT of the video; the default is smaller on a CPU.")]
 Layers = Annotated[int | None, typer.Option(min=1, help="Number of transformer blocks; all by default.")]
@@ -148,9 +145,9 @@ Result = Annotated[Path | None, typer.Option(help="JSON file to write the result
 
 @app.command()
 def block(
-    shape: Shape = "14b-480p", device: options.Device = "auto", dtype: options.Dtype = "bf16", frames: Frames = None,
-    size: Size = None, attention: Attention = None, compiled: Compile = None, threads: options.Threads = None,
-    seconds: Seconds = 5.0, json: Result = None, chart: options.Chart = None,
+    shape: options.Shape = "14b-480p", device: options.Device = "auto", dtype: options.Dtype = "bf16",
+    frames: Frames = None, size: Size = None, attention: Attention = None, compiled: Compile = None,
+    threads: options.Threads = None, seconds: Seconds = 5.0, json: Result = None, chart: options.Chart = None,
 ) -> None:  # fmt: skip
     """Measure one transformer block with random weights: stock, patched, compiled, and the floor of its matmuls.
 
@@ -162,10 +159,10 @@ def block(
 
 @app.command()
 def model(
-    shape: Shape = "14b-480p", device: options.Device = "auto", dtype: options.Dtype = "bf16", frames: Frames = None,
-    size: Size = None, layers: Layers = None, attention: Attention = None, compiled: Compile = None,
-    regional: Regional = False, threads: options.Threads = None, seconds: Seconds = 10.0, json: Result = None,
-    chart: options.Chart = None,
+    shape: options.Shape = "14b-480p", device: options.Device = "auto", dtype: options.Dtype = "bf16",
+    frames: Frames = None, size: Size = None, layers: Layers = None, attention: Attention = None,
+    compiled: Compile = None, regional: Regional = False, threads: options.Threads = None, seconds: Seconds = 10.0,
+    json: Result = None, chart: options.Chart = None,
 ) -> None:  # fmt: skip
     """Measure one forward pass of a denoiser with random weights, in the same variants as `block`.
 
@@ -177,8 +174,8 @@ def model(
 
 @app.command()
 def pipeline(
-    shape: Shape = "14b-480p", device: options.Device = "auto", dtype: options.Dtype = "bf16", frames: Frames = None,
-    size: Size = None, layers: Layers = None,
+    shape: options.Shape = "14b-480p", device: options.Device = "auto", dtype: options.Dtype = "bf16",
+    frames: Frames = None, size: Size = None, layers: Layers = None,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 4,
     attention: Attention = None, compiled: Compile = None, regional: Regional = False,
     threads: options.Threads = None, seconds: Seconds = 10.0, json: Result = None, chart: options.Chart = None,

@@ -2,10 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+#: Names that commands refuse or complete before torch is imported; tests compare them with the registry and the bench.
+PATCHES = (
+    *("attention_backends", "conditioning", "frames", "modulation", "preprocess", "qk", "rope", "rotary_tables"),
+    *("step_loop", "timesteps", "vae"),
+)
+DTYPES = ("fp32", "bf16", "fp16")
+FIDELITIES = ("exact", "close")
+SHAPES = ("14b-480p", "14b-720p", "1.3b-480p", "ti2v-5b", "helios", "tiny", "tiny-ti2v", "tiny-helios")
+
+
+def _one_of(known: tuple[str, ...], help: str) -> Any:
+    """An option that takes one of several words, and refuses others before anything is imported."""
+
+    def check(value: str | None) -> str | None:
+        if value is not None and value not in known:
+            raise typer.BadParameter(f"{value!r} is not one of {', '.join(known)}")
+        return value
+
+    return typer.Option(callback=check, autocompletion=lambda: list(known), metavar="|".join(known), help=help)
+
 
 # Script and patches
 
@@ -13,9 +35,16 @@ Script = Annotated[str, typer.Argument(help="Script to run; with -m the name of 
 Arguments = Annotated[list[str] | None, typer.Argument(help="Arguments of the script.")]
 Module = Annotated[bool, typer.Option("-m", help="Run a module, like `python -m`.")]
 Patches = Annotated[
-    str | None, typer.Option(help="Comma-separated names of patches (see `wan-patches status`); default: all.")
+    list[str] | None,
+    typer.Option(
+        help=f"Patches to use, with commas or the option repeated: {', '.join(PATCHES)}; default: all.",
+        autocompletion=lambda: list(PATCHES),
+    ),
 ]
-Fidelity = Annotated[str, typer.Option(help="exact, or close to also allow patches that change rounding.")]
+Fidelity = Annotated[
+    str,
+    _one_of(FIDELITIES, "`close` also allows patches that change rounding."),
+]
 Gate = Annotated[
     bool, typer.Option("--gate/--no-gate", help="On accelerators, compare each operation with stock the first time.")
 ]
@@ -30,14 +59,17 @@ Seed = Annotated[int, typer.Option(help="Seed of the noise and of random weights
 # Machine and files
 
 Device = Annotated[str, typer.Option(help="Device: auto, cpu, cuda, npu, ...")]
-Dtype = Annotated[str, typer.Option(help="Data type: fp32, bf16 or fp16.")]
+Dtype = Annotated[str, _one_of(DTYPES, "Data type.")]
+Shape = Annotated[str, _one_of(SHAPES, "Model, and the size of its video.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Number of torch threads on the CPU.")]
 Chart = Annotated[Path | None, typer.Option(help="PNG file to draw a chart of the result to.")]
 
 
-def names(patches: str | None) -> list[str] | None:
-    """Splits a value of `Patches` into names; None stands for all patches."""
-    return None if patches is None else [name.strip() for name in patches.split(",") if name.strip()]
+def names(patches: Iterable[str] | None) -> list[str] | None:
+    """Splits the values of `Patches` into names; None stands for all patches."""
+    if patches is None:
+        return None
+    return [name.strip() for value in patches for name in value.split(",") if name.strip()]
 
 
 def size(text: str | None) -> tuple[int, int] | None:

@@ -14,9 +14,8 @@ def profile(
     script: options.Script,
     arguments: options.Arguments = None,
     module: options.Module = False,
-    patches: Annotated[
-        str | None, typer.Option(help='Comma-separated names of patches; "" for stock; default: all.')
-    ] = None,
+    patches: options.Patches = None,
+    stock: Annotated[bool, typer.Option("--stock", help='Run without patches; like --patches "".')] = False,
     fidelity: options.Fidelity = "exact",
     gate: options.Gate = True,
     json: Annotated[Path | None, typer.Option(help="JSON file to write the profile to.")] = None,
@@ -38,7 +37,7 @@ def profile(
 
     if wrong := obstacle(chart, json, trace):
         shared.fail(wrong)
-    shared.enable(options.names(patches), fidelity, gate)
+    shared.enable([] if stock else options.names(patches), fidelity, gate)
     shared.require("torch")
     given: dict[str, Any] = {"json": json, "chart": chart, "trace": trace, "copies": copies}
     raise shared.Outside(lambda: run_script(script, arguments or (), module=module, **given))

@@ -76,6 +76,33 @@ def enable(names: list[str] | None, fidelity: str, gate: bool) -> None:
         fail(str(error))
 
 
+def check_patches(names: list[str] | None, fidelity: str) -> None:
+    """Ends the command if a name or the fidelity is unknown; imports neither torch nor diffusers."""
+    try:
+        with wan_patches.enabled(names, fidelity=fidelity):
+            pass
+    except ValueError as error:
+        fail(str(error))
+
+
+@contextlib.contextmanager
+def progress(label: str) -> Iterator[Callable[[str], None]]:
+    """Shows on stderr what the command is doing: a spinner in a terminal, a line for each label elsewhere.
+
+    Yields:
+        A function that changes the label.
+    """
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        typer.echo(label, err=True)
+        yield lambda label: typer.echo(label, err=True)
+        return
+    with console.status(label) as shown:
+        yield shown.update
+
+
 def preflight(check: Callable[[Path], None], *paths: Path | None) -> None:
     """Ends the command before long work if `check` rejects one of the paths."""
     try:

@@ -37,27 +37,21 @@ def verify(
     """
     width_height, names = options.size(size), options.names(patches)
     shared.preflight(check_file, json, report)
+    shared.check_patches(names, fidelity)
     with shared.errors("verify"):
-        from rich.console import Console
-
         from wan_patches.bench.demo import open_image
         from wan_patches.bench.measure import device_of, dtype_of
         from wan_patches.bench.verification import subject
 
         on, precision = device_of(device), dtype_of(dtype)
         photo = None if image is None else open_image(image)
-        try:
-            with wan_patches.enabled(names, fidelity=fidelity):  # rejects misspelt names before a model is loaded
-                pass
-        except ValueError as error:
-            shared.fail(str(error))
         choice: dict[str, Any] = {"prompt": prompt, "size": width_height, "frames": frames, "steps": steps}
-        with Console(stderr=True).status("loading") as shown:
+        with shared.progress("loading") as tell:
             found = subject(model, photo, on, precision, seed=seed, **choice)
             try:
                 verification = wan_patches.verify(
                     found.pipe, patches=names, fidelity=fidelity, repeat=repeat,
-                    on_run=lambda purpose: shown.update(purpose), **found.arguments(),
+                    on_run=tell, **found.arguments(),
                 )  # fmt: skip
             except Exception as error:  # raised by the pipeline itself with stock code
                 shared.fail(f"{type(error).__name__}: {error}. Check that the model runs without wan-patches.")
