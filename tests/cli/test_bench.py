@@ -29,7 +29,7 @@ def test_bench_ops_writes_json(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "rows.json").read_text())["rows"][0]["exact"] is True
 
 
-def test_bench_ops_fails_where_a_bit_differs(monkeypatch):
+def test_bench_ops_fails_if_a_bit_differs(monkeypatch):
     rows = [ops.Row("rope", "1x2", "bf16", 2.0, 1.0, None, None, exact=False)]
     monkeypatch.setattr(ops, "measure", lambda *args, **kwargs: rows)
     done = run("bench", "ops")
@@ -37,7 +37,7 @@ def test_bench_ops_fails_where_a_bit_differs(monkeypatch):
     assert "NOT bit-identical: rope 1x2." in done.output
 
 
-def test_rows_that_cannot_be_written_are_printed_all_the_same(tmp_path, monkeypatch):
+def test_rows_are_printed_even_if_the_file_cannot_be_written(tmp_path, monkeypatch):
     def measure(repeats):
         (tmp_path / "folder").rmdir()
         return [overhead.Row(*(["0"] * len(dataclasses.fields(overhead.Row))))]
@@ -53,7 +53,7 @@ def test_rows_that_cannot_be_written_are_printed_all_the_same(tmp_path, monkeypa
     assert "rows.json was not written: " in second
 
 
-def test_a_difference_counts_more_than_a_file(monkeypatch, tmp_path):
+def test_a_difference_has_precedence_over_a_file_error(monkeypatch, tmp_path):
     rows = [ops.Row("rope", "1x2", "bf16", 2.0, 1.0, None, None, exact=False)]
     monkeypatch.setattr(ops, "measure", lambda *args, **kwargs: rows)
     monkeypatch.setattr(ops, "write_json", lambda path, *more: path.mkdir(exist_ok=False, parents=False))
@@ -77,7 +77,7 @@ def test_bench_block_prints_writes_and_draws(tmp_path):
     assert (tmp_path / "block.png").stat().st_size > 1000
 
 
-def test_bench_block_fails_where_a_bit_differs(monkeypatch):
+def test_bench_block_fails_if_a_bit_differs(monkeypatch):
     result = block.measure(shapes.shape_of("tiny", CPU), CPU, torch.float32, compiled=False, seconds=0.0)
     rows = tuple(variants.Row(row.way, 1.0, 1.0, row.way == "stock", 1e-3) for row in result.rows)
     monkeypatch.setattr(block, "measure", lambda *a, **k: variants.replace(result, rows=rows))
@@ -96,7 +96,7 @@ def test_bench_block_fails_where_a_bit_differs(monkeypatch):
     ],
 )
 @pytest.mark.parametrize("name", ["block", "model", "pipeline"])
-def test_what_the_user_can_mend_is_said_before_anything_is_measured(name, arguments, message):
+def test_user_errors_are_reported_before_the_measurement(name, arguments, message):
     done = run("bench", name, *(["--device", "cpu"] * ("--device" not in arguments)), *arguments)
     assert done.exit_code == 2
     assert message in " ".join(done.output.replace("│", " ").split())
@@ -112,7 +112,7 @@ def test_bench_model_takes_fewer_layers_and_another_video(tmp_path):
     assert (found.video, found.layers, found.attentions) == ((2, 4, 8), 1, 2)
 
 
-def test_the_attention_backend_is_that_of_all_ways_and_of_the_floor():
+def test_all_variants_and_the_floor_use_the_attention_backend():
     arguments = ["bench", "model", "--shape", "tiny", "--device", "cpu", "--seconds", "0", "--attention"]
     done = run(*arguments, "_native_math")
     assert done.exit_code == 0, done.output
@@ -122,7 +122,7 @@ def test_the_attention_backend_is_that_of_all_ways_and_of_the_floor():
     assert "The attention backend 'telepathy' cannot be used: " in done.output
 
 
-def test_compiled_ways_are_asked_for_on_a_cpu(monkeypatch):
+def test_compiled_variants_are_opt_in_on_a_cpu(monkeypatch):
     asked = []
 
     def measure(shape, device, dtype, *, compiled, **_):

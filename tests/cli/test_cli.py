@@ -64,7 +64,7 @@ def test_a_missing_extra_is_named_in_one_sentence(command, extra, monkeypatch):
         (["--size", "100x100"], "refuses the arguments: `height` and `width` have to be divisible by 16"),
     ],
 )
-def test_what_the_user_can_mend_is_said_without_a_traceback(arguments, message):
+def test_user_errors_are_reported_without_a_traceback(arguments, message):
     done = _run("demo", "--device", "cpu", *arguments)
     assert done.exit_code == 2
     assert message in " ".join(done.output.replace("│", " ").split())
@@ -102,7 +102,7 @@ def broken_torch(tmp_path_factory):
         pytest.param(["profile", "script.py"], "1", "torch", marks=pytest.mark.slow),
     ],
 )
-def test_a_broken_torch_is_said_in_one_line(command, autoload, what, broken_torch):
+def test_a_broken_torch_is_reported_in_one_line(command, autoload, what, broken_torch):
     environment = os.environ | {"PYTHONPATH": str(broken_torch), "TORCH_DEVICE_BACKEND_AUTOLOAD": autoload}
     done = subprocess.run(
         [sys.executable, "-m", "wan_patches", *command],
@@ -132,7 +132,7 @@ def test_a_broken_torch_is_said_in_one_line(command, autoload, what, broken_torc
         ["demo", "--out", "/proc/demo"],
     ],
 )
-def test_what_cannot_be_written_is_said_before_anything_runs(command, monkeypatch):
+def test_unwritable_files_are_reported_before_the_command_runs(command, monkeypatch):
     monkeypatch.setattr(shared, "require", lambda *modules: pytest.fail("it has begun"))
     done = _run(*command)
     assert done.exit_code == 2, done.output
@@ -141,7 +141,7 @@ def test_what_cannot_be_written_is_said_before_anything_runs(command, monkeypatc
 
 @pytest.mark.parametrize("command", [["run", "script.py"], ["profile", "script.py"], ["verify", "tiny:wan_t2v"]])
 @pytest.mark.parametrize("option", [["--patches", "rpoe"], ["--fidelity", "near"]])
-def test_misspelt_patches_and_fidelities_have_one_status(command, option):
+def test_misspelt_patches_and_fidelities_exit_with_2(command, option):
     name, *rest = command
     done = _run(name, *option, *rest)
     assert done.exit_code == 2

@@ -17,7 +17,7 @@ from wan_patches.diagnostics import profiling
     ("options", "trace"),
     [([], None), (["--no-copies"], False), (["--trace", "t.json"], True), (["--trace", "t.json", "--no-copies"], True)],
 )
-def test_copies_are_counted_unless_asked_not_to(options, trace, monkeypatch, tmp_path):
+def test_copies_are_counted_by_default(options, trace, monkeypatch, tmp_path):
     given = []
 
     @contextlib.contextmanager
@@ -43,20 +43,20 @@ def test_copies_are_counted_unless_asked_not_to(options, trace, monkeypatch, tmp
         (["--fidelity", "near", "script.py"], "'near' is not one of exact, close"),
     ],
 )
-def test_what_cannot_work_is_said_before_the_script_runs(arguments, message):
+def test_user_errors_are_reported_before_the_script_runs(arguments, message):
     done = CliRunner().invoke(cli.app, ["profile", *arguments])
     assert done.exit_code == 2
     assert message in " ".join(done.output.replace("│", " ").split())
 
 
-def test_the_command_takes_what_run_takes(monkeypatch):
+def test_profile_accepts_the_options_of_run(monkeypatch):
     with pytest.raises(Outside):
         cli.app(["profile", "--fidelity", "close", "--no-gate", "script.py"], standalone_mode=False)
     choice = wan_patches._registry.chosen()
     assert (choice.fidelity, choice.gate) == (wan_patches.Fidelity.CLOSE, False)
 
 
-def test_a_missing_matplotlib_is_said_before_the_script_runs(monkeypatch):
+def test_missing_matplotlib_is_reported_before_the_script_runs(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: None)
     done = CliRunner().invoke(cli.app, ["profile", "--chart", "p.png", "script.py"])
     assert done.exit_code == 2

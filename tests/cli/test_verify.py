@@ -25,7 +25,7 @@ def run(*arguments):
 TINY = ("tiny:wan_t2v", "--frames", "5", "--steps", "1", "--repeat", "0", "--device", "cpu", "--dtype", "fp32")
 
 
-def test_the_command_exits_with_0_where_all_is_the_same(tmp_path):
+def test_the_command_exits_with_0_if_all_bits_are_the_same(tmp_path):
     report, rows = tmp_path / "report.html", tmp_path / "rows.json"
     done = run(*TINY, "--report", str(report), "--json", str(rows), "--patches", "rope", "--patches", "frames,")
     assert done.exit_code == 0, done.output
@@ -58,13 +58,13 @@ def test_the_command_exits_with_1_and_names_the_patch(monkeypatch):
         (["tiny:wan22_i2v", "--image", "no-such-photo.png"], "Cannot read the image"),
     ],
 )
-def test_the_command_exits_with_2_where_nothing_could_be_found_out(arguments, message):
+def test_the_command_exits_with_2_if_the_verdict_is_unknown(arguments, message):
     done = run(*arguments, "--device", "cpu")
     assert done.exit_code == 2
     assert message in " ".join(done.output.replace("│", " ").split())
 
 
-def test_the_command_exits_with_2_where_stock_does_not_repeat_itself(monkeypatch):
+def test_the_command_exits_with_2_if_stock_is_nondeterministic(monkeypatch):
     from wan_patches.bench import verification
 
     def subject(*args, **kwargs):
@@ -83,7 +83,7 @@ def test_the_command_exits_with_2_where_stock_does_not_repeat_itself(monkeypatch
     assert "NOT verified: runs of stock code differ from each other" in done.output
 
 
-def test_files_that_cannot_be_written_after_all_do_not_hide_what_was_found(monkeypatch, tmp_path):
+def test_file_errors_do_not_hide_the_result(monkeypatch, tmp_path):
     def fail(found, path):
         raise OSError(28, "No space left on device")
 
@@ -96,7 +96,7 @@ def test_files_that_cannot_be_written_after_all_do_not_hide_what_was_found(monke
     assert json.loads(rows.read_text())["exact"] is True
 
 
-def test_the_command_takes_a_folder_and_says_what_else_it_needs(tmp_path):
+def test_the_command_accepts_a_folder_and_names_missing_inputs(tmp_path):
     folder, photo = tmp_path / "model", tmp_path / "photo.png"
     FAMILIES["wan22_i2v"].build().save_pretrained(folder)
     images()[0].save(photo)

@@ -21,7 +21,7 @@ def fail():
     raise KeyError("no")
 
 
-def test_calls_and_returns_are_told_in_order():
+def test_calls_and_returns_are_reported_in_order():
     told = []
     with tracing_calls(
         [double.__code__, quadruple.__code__],
@@ -39,7 +39,7 @@ def test_calls_and_returns_are_told_in_order():
     ]
 
 
-def test_what_is_not_asked_for_is_not_told():
+def test_other_calls_are_not_reported():
     told = []
     with tracing_calls([double.__code__], on_call=lambda frame: told.append(frame.f_code.co_name)):
         quadruple(1)
@@ -47,7 +47,7 @@ def test_what_is_not_asked_for_is_not_told():
     assert told == ["double", "double"]
 
 
-def test_a_function_is_asked_once_about_each_code():
+def test_the_predicate_is_called_once_for_each_code():
     asked, told = [], []
 
     def wants(frame):
@@ -61,7 +61,7 @@ def test_a_function_is_asked_once_about_each_code():
     assert asked.count("double") == asked.count("quadruple") == 1
 
 
-def test_an_exception_is_told_and_goes_on():
+def test_an_exception_is_reported_and_propagates():
     told = []
     with (
         pytest.raises(KeyError),
@@ -71,14 +71,14 @@ def test_an_exception_is_told_and_goes_on():
     assert told == [None]
 
 
-def test_callbacks_do_not_watch_themselves():
+def test_calls_made_by_callbacks_are_not_reported():
     told = []
     with tracing_calls([double.__code__], on_return=lambda frame, value: told.append(double(value))):
         double(1)
     assert told == [4]
 
 
-def test_another_profiler_comes_back():
+def test_a_previous_profiler_is_restored():
     def other(frame, event, value):
         pass
 
@@ -92,7 +92,7 @@ def test_another_profiler_comes_back():
         sys.setprofile(before)
 
 
-def test_cprofile_rests_and_comes_back():
+def test_cprofile_is_paused_and_resumed():
     told, cprofile, before = [], cProfile.Profile(), sys.getprofile()
     cprofile.enable()
     try:
@@ -116,7 +116,7 @@ def fail_quietly():
         fail()
 
 
-def test_a_profiler_that_takes_over_is_told_of_and_stays():
+def test_a_profiler_set_in_the_block_stays_and_is_reported_as_displacing():
     def other(frame, event, value):
         pass
 
@@ -133,7 +133,7 @@ def test_a_profiler_that_takes_over_is_told_of_and_stays():
     assert trace.displaced
 
 
-def test_a_cprofile_within_the_block_is_seen_or_told_of():
+def test_cprofile_in_the_block_is_seen_or_reported():
     told, cprofile = [], cProfile.Profile()
     with tracing_calls([double.__code__], on_return=lambda frame, value: told.append(value)) as trace:
         cprofile.enable()
@@ -143,7 +143,7 @@ def test_a_cprofile_within_the_block_is_seen_or_told_of():
     assert sys.getprofile() is None
 
 
-def test_one_within_another_is_told_of():
+def test_nested_traces_report_displacement():
     told = []
     with tracing_calls([double.__code__], on_return=lambda frame, value: told.append(value)) as outer:
         with tracing_calls([double.__code__]) as inner:
@@ -153,14 +153,14 @@ def test_one_within_another_is_told_of():
     assert (outer.displaced, inner.displaced) == (True, False)
 
 
-def test_one_after_another_is_not_displaced():
+def test_consecutive_traces_are_not_displaced():
     for _ in range(2):
         with tracing_calls([double.__code__]) as trace:
             double(1)
         assert not trace.displaced
 
 
-def test_a_profiler_that_cannot_be_put_back_is_left_alone():
+def test_a_profiler_that_cannot_be_restored_is_left_alone():
     torch = pytest.importorskip("torch")
     told = []
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], with_stack=True):

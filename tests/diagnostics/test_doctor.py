@@ -87,12 +87,12 @@ def test_the_script_of_an_installed_cann_is_named():
     assert "source /opt/cann/set_env.sh" in remedy
 
 
-def test_torch_without_its_backend_is_a_way_out_where_diffusers_can_do_without():
+def test_disabling_autoload_is_suggested_only_if_diffusers_works_without_the_backend():
     remedy = one(doctor._find_torch(BROKEN, Answer(TORCH), True, ["torch_npu"], [])).remedy
-    assert remedy.endswith("Or start with TORCH_DEVICE_BACKEND_AUTOLOAD=0.")
+    assert remedy.endswith("Or set TORCH_DEVICE_BACKEND_AUTOLOAD=0.")
 
 
-def test_a_torch_that_is_broken_by_itself():
+def test_a_broken_torch():
     answer = Answer(None, ("OSError: libcudart.so.12: cannot open shared object file",))
     finding = one(doctor._find_torch(answer, None, True, [], []))
     assert finding.state == PROBLEM
@@ -100,7 +100,7 @@ def test_a_torch_that_is_broken_by_itself():
     assert "pip install" in finding.remedy
 
 
-def test_without_torch_nothing_is_asked(monkeypatch, quick):
+def test_without_torch_no_process_is_started(monkeypatch, quick):
     monkeypatch.setattr(doctor, "_version_of", lambda package: None if package == "torch" else "1.0")
     quick.clear()
     found = doctor.examine()
@@ -141,7 +141,7 @@ def test_versions(tested, version, state, text):
     assert bool(finding.remedy) == (state != OK)
 
 
-def test_an_unknown_diffusers_says_what_becomes_of_it():
+def test_an_unknown_diffusers_is_explained():
     assert "Recognised code is patched" in one(doctor._find_version(DIFFUSERS, "0.99.0")).remedy
 
 
@@ -186,7 +186,7 @@ def test_devices():
     assert npu.state == WARNING
 
 
-def test_triton_is_missed_on_a_gpu_only():
+def test_missing_triton_is_a_warning_only_on_a_gpu():
     assert doctor._find_triton(TORCH, None).state == OK
     assert doctor._find_triton(TORCH | {"devices": {"cuda": ["A GPU"]}}, None).state == WARNING
     assert doctor._find_triton(TORCH, "3.7.0").text == "3.7.0"
@@ -231,7 +231,7 @@ def test_patches():
     active, absent, close, skipped, plugin = doctor._find_patches(Answer(facts), [])
     assert active == Finding("patches", OK, "rope: active in 3 functions of 1 module")
     assert absent == Finding("patches", OK, "frames: not in this version of diffusers")
-    assert close == Finding("patches", OK, "timesteps: off: only enable(fidelity='close') takes it")
+    assert close == Finding("patches", OK, "timesteps: off: only enable(fidelity='close') uses it")
     assert skipped.state == plugin.state == WARNING
     assert "diffusers.b: its text is not known" in skipped.text
     assert "plugin" in plugin.remedy
@@ -246,7 +246,7 @@ def test_a_module_that_cannot_be_imported():
     assert finding.remedy == "pip install transformers."
 
 
-def test_a_package_that_is_not_installed_but_copied():
+def test_a_copied_package_without_metadata():
     finding = one(doctor._find_package(0))
     assert finding.state == PROBLEM
     assert "pip install wan-patches" in finding.remedy
@@ -257,7 +257,7 @@ def test_other_pythons_and_systems():
     assert [finding.state for finding in doctor._find_python((3, 99, 0), "Windows")] == [WARNING, WARNING]
 
 
-def test_it_prints_as_a_table_and_as_html():
+def test_the_examination_prints_as_a_table_and_as_html():
     found = Examination((Finding("a", OK, "fine"), Finding("b", PROBLEM, "not <fine>", "mend [it]")))
     assert found.state == PROBLEM
     assert "-> mend [it]" in str(found)
@@ -305,7 +305,7 @@ def probe(monkeypatch, tmp_path):
     return lambda function, timeout=60.0: ask(function, {"A_VARIABLE": "told"}, timeout)
 
 
-def test_an_answer_is_found_among_other_output(probe):
+def test_the_answer_is_found_among_other_output(probe):
     assert probe(chatter) == Answer({"it": "told"})
 
 
@@ -315,9 +315,9 @@ def test_errors_come_with_their_causes(probe):
 
 
 @pytest.mark.parametrize(
-    ("function", "error"), [(crash, "ended by SIGABRT"), (leave, "status 3"), (sleep, "no answer within 3 seconds")]
+    ("function", "error"), [(crash, "killed by SIGABRT"), (leave, "status 3"), (sleep, "no answer within 3 seconds")]
 )
-def test_processes_that_do_not_answer(probe, function, error):
+def test_probes_that_fail_to_answer(probe, function, error):
     answer = probe(function, timeout=3.0 if function is sleep else 60.0)
     assert answer.facts is None
     assert error in answer.errors[0]

@@ -7,7 +7,7 @@ import torch
 from wan_patches.diagnostics import machine
 
 
-def test_the_machine_of_a_gpu_has_its_driver(monkeypatch, tmp_path):
+def test_the_facts_of_a_gpu_contain_the_driver(monkeypatch, tmp_path):
     version = tmp_path / "version"
     version.write_text("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86.15  Release Build\n")
     real = open

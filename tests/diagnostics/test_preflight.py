@@ -7,7 +7,7 @@ import pytest
 from wan_patches.diagnostics.preflight import check_file, check_folder
 
 
-def test_a_file_that_can_be_written_is_left_as_it_was(tmp_path):
+def test_checking_a_writable_file_does_not_change_it(tmp_path):
     old, link = tmp_path / "old.json", tmp_path / "link.json"
     old.write_text("kept")
     os.utime(old, (1, 1))
@@ -31,19 +31,19 @@ def test_a_file_that_can_be_written_is_left_as_it_was(tmp_path):
         ("link", "link cannot be written: "),
     ],
 )
-def test_why_a_file_cannot_be_written(path, message, tmp_path):
+def test_errors_of_unwritable_files(path, message, tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to("nowhere/x.html")
     with pytest.raises(OSError, match=message):
         check_file(tmp_path / path)
 
 
-def test_a_pipe_is_not_waited_for(tmp_path):
+def test_a_pipe_is_not_opened(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     check_file(tmp_path / "pipe")
 
 
-def test_a_folder_that_can_be_written_is_left_as_it_was(tmp_path):
+def test_checking_a_writable_folder_does_not_change_it(tmp_path):
     check_folder(tmp_path)
     check_folder(tmp_path / "new" / "folder")
     assert list(tmp_path.iterdir()) == []
@@ -52,7 +52,7 @@ def test_a_folder_that_can_be_written_is_left_as_it_was(tmp_path):
 @pytest.mark.parametrize(
     ("path", "message"), [("file/inner", "file is not a folder"), ("/proc/x", "/proc/x is not writable: ")]
 )
-def test_why_a_folder_cannot_be_written(path, message, tmp_path):
+def test_errors_of_unwritable_folders(path, message, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match=message):
         check_folder(tmp_path / path)

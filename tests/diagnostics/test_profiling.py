@@ -109,7 +109,7 @@ def test_a_call_that_raises_is_counted_as_failed(pipe, monkeypatch):
     assert "1 call, 1 failed" in str(profile)
 
 
-def test_without_patches_there_are_stages_and_a_word_about_it(pipe):
+def test_without_patches_there_are_stages_and_a_note(pipe):
     with wan_patches.profile() as profile:
         call(pipe)
     assert stages.DENOISE in profile.pipelines[0].seconds
@@ -118,7 +118,7 @@ def test_without_patches_there_are_stages_and_a_word_about_it(pipe):
     assert "no patch is enabled" in str(profile)
 
 
-def test_calls_in_other_threads_are_not_seen_and_it_says_so(pipe):
+def test_calls_in_other_threads_are_not_seen_and_noted(pipe):
     with wan_patches.profile() as profile:
         thread = threading.Thread(target=call, args=(pipe,))
         thread.start()
@@ -154,7 +154,7 @@ def test_calls_of_operations_are_counted(pipe):
     assert {"rope", "frames", "vae"} <= set(profile.active)
 
 
-def test_rotary_embeddings_of_few_elements_are_said_to_be(pipe):
+def test_small_rotary_embeddings_report_their_reason(pipe):
     with wan_patches.enabled(["rope"]), wan_patches.profile() as profile:
         call(pipe)
     row = op(profile, "apply_rotary_emb")
@@ -163,7 +163,7 @@ def test_rotary_embeddings_of_few_elements_are_said_to_be(pipe):
     assert f"{row.calls} of {row.calls} fell back to stock: {FEW}" in str(profile)
 
 
-def test_a_probe_is_no_fallback(pipe, any_size):
+def test_a_probe_is_not_counted_as_a_fallback(pipe, any_size):
     rope._is_exact.cache_clear()
     with wan_patches.enabled(["rope"]), wan_patches.profile() as profile:
         call(pipe, size=(128, 128), frames=13, output_type="latent")
@@ -172,7 +172,7 @@ def test_a_probe_is_no_fallback(pipe, any_size):
     assert row.fast == row.calls > 0
 
 
-def test_the_vae_says_why_it_runs_stock(pipe):
+def test_vae_calls_report_why_they_fall_back(pipe):
     hook = pipe.vae.decoder.conv_in.register_forward_hook(lambda *args: None)
     try:
         with wan_patches.enabled(["vae"]), wan_patches.profile() as profile:
@@ -205,7 +205,7 @@ def test_tiles_are_counted_in_stocks_loop(built):
         ({"output_type": "np"}, None),
     ],
 )
-def test_frames_say_why(pipe, arguments, why):
+def test_frames_report_why_they_fall_back(pipe, arguments, why):
     with wan_patches.enabled(["frames"]), wan_patches.profile() as profile:
         call(pipe, **arguments)
     row = op(profile, "postprocess_video")
@@ -222,7 +222,7 @@ def test_code_that_ran_before_it_was_stock_for_a_patch_is_recognised(pipe):
     assert op(profile, "decode").fast == 1
 
 
-def test_preprocessing_and_the_condition_video_say_why(built, monkeypatch):
+def test_preprocessing_and_the_condition_video_report_why_they_fall_back(built, monkeypatch):
     pipe = built("wan22_i2v")
     encode = pipe.vae._encode
     monkeypatch.setattr(pipe.vae, "_encode", lambda video: encode(video))
@@ -234,7 +234,7 @@ def test_preprocessing_and_the_condition_video_say_why(built, monkeypatch):
     assert op(profile, "condition_mask").fast == 1
 
 
-def test_the_same_bits_come_out(pipe):
+def test_profiling_changes_no_bits(pipe):
     with wan_patches.enabled():
         expected = call(pipe)
         with wan_patches.profile(trace=True):
@@ -277,7 +277,7 @@ def through_op(stock, x, kind):
 
 
 @pytest.mark.parametrize("function", [work_patched, through_op])
-def test_a_patch_of_somebody_else_is_told_too(function, monkeypatch):
+def test_third_party_patches_are_profiled_too(function, monkeypatch):
     module, other = types.ModuleType("somebodys_ops"), types.ModuleType("theirs_ops")
     module.work = types.FunctionType(work.__code__, vars(module), "work")
     vars(other).update(tally=tally, theirs=theirs)
@@ -314,7 +314,7 @@ def test_a_patch_of_somebody_else_is_told_too(function, monkeypatch):
 # Costs nothing when off
 
 
-def test_nothing_is_left_behind(pipe):
+def test_profiling_leaves_nothing_behind(pipe):
     with wan_patches.enabled():
         call(pipe)
         places = wan_patches._registry.places()
@@ -337,7 +337,7 @@ def test_nothing_is_left_behind(pipe):
         assert not torch.autograd._profiler_enabled()
 
 
-def test_a_profiler_that_was_set_comes_back(pipe):
+def test_a_profiler_set_before_is_restored(pipe):
     def other(frame, event, value):
         pass
 
@@ -351,7 +351,7 @@ def test_a_profiler_that_was_set_comes_back(pipe):
         sys.setprofile(before)
 
 
-def test_cprofile_rests_and_comes_back(pipe):
+def test_cprofile_is_paused_and_resumed(pipe):
     cprofile = cProfile.Profile()
     cprofile.enable()
     try:
@@ -395,7 +395,7 @@ def test_a_profile_within_a_profile_is_noted(pipe):
     assert "another profiler was set meanwhile" not in str(inner)
 
 
-def test_torchs_profiler_is_left_alone_where_it_is_on():
+def test_a_running_torch_profiler_is_left_alone():
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]), wan_patches.profile(trace=True) as p:
         torch.ones(1)
     assert not p.recorded
@@ -412,7 +412,7 @@ def found(built):
     return profile
 
 
-def test_json_has_all_of_it(found, tmp_path):
+def test_json_contains_the_whole_profile(found, tmp_path):
     found.save_json(tmp_path / "profile.json")
     content = json.loads((tmp_path / "profile.json").read_text())
     assert content == json.loads(found.to_json())
@@ -424,14 +424,14 @@ def test_json_has_all_of_it(found, tmp_path):
     assert content["transfers"] == []
 
 
-def test_it_prints_as_tables_and_as_html(found):
+def test_the_profile_prints_as_tables_and_as_html(found):
     for shown in (str(found), found._repr_html_()):
         for text in ("WanPipeline", "denoise", "apply_rotary_emb", "residual_block", "first sight", "share"):
             assert text in shown
     assert "<pre" in found._repr_html_()
 
 
-def test_the_chart_is_a_picture(found, tmp_path):
+def test_the_chart_is_an_image_file(found, tmp_path):
     pytest.importorskip("matplotlib")
     from PIL import Image
 
@@ -456,14 +456,14 @@ def test_without_a_recording_there_is_no_trace(tmp_path):
         profile.save_trace(tmp_path / "trace.json")
 
 
-def test_nothing_to_draw_is_said(tmp_path):
+def test_an_empty_chart_is_an_error(tmp_path):
     with wan_patches.profile() as profile:
         pass
     with pytest.raises(ValueError, match="no pipeline"):
         profile.save_chart(tmp_path / "chart.png")
 
 
-def test_a_missing_matplotlib_is_said(found, tmp_path, monkeypatch):
+def test_missing_matplotlib_is_an_error(found, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r'pip install "wan-patches\[demo\]"'):
         found.save_chart(tmp_path / "chart.png")
@@ -473,7 +473,7 @@ def test_a_missing_matplotlib_is_said(found, tmp_path, monkeypatch):
     ("arguments", "message"),
     [({"pipe": "script.py"}, "wan-patches profile script.py"), ({"trace": "trace.json"}, r"save_trace\(path\)")],
 )
-def test_wrong_arguments_say_what_to_do(arguments, message):
+def test_invalid_arguments_are_explained(arguments, message):
     with pytest.raises(TypeError, match=message), wan_patches.profile(**arguments):
         pass
 
@@ -481,7 +481,7 @@ def test_wrong_arguments_say_what_to_do(arguments, message):
 # The command
 
 
-def test_the_command_runs_a_script_and_ends_as_it_does(tmp_path):
+def test_the_command_runs_a_script_and_exits_with_its_status(tmp_path):
     pytest.importorskip("matplotlib")
     (tmp_path / "script.py").write_text(
         "import sys\n"
@@ -532,10 +532,10 @@ def test_a_file_that_cannot_be_written_does_not_hide_the_end_of_the_script(tmp_p
     monkeypatch.setattr("wan_patches.diagnostics.script_runner.run", run)
     with pytest.raises(SystemExit):
         profiling.run("script.py", chart=tmp_path / "chart.png")
-    assert "chart.png was not written: there is nothing to draw" in capsys.readouterr().err
+    assert "chart.png was not written: nothing to draw" in capsys.readouterr().err
 
 
-def test_what_keeps_a_profile_from_beginning_is_raised(monkeypatch):
+def test_an_error_at_the_start_of_a_profile_propagates(monkeypatch):
     def fail(*args):
         raise ImportError("no torch here")
 

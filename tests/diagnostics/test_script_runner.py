@@ -87,11 +87,11 @@ def folder(tmp_path):
     ],
     ids=lambda arguments: " ".join(arguments),
 )
-def test_a_script_finds_what_it_finds_under_plain_python(folder, arguments):
+def test_a_script_sees_the_same_environment_as_under_plain_python(folder, arguments):
     assert assert_alike(arguments, folder).returncode == 0
 
 
-def test_without_the_folder_of_the_script_where_python_is_told_so(folder):
+def test_safe_path_leaves_out_the_folder_of_the_script(folder):
     if sys.version_info < (3, 11):
         pytest.skip("python -P came with 3.11")
     assert assert_alike(["inner/script.py"], folder, PYTHONSAFEPATH="1").returncode == 0
@@ -120,7 +120,7 @@ def test_the_console_command_is_the_same(folder):
         "import traceback\nsys.excepthook = lambda k, v, t: print(traceback.format_exception(k, v, t))\n1 / 0",
     ],
 )
-def test_it_ends_as_under_plain_python(tmp_path, body):
+def test_a_script_ends_as_under_plain_python(tmp_path, body):
     (tmp_path / "script.py").write_text(f"import sys\nprint('ran')\n{body}\n")
     assert_alike(["script.py"], tmp_path)
 
@@ -130,7 +130,7 @@ def test_a_module_that_raises_ends_as_under_plain_python(tmp_path):
     assert assert_alike(["-m", "module"], tmp_path).returncode == 1
 
 
-def test_a_module_that_is_not_there_is_said_as_python_says_it(tmp_path):
+def test_a_missing_module_has_the_error_of_plain_python(tmp_path):
     assert "No module named no_such_module" in assert_alike(["-m", "no_such_module"], tmp_path).stderr
 
 
@@ -216,14 +216,14 @@ def test_what_is_chosen_is_active_and_said(toy, options, answers, closing):
     assert done.stderr.splitlines() == [closing]
 
 
-def test_what_is_skipped_is_said_with_the_reason(toy):
+def test_the_summary_names_a_skipped_patch_and_the_reason(toy):
     (toy / "site/toy.py").write_text(TOY.replace("x + 1", "x - 1"))
     (toy / "script.py").write_text("import toy\n")
     closing = run([*OURS, "script.py"], toy).stderr.splitlines()[-1]
     assert "; skipped: toy in toy: answer: " in closing
 
 
-def test_a_script_that_disables_is_told_so(toy):
+def test_the_summary_reports_that_the_script_disabled_the_patches(toy):
     (toy / "script.py").write_text("import toy, wan_patches\nwan_patches.disable()\nprint(toy.answer())\n")
     done = run([*OURS, "script.py"], toy)
     assert done.stdout == "2\n"
@@ -263,7 +263,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("method", ["spawn", "forkserver", "fork"])
-def test_processes_that_the_script_starts_are_patched_too(toy, method):
+def test_child_processes_are_patched_too(toy, method):
     (toy / "script.py").write_text(CHILDREN)
     assert run([sys.executable, "script.py", method], toy).stdout == "2 2\n2 0\n"
     done = run([*OURS, "script.py", method], toy)
@@ -271,13 +271,13 @@ def test_processes_that_the_script_starts_are_patched_too(toy, method):
     assert done.stderr.splitlines() == [ACTIVE]
 
 
-def test_processes_have_the_choice_that_holds_when_they_start(toy):
+def test_child_processes_get_the_selection_in_force_when_they_start(toy):
     (toy / "script.py").write_text(CHILDREN)
     assert run([*OURS, "script.py", "spawn", "disabled"], toy).stdout == "2 2\n2 0\n"
     assert run([*OURS, "--patches", "rope", "script.py", "spawn"], toy).stdout == "2 2\n2 0\n"
 
 
-def test_a_process_of_a_module_finds_it(toy):
+def test_a_child_process_finds_the_module(toy):
     (toy / "module.py").write_text(CHILDREN)
     done = run([*OURS, "-m", "module", "spawn"], toy)
     assert done.stdout == "101 101\n101 0\n", done.stderr
@@ -293,7 +293,7 @@ def test_a_process_of_a_module_finds_it(toy):
         (["nope.py"], 2, "wan-patches: can't open file '{folder}/nope.py': No such file or directory"),
     ],
 )
-def test_what_the_user_can_mend_is_said_without_a_traceback(tmp_path, arguments, status, message):
+def test_user_errors_are_reported_without_a_traceback(tmp_path, arguments, status, message):
     (tmp_path / "script.py").write_text("print('ran')\n")
     done = run([*OURS, *arguments], tmp_path)
     assert done.returncode == status

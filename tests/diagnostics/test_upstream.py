@@ -79,7 +79,7 @@ def versions(tmp_path):
     return tmp_path / "1.0", tmp_path / "2.0"
 
 
-def test_functions_are_compared_by_what_they_say(versions):
+def test_functions_are_compared_by_their_syntax_trees(versions):
     found = {function.qualname: function for function in compare(*map(Source, versions), PATCHES)}
     states = {name: (function.old, function.new, bool(function.diff)) for name, function in found.items()}
     assert states == {
@@ -92,7 +92,7 @@ def test_functions_are_compared_by_what_they_say(versions):
     assert "+        return x + 1 + 0" in found["Block.forward"].diff
 
 
-def test_a_wheel_is_read_as_a_folder_is(versions, tmp_path):
+def test_a_wheel_is_read_like_a_folder(versions, tmp_path):
     wheel = tmp_path / "diffusers-2.0-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         for path in versions[1].rglob("*.py"):
@@ -103,7 +103,7 @@ def test_a_wheel_is_read_as_a_folder_is(versions, tmp_path):
     assert source.function("diffusers.part.nowhere", "f") is None
 
 
-def test_the_command_says_what_is_lost(versions, monkeypatch):
+def test_the_command_reports_lost_functions(versions, monkeypatch):
     monkeypatch.setattr(wan_patches._registry, "patches", lambda: PATCHES[:1])
     run = CliRunner().invoke
     done = run(cli.app, ["upstream", *map(str, versions), "--diff"])
@@ -130,7 +130,7 @@ def test_everything_is_known_in_the_installed_version():
     assert [function for function in found if function.old != KNOWN and "complex numbers" not in function.old] == []
 
 
-def test_each_text_stands_in_one_place():
+def test_each_known_text_is_registered_once():
     places = Counter()
     for path in (ROOT / "wan_patches").rglob("*.py"):
         places.update(set(re.findall(r"[\"']([0-9a-f]{16})[\"']", path.read_text())))
@@ -138,7 +138,7 @@ def test_each_text_stands_in_one_place():
     assert [text for text, count in places.items() if count > 1] == []
 
 
-def test_what_is_known_by_its_text_is_given_to_patches():
+def test_known_texts_are_passed_to_patches():
     (known,) = fingerprints.relied_on(fingerprints.AUTOENCODER, "WanUpsample.forward")
     assert known.fingerprints == {"9324770ad80c15cc"}
     assert not fingerprints.is_known(len, fingerprints.AUTOENCODER, "WanUpsample.forward")

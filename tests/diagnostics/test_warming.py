@@ -17,7 +17,7 @@ def inputs(**more):
     return FAMILIES["wan_t2v"].inputs(frames=5, steps=2, **more)
 
 
-def test_the_first_request_finds_all_decided(any_size):
+def test_the_first_request_after_warming_finds_all_decisions_made(any_size):
     pipe = FAMILIES["wan_t2v"].build()
     generator = torch.Generator().manual_seed(3)
     states = generator.get_state(), torch.get_rng_state()
@@ -48,6 +48,6 @@ def test_two_steps_are_the_default(monkeypatch):
     assert taken == [(2, 3)] * 2 + [(7, 1)] * 2
 
 
-def test_what_is_no_pipeline_is_refused():
+def test_objects_that_cannot_be_called_are_rejected():
     with pytest.raises(TypeError, match="warm expects a pipeline or another callable, not int"):
         wan_patches.warm(3)

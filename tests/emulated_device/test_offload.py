@@ -404,8 +404,8 @@ def test_what_may_not_fit_is_warned_about_with_numbers(runtime, caplog):
     assert plan.fits is False
     assert "too large: pass a smaller `reserve`, or use another device" in plan.reason
     (warning,) = [record.getMessage() for record in caplog.records if record.name == "wan_patches"]
-    assert warning.startswith("WanImageToVideoPipeline may not fit npu: ")
-    assert "4.0 KiB of room, of which 1.0 KiB are reserved" in warning
+    assert warning.startswith("WanImageToVideoPipeline may not fit on npu: ")
+    assert "4.0 KiB available, of which 1.0 KiB are reserved" in warning
 
 
 # Back

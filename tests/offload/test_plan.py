@@ -102,7 +102,7 @@ def test_blocks_per_group_are_on_the_device_together_and_exclude_a_stream():
         plan(blocks_per_group=3, stream=True)
 
 
-def test_pinning_on_the_fly_takes_no_pinned_memory():
+def test_low_cpu_mem_usage_needs_no_pinned_memory():
     assert plan(level="group").pinned == TEXT + 4 * BLOCK
     assert plan(level="group", low_cpu_mem_usage=True).pinned == 0
 
@@ -117,7 +117,7 @@ def test_tied_weights_and_shared_models_count_once():
     assert found.peak == 400 + 40
 
 
-def test_buffers_of_streamed_layers_stay():
+def test_buffers_of_streamed_layers_stay_on_the_device():
     class Scaled(nn.Embedding):
         def __init__(self) -> None:
             super().__init__(100, 1)
@@ -128,14 +128,14 @@ def test_buffers_of_streamed_layers_stay():
     assert plan(pipe, level="leaf", stream=False).peak == 800
 
 
-def test_what_a_compiler_is_around_is_looked_into():
+def test_compiled_models_are_unwrapped():
     pipe = pipeline()
     expected = plan(pipe, budget=10**6).estimates
     pipe.components["transformer"] = torch.compile(pipe.components["transformer"])
     assert plan(pipe, budget=10**6).estimates == expected
 
 
-def test_a_model_out_of_the_sequence_stays_till_the_end():
+def test_a_model_outside_of_the_sequence_stays_until_the_end():
     found = plan(pipeline(image_encoder=linear(77)), budget=10**6)
     assert peaks(found)["model"] == TRANSFORMER + CODEC + 4 * 77
 
@@ -150,25 +150,25 @@ def test_a_model_out_of_the_sequence_stays_till_the_end():
         (2039, "group", "the smallest that is possible, and still 1 bytes too large"),  # as large as leaves
     ],
 )
-def test_auto_takes_the_first_level_that_fits(room, level, reason):
+def test_auto_chooses_the_first_level_that_fits(room, level, reason):
     found = plan(budget=room + 100, reserve=100)
     assert found.level == level
     assert found.fits == (found.peak <= room) == (room >= 2040)
     assert found.reason.startswith(reason)
 
 
-def test_a_quarter_is_reserved_unless_said():
+def test_a_quarter_is_reserved_by_default():
     assert plan(budget=1000).reserve == 250
     assert plan(budget=1000, reserve=0).reserve == 0
 
 
-def test_a_stream_that_is_wanted_rules_out_what_has_none():
+def test_requesting_a_stream_excludes_levels_without_one():
     assert plan(budget=10**6, stream=True).level == "group"
     with pytest.raises(ValueError, match="does not support streams"):
         plan(level="model", stream=True)
 
 
-def test_a_named_level_is_taken_and_told_if_it_does_not_fit():
+def test_a_named_level_is_chosen_even_if_it_may_not_fit():
     found = plan(level="none", budget=2800, reserve=0)
     assert found.level == "none"
     assert found.fits is False
@@ -177,7 +177,7 @@ def test_a_named_level_is_taken_and_told_if_it_does_not_fit():
     assert plan(level="model", budget=10**6).reason == "requested"
 
 
-def test_a_device_that_does_not_tell_gets_groups(monkeypatch):
+def test_group_is_chosen_if_the_free_memory_is_unknown(monkeypatch):
     monkeypatch.setattr(offload.plan, "_room", lambda device: None)
     found = plan()
     assert found.level == "group"
@@ -217,7 +217,7 @@ def test_a_real_pipeline_prints_as_a_table():
         found.level = "none"
 
 
-def test_weights_are_those_of_the_pipeline():
+def test_estimated_weights_match_the_pipeline():
     pipe = FAMILIES["wan21_i2v"].build(dtype=torch.bfloat16)
     found = plan(pipe, level="model")
     assert [p.name for p in found.placements] == [
@@ -245,13 +245,13 @@ def test_weights_are_those_of_the_pipeline():
         ({"device": "meta"}, "nothing to offload from on 'meta'"),
     ],
 )
-def test_options_that_cannot_be(options, message):
+def test_invalid_options_are_rejected(options, message):
     with pytest.raises(ValueError, match=message):
         plan(**options)
 
 
 @pytest.mark.parametrize("wrong", [None, nn.Linear(2, 2), "Wan-AI/Wan2.2", SimpleNamespace(components=[])])
-def test_what_is_no_pipeline(wrong):
+def test_objects_that_are_not_pipelines_are_rejected(wrong):
     with pytest.raises(TypeError, match="expects a diffusers pipeline, not "):
         enable_offload(wrong, "cuda")
     with pytest.raises(ValueError, match="not offloaded by enable_offload"):
@@ -270,7 +270,7 @@ def test_a_pipeline_with_a_device_map():
         plan(pipe)
 
 
-def test_a_pipeline_whose_weights_are_not_loaded():
+def test_a_pipeline_on_the_meta_device_is_rejected():
     with torch.device("meta"):
         transformer = Transformer()
     with pytest.raises(ValueError, match="transformer has no weights yet"):
@@ -300,7 +300,7 @@ def test_a_pipeline_without_a_sequence_of_models():
         plan(pipe, level="model")
 
 
-def test_a_component_that_cannot_be_taken_apart_stays():
+def test_a_component_that_cannot_be_split_stays_on_the_device():
     pipe = pipeline()
     pipe.components["vae"]._supports_group_offloading = False
     found = plan(pipe, level="leaf")
@@ -327,7 +327,7 @@ def test_a_machine_without_an_accelerator(monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about a device that is not there")
-def test_a_device_that_is_not_there_leaves_the_pipeline_as_it_was():
+def test_an_unavailable_device_leaves_the_pipeline_unchanged():
     pipe = FAMILIES["wan_t2v"].build()
     for level in offload.LEVELS:
         with pytest.raises(ValueError, match="the device cuda is not available: "):

@@ -55,7 +55,7 @@ def code() -> Any:
     return function.__code__
 
 
-def test_the_installed_diffusers_makes_streams_of_the_device(device):
+def test_the_installed_diffusers_creates_streams_of_the_device(device):
     found = streams_on(device)
     assert found.usable, found.reason
     assert found.enabled_here != KNOWS_ANY_DEVICE
@@ -64,7 +64,7 @@ def test_the_installed_diffusers_makes_streams_of_the_device(device):
 
 
 @pytest.mark.skipif(KNOWS_ANY_DEVICE, reason="this diffusers makes streams of any device")
-def test_only_inside_and_only_for_that_device(device):
+def test_streams_are_enabled_only_in_the_block_and_for_the_device(device):
     before = code()
 
     def refused(onload_device: Any) -> None:
@@ -84,7 +84,7 @@ def test_only_inside_and_only_for_that_device(device):
 
 
 @pytest.mark.skipif(KNOWS_ANY_DEVICE, reason="nothing is put in place")
-def test_threads_do_not_take_it_from_each_other(device):
+def test_threads_do_not_disable_each_others_streams(device):
     found, failures = streams_on(device), []
 
     def work() -> None:
@@ -116,7 +116,7 @@ def test_a_device_without_streams_gets_none(device, monkeypatch):
     assert streams_on(device) == Streams(False, False, "torch.mps has no streams")
 
 
-def test_an_order_of_waits_that_loses_weights_gets_none(device, monkeypatch):
+def test_versions_that_lose_weights_get_no_streams(device, monkeypatch):
     """Diffusers 0.33 and 0.34, on every device."""
     installed = fingerprint(stock(group_offloading.GroupOffloadingHook.pre_forward))
     monkeypatch.setattr(streams, "PRE_FORWARD_WITHOUT_WAIT", installed)
@@ -127,7 +127,7 @@ def test_an_order_of_waits_that_loses_weights_gets_none(device, monkeypatch):
 
 
 @pytest.mark.skipif(KNOWS_ANY_DEVICE, reason="nothing is relied on")
-def test_code_that_is_not_known_is_left_alone(device, monkeypatch):
+def test_unknown_code_is_left_alone(device, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(group_offloading.ModuleGroup, "_offload_to_memory", lambda group: None)
         found = streams_on(device)

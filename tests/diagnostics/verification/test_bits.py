@@ -18,7 +18,7 @@ def next_up(tensor, steps=1):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_a_difference_is_counted_in_units_in_the_last_place(dtype):
+def test_differences_are_measured_in_units_in_the_last_place(dtype):
     values = torch.tensor([-1.5, -1e-6, 0.0, 1e-6, 3.0], dtype=torch.float32).to(dtype)
     for index in range(5):
         other = values.clone()
@@ -29,13 +29,13 @@ def test_a_difference_is_counted_in_units_in_the_last_place(dtype):
         assert found.max_abs == (other.double() - values.double()).abs().max()
 
 
-def test_zero_and_minus_zero_are_other_bits_at_no_distance():
+def test_zero_and_minus_zero_differ_in_bits_at_distance_zero():
     found = difference(torch.tensor([0.0]), torch.tensor([-0.0]))
     assert found == Difference(False, 0.0, 0)
     assert digest(torch.tensor([0.0])) != digest(torch.tensor([-0.0]))
 
 
-def test_nan_is_the_same_as_itself_and_not_as_a_number():
+def test_nan_equals_nan_but_no_number():
     nan = torch.tensor([1.0, math.nan])
     assert difference(nan, nan.clone()).exact
     assert difference(nan, torch.ones(2)).reason == "nan on one side only"
@@ -49,12 +49,12 @@ def test_nan_is_the_same_as_itself_and_not_as_a_number():
         ([torch.zeros(2)], [torch.zeros(2)] * 2, "1 tensors in stock, 2 patched"),
     ],
 )
-def test_what_cannot_be_subtracted_is_said(stock, patched, reason):
+def test_incomparable_results_have_a_reason(stock, patched, reason):
     assert difference(stock, patched) == Difference(False, reason=reason)
     assert digest(stock) != digest(patched)
 
 
-def test_results_are_looked_into_whatever_they_are_nested_in():
+def test_nested_results_are_compared():
     def result(last):
         return {"frames": [[Image.new("RGB", (2, 2), last)]], "more": (np.ones(3), torch.ones(2, dtype=torch.bool))}
 
@@ -64,13 +64,13 @@ def test_results_are_looked_into_whatever_they_are_nested_in():
     assert digest({"nothing": None, "to": "compare"}) is None
 
 
-def test_strides_do_not_count():
+def test_strides_are_ignored():
     tensor = torch.arange(6.0).reshape(2, 3)
     assert digest(tensor.T.contiguous().T) == digest(tensor)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32, torch.float64])
-def test_what_stays_on_a_device_is_condensed_without_losing_a_bit_or_the_order(dtype, monkeypatch):
+def test_condensing_on_the_device_detects_changed_bits_and_order(dtype, monkeypatch):
     monkeypatch.setattr(bits, "_CHUNK", 1 << 10)
     bits._weights.cache_clear()
     values = torch.arange(3000).to(dtype)
@@ -86,14 +86,14 @@ def test_what_stays_on_a_device_is_condensed_without_losing_a_bit_or_the_order(d
     bits._weights.cache_clear()
 
 
-def test_psnr_is_that_of_its_definition():
+def test_psnr_matches_its_definition():
     frame = np.zeros((4, 4, 3), np.uint8)
     assert psnr(frame, frame, 255) == math.inf
     assert psnr(frame, frame + 255, 255) == 0
     assert psnr(frame.astype(np.float32), frame + np.float32(0.1), 1) == pytest.approx(20, abs=1e-4)
 
 
-def test_ssim_is_one_for_the_same_and_less_for_others():
+def test_ssim_is_one_only_for_identical_frames():
     frame = np.random.default_rng(0).random((16, 12, 3), dtype=np.float32)
     assert ssim(frame, frame, 1) == 1
     pytest.importorskip("skimage", reason="scikit-image is not installed")

@@ -62,13 +62,13 @@ def pictures(text, kind):
     return [base64.b64decode(data) for data in re.findall(rf'src="data:{re.escape(kind)};base64,([^"]+)"', text)]
 
 
-def test_the_page_needs_nothing_else(page):
+def test_the_page_is_self_contained(page):
     text = page.read_text()
     assert not re.findall(r'(?:src|href)="(?!data:)[^"]*"|url\(|@import|<script|<link|<iframe', text)
     assert "default-src 'none'" in text
 
 
-def test_the_page_says_what_was_found(found, page):
+def test_the_page_contains_the_result(found, page):
     text = page.read_text()
     assert "NOT the same bits" in text
     assert "patch &#39;frames&#39; in diffusers.video_processor (VideoProcessor.postprocess_video)" in text
@@ -91,7 +91,7 @@ def test_the_strips_show_where_frames_differ(found, page):
     assert not amplified[-1][8:].any()
 
 
-def test_large_frames_are_shrunk_without_losing_a_pixel_that_differs():
+def test_shrinking_large_frames_keeps_single_different_pixels():
     from wan_patches.diagnostics.verification.report import _brightest, _png
 
     frame = np.zeros((720, 1280, 3), np.uint8)
@@ -102,7 +102,7 @@ def test_large_frames_are_shrunk_without_losing_a_pixel_that_differs():
     assert _png(small).startswith("data:image/png;base64,")
 
 
-def test_charts_are_in_the_page_where_matplotlib_is(page, found, monkeypatch):
+def test_the_page_contains_charts_if_matplotlib_is_installed(page, found, monkeypatch):
     charts = pictures(page.read_text(), "image/svg+xml")
     assert len(charts) == 3
     assert all(b"<svg" in chart for chart in charts)
@@ -113,7 +113,7 @@ def test_charts_are_in_the_page_where_matplotlib_is(page, found, monkeypatch):
     assert "pip install &#34;wan-patches[verify]&#34;" in plain or 'pip install "wan-patches[verify]"' in plain
 
 
-def test_without_scikit_image_the_column_says_how_to_get_it(monkeypatch):
+def test_without_scikit_image_the_column_names_the_extra_to_install(monkeypatch):
     from wan_patches.diagnostics.verification.pictures import compare_videos
 
     monkeypatch.setitem(sys.modules, "skimage.metrics", None)

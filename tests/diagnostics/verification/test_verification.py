@@ -98,7 +98,7 @@ def test_the_patches_verify(name):
     assert found.strips.largest == 0
 
 
-def test_everything_is_left_as_it_was(pipe):
+def test_verify_restores_everything(pipe):
     pipe(**inputs())  # which keeps some things on the instances itself
     generator = torch.Generator("cpu").manual_seed(7)
     torch.rand(3, generator=generator)
@@ -120,7 +120,7 @@ def test_everything_is_left_as_it_was(pipe):
 
 
 @pytest.mark.skipif("helios" not in available(), reason="this diffusers has none")
-def test_watched_blocks_are_handed_what_others_are(any_size, monkeypatch):
+def test_watched_blocks_get_the_same_arguments(any_size, monkeypatch):
     handed, added_to = [], SegmentedModulation.added_to
     monkeypatch.setattr(
         SegmentedModulation, "added_to", lambda rows, table: handed.append(rows) or added_to(rows, table)
@@ -134,13 +134,13 @@ def test_watched_blocks_are_handed_what_others_are(any_size, monkeypatch):
     assert {event.name for event in of_blocks} == {name for name, _ in subject.blocks}
 
 
-def test_without_a_generator_every_run_draws_the_same(pipe):
+def test_without_a_generator_every_run_draws_the_same_noise(pipe):
     found = verify(pipe, repeat=1, **inputs(generator=None))
     assert found.stock_repeats
     assert found.exact
 
 
-def test_what_is_compiled_is_verified_without_hooks_in_it():
+def test_compiled_models_are_verified_without_hooks():
     compiled = T2V.build()
     compiled.transformer.compile(backend="eager")
     found = verify(compiled, repeat=0, **inputs())
@@ -149,14 +149,14 @@ def test_what_is_compiled_is_verified_without_hooks_in_it():
     assert "Compiled, so its blocks were not compared: transformer." in found.notes
 
 
-def test_latents_are_verified_though_there_is_nothing_to_look_at(pipe):
+def test_latent_output_is_verified_without_a_video(pipe):
     found = verify(pipe, repeat=0, **inputs(output_type="latent"))
     assert found.exact
     assert found.video is None
     assert str(found)
 
 
-def test_only_the_named_patches_are_in_force(pipe):
+def test_only_the_named_patches_are_active(pipe):
     found = verify(pipe, patches="rope", repeat=0, **inputs())
     assert found.patches == ("rope",)
     assert all(op.patches == ("rope",) for op in found.ops)
@@ -224,7 +224,7 @@ def offloaded(pipe):
 
 
 @pytest.mark.parametrize("prepare", [quantised, in_four_bits, from_gguf, with_lora, cast_by_layers, offloaded])
-def test_what_people_have_is_verified_and_the_report_can_be_sent(prepare, any_size, tmp_path):
+def test_quantised_cast_and_offloaded_pipelines_are_verified(prepare, any_size, tmp_path):
     pipe = FAMILIES["wan_t2v"].build(dtype=torch.bfloat16)
     prepare(pipe)
     found = verify(pipe, repeat=0, report=tmp_path / "report.html", **inputs())
@@ -236,7 +236,7 @@ def test_what_people_have_is_verified_and_the_report_can_be_sent(prepare, any_si
     assert "fast in" in (tmp_path / "report.html").read_text()
 
 
-def test_small_sizes_are_said_to_exercise_nothing(pipe):
+def test_small_sizes_exercise_no_fast_forms(pipe):
     found = verify(pipe, patches=["rope"], repeat=0, **inputs())
     assert found.exact
     assert found.exercise == "fast forms were not exercised"
@@ -260,7 +260,7 @@ def test_a_broken_patch_is_named(pipe, broken_rope):
     assert "NOT the same bits" in str(found)
 
 
-def test_a_broken_last_step_is_named_with_how_far_it_is_off(pipe, broken_frames):
+def test_a_broken_last_step_is_named_with_its_difference(pipe, broken_frames):
     found = verify(pipe, repeat=0, **inputs(output_type="np"))
     assert names(found) == [["frames"]]
     assert found.first_divergence.name == "diffusers.video_processor.VideoProcessor.postprocess_video"
@@ -273,7 +273,7 @@ def test_two_broken_patches_are_both_named(pipe, broken_rope, broken_frames):
     assert sorted(names(verify(pipe, repeat=0, **inputs()))) == [["frames"], ["rope"]]
 
 
-def test_a_broken_patch_of_somebody_else_is_named(pipe, monkeypatch):
+def test_a_broken_third_party_patch_is_named(pipe, monkeypatch):
     ours = [place.patch for place in _active()]
     patch = theirs(lambda x: x.float() * (1 + 1e-6))
     monkeypatch.setattr(wan_patches, "_registry", Registry([*ours, patch]))
@@ -310,7 +310,7 @@ def test_a_patch_that_raises_is_named(pipe):
     assert found.video is None
 
 
-def test_what_the_gate_gives_at_first_is_not_held_against_close_patches(pipe):
+def test_first_results_of_the_gate_do_not_count_against_close_patches(pipe):
     runs = []
 
     def first_as_stock(x):
@@ -336,7 +336,7 @@ def test_patches_that_differ_only_together_are_found_together():
     assert smallest([1, 2, 3], lambda patches: 2 in patches) == [2]
 
 
-def test_work_in_other_portions_is_never_called_the_same():
+def test_differently_divided_work_is_never_reported_as_the_same():
     def trial(*digests):
         return Trial([Event("op", "f", one) for one in digests] + [Event("result", "result", "r")])
 
@@ -351,13 +351,13 @@ def test_work_in_other_portions_is_never_called_the_same():
     assert find_first_divergence(trial("a"), trial("b", "c"), compare_calls(trial("a"), trial("b", "c"), [])) is None
 
 
-def test_blocks_and_stages_that_are_run_more_often_differ():
+def test_additional_calls_of_blocks_and_stages_are_differences():
     stock, patched = (Trial([Event("block", "b", "a")] * calls) for calls in (2, 1))
     assert find_first_divergence(stock, patched, compare_calls(stock, patched, [])).call == 2
     assert find_first_divergence(patched, stock, compare_calls(patched, stock, [])).call == 2
 
 
-def test_the_code_that_is_watched_is_that_which_runs():
+def test_the_watched_code_is_the_code_that_runs():
     from diffusers.models.transformers import transformer_wan
 
     function = transformer_wan.WanAttnProcessor.__call__
@@ -380,7 +380,7 @@ class Anything:
         return self.result() if callable(self.result) else self.result
 
 
-def test_anything_that_can_be_called_can_be_verified():
+def test_any_callable_can_be_verified():
     from diffusers.video_processor import VideoProcessor
 
     video = torch.rand(1, 3, 2, 16, 16)
@@ -389,14 +389,14 @@ def test_anything_that_can_be_called_can_be_verified():
     assert [stage.name for stage in found.stages] == ["call"]
 
 
-def test_where_no_patched_function_runs_nothing_is_verified():
+def test_without_calls_of_patched_functions_the_verdict_is_unknown():
     found = verify(Anything(torch.ones(3)), repeat=0)
     assert (found.exact, found.verdict, found.undecided) == (False, "unknown", "no patched function was seen to run")
     assert str(found).startswith("NOT verified: no patched function was seen to run (Anything on cpu, patches: ")
     assert any("patches do not apply to this pipeline" in note for note in found.notes)
 
 
-def test_where_no_patch_is_in_force_nothing_is_verified(pipe):
+def test_without_an_active_patch_the_verdict_is_unknown(pipe):
     found = verify(pipe, patches="timesteps", repeat=0, **inputs())
     assert (found.exact, found.verdict, found.undecided) == (False, "unknown", "no patch was in force")
     assert "Not in force: timesteps, which requires fidelity='close'." in found.notes
@@ -407,7 +407,7 @@ def test_where_no_patch_is_in_force_nothing_is_verified(pipe):
     assert content["undecided"] == "no patch was in force"
 
 
-def test_a_patch_that_is_skipped_verifies_nothing(pipe):
+def test_with_only_a_skipped_patch_the_verdict_is_unknown(pipe):
     target = Target("FP32LayerNorm.forward", (Replace("what is not there", "_theirs(inputs)"),))
     patch = Patch("theirs", "diffusers.models.normalization", (target,), {"_theirs": torch.neg})
     found = verify(pipe, patches=[patch], repeat=0, **inputs())
@@ -415,20 +415,20 @@ def test_a_patch_that_is_skipped_verifies_nothing(pipe):
     assert any(note.startswith("Not in force: theirs in diffusers.models.normalization, ") for note in found.notes)
 
 
-def test_a_patch_for_what_was_not_imported_verifies_nothing(pipe):
+def test_with_only_a_patch_waiting_for_an_import_the_verdict_is_unknown(pipe):
     patch = Patch("theirs", "a_module_that_is_not_there", (Target("f", ()),), {})
     found = verify(pipe, patches=[patch], repeat=0, **inputs())
     assert found.undecided == "no patch was in force"
     assert "Not in force: theirs, because none of its modules was imported." in found.notes
 
 
-def test_a_patch_beside_one_that_is_not_in_force_is_verified(pipe):
+def test_an_active_patch_beside_an_inactive_one_is_verified(pipe):
     found = verify(pipe, patches=["frames", "timesteps"], repeat=0, **inputs())
     assert (found.exact, found.undecided) == (True, "")
     assert "Not in force: timesteps, which requires fidelity='close'." in found.notes
 
 
-def test_a_pipeline_that_does_not_repeat_itself_is_not_judged():
+def test_a_nondeterministic_pipeline_has_an_unknown_verdict():
     numbers = iter(range(100))
     found = verify(Anything(lambda: torch.tensor(next(numbers))), repeat=0)
     assert not found.exact
@@ -447,7 +447,7 @@ def stateful(calls):
     return on_step
 
 
-def test_patches_are_not_blamed_for_what_stock_does(pipe):
+def test_patches_are_not_blamed_for_differences_between_stock_runs(pipe):
     found = verify(pipe, repeat=0, **inputs(callback_on_step_end=stateful(itertools.count(1))))
     assert not found.exact
     assert (found.verdict, found.undecided) == ("unknown", "runs of stock code differ from each other")
@@ -460,7 +460,7 @@ def test_patches_are_not_blamed_for_what_stock_does(pipe):
         assert "No set of patches" not in shown
 
 
-def test_cprofile_rests_meanwhile(pipe):
+def test_cprofile_is_paused_during_watched_runs(pipe):
     cprofile = cProfile.Profile()
     cprofile.enable()
     try:
@@ -486,12 +486,12 @@ def test_a_profiler_that_takes_over_is_noted(pipe):
 
 
 @pytest.mark.parametrize("path", ["nowhere/report.html", "."])
-def test_where_no_report_can_be_written_nothing_runs(path, tmp_path):
+def test_an_unwritable_report_is_rejected_before_the_runs(path, tmp_path):
     with pytest.raises(OSError, match=r"there is no folder|is a folder"):
         verify(Anything(lambda: pytest.fail("it ran")), report=tmp_path / path)
 
 
-def test_a_report_that_cannot_be_written_after_all_loses_nothing(tmp_path, caplog):
+def test_a_failed_report_does_not_lose_the_result(tmp_path, caplog):
     folder = tmp_path / "folder"
     folder.mkdir()
 
@@ -515,12 +515,12 @@ def test_a_report_that_cannot_be_written_after_all_loses_nothing(tmp_path, caplo
         ({"fidelity": "exactly"}, ValueError, "unknown fidelity 'exactly'"),
     ],
 )
-def test_what_is_misspelt_is_said(arguments, error, message):
+def test_invalid_arguments_are_rejected(arguments, error, message):
     with pytest.raises(error, match=message):
         verify(Anything(torch.ones(1)), **arguments)
 
 
-def test_what_cannot_be_verified_is_said():
+def test_unverifiable_objects_are_rejected():
     with pytest.raises(TypeError, match="verify expects a pipeline or another callable"):
         verify(torch.ones(1))
     with pytest.raises(TypeError, match="nothing to verify"):
@@ -531,7 +531,7 @@ def test_what_cannot_be_verified_is_said():
         verify(torch.nn.Linear(1, 1))
 
 
-def test_what_stock_raises_is_raised_and_all_is_put_back(pipe):
+def test_errors_of_stock_propagate_and_everything_is_restored(pipe):
     generator = torch.Generator("cpu").manual_seed(3)
     before = generator.get_state()
     with pytest.raises(ValueError, match="divisible"):
@@ -540,7 +540,7 @@ def test_what_stock_raises_is_raised_and_all_is_put_back(pipe):
     assert not any(report.state == "active" for report in wan_patches.status().reports)
 
 
-def test_json_has_it_all_and_is_json(pipe, broken_frames, tmp_path):
+def test_json_is_valid_and_complete(pipe, broken_frames, tmp_path):
     found = verify(pipe, repeat=1, **inputs(prompt="A <fox>"))
     found.save_json(tmp_path / "found.json")
 
