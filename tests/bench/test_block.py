@@ -1,4 +1,4 @@
-"""The bench of a block: what the model hands it, and the rotary embedding by itself."""
+"""The benchmark of a block: the arguments from the model, and the rotary embedding alone."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.mark.loop("tiny", "tiny-helios")
 @pytest.mark.parametrize("name", TINY)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)])
-def test_stock_and_patched_give_the_same(name, dtype):
+def test_stock_and_patched_give_the_same_bits(name, dtype):
     result = block.measure(shapes.shape_of(name, CPU), CPU, dtype, compiled=False, seconds=0.0)
     assert result.deterministic
     assert result.row("patched").exact is True
@@ -38,7 +38,7 @@ def test_stock_and_patched_give_the_same(name, dtype):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TINY)
-def test_the_block_gets_in_each_way_what_the_models_forward_hands_it(name, any_size, monkeypatch):
+def test_each_variant_of_the_block_gets_the_arguments_of_the_models_forward(name, any_size, monkeypatch):
     handed = []
     original = block._handed
 
@@ -59,7 +59,7 @@ def test_the_block_gets_in_each_way_what_the_models_forward_hands_it(name, any_s
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_the_rotary_embedding_is_that_of_the_processor(name, monkeypatch):
+def test_the_rotary_embedding_of_the_processor_is_measured(name, monkeypatch):
     shape = shapes.shape_of(name, CPU, layers=1)
     model = shapes.build(shape, CPU, torch.float32)
     arguments = shapes.inputs(shape, model, CPU, torch.float32)
@@ -75,7 +75,7 @@ def test_the_rotary_embedding_is_that_of_the_processor(name, monkeypatch):
         monkeypatch.setattr(rope, "apply_rotary_emb", counted)
         for patch in wan_patches._registry.patches():
             module = sys.modules.get(patch.module)
-            if hasattr(module, "_wan_patches_rope"):  # what edits call is in the globals of diffusers' module too
+            if hasattr(module, "_wan_patches_rope"):  # the globals of diffusers' module hold the op too
                 monkeypatch.setattr(module, "_wan_patches_rope", counted)
         again = block._rope(shape, model, arguments, CPU, torch.float32, 0.0)
     heads, dim = model.config.num_attention_heads, model.config.attention_head_dim
@@ -86,10 +86,10 @@ def test_the_rotary_embedding_is_that_of_the_processor(name, monkeypatch):
     assert right.gb == pytest.approx((4 * size + shape.tokens * dim * 4) / 1e9)
 
 
-def test_a_wrong_bit_is_found(monkeypatch):
+def test_a_wrong_bit_is_detected(monkeypatch):
     module = __import__("diffusers.models.transformers.transformer_wan", fromlist=["_"])
     shape = shapes.shape_of("tiny", CPU)
-    block.measure(shape, CPU, torch.float32, compiled=False, seconds=0.0)  # puts the name there
+    block.measure(shape, CPU, torch.float32, compiled=False, seconds=0.0)  # adds the name to the module
 
     right = rope.apply_rotary_emb.reference
 
@@ -107,7 +107,7 @@ def test_a_wrong_bit_is_found(monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("name", TINY)
 @pytest.mark.parametrize("bench", ["block", "model", "pipeline"])
-def test_on_a_gpu_every_way_runs(name, bench, tmp_path):
+def test_every_variant_runs_on_a_gpu(name, bench, tmp_path):
     arguments = ["bench", bench, "--shape", name, "--device", "cuda", "--seconds", "0"]
     done = CliRunner().invoke(cli.app, [*arguments, "--json", str(tmp_path / "x.json")])
     assert done.exit_code == 0, done.output

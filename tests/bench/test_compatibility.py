@@ -1,4 +1,4 @@
-"""The record of one diffusers, and the README's table made of several."""
+"""The record of one diffusers version, and the README's table made from several records."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ STOCKS = {"preprocess": {"preprocess: the input is not PIL images in RGB"}}  # V
 @pytest.mark.loop("wan_t2v", "wan_vace", "skyreels_v2_df_i2v", "helios_i2v")
 @pytest.mark.parametrize("name", available())
 def test_all_calls_are_computed_by_forms(name):
-    """On a CPU, where sizes are not minded; `bench forms` says from which on they are fast."""
+    """On a CPU, minimum sizes are ignored; `bench forms` measures from which sizes on forms are fast."""
     (row,) = measure([name])
     assert row.identical
     assert set(row.calls) >= {"frames", "vae"}
@@ -72,7 +72,7 @@ def test_at_production_sizes_nearly_all_calls_are_fast():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["wan_t2v", "wan22_i2v", "wan_vace"])
-def test_in_production_forms_are_asked_from_the_sizes_on_at_which_they_are_fast(name):
+def test_minimum_sizes_of_forms_apply_in_production(name):
     (row,) = measure([name], production=True)
     assert row.identical
     for patch in ("modulation", "qk", "rope", "frames", "vae"):
@@ -97,14 +97,14 @@ def test_a_different_bit_is_recorded(monkeypatch, tmp_path):
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_a_patch_that_was_left_out_is_recorded_with_its_reason(monkeypatch):
+def test_a_skipped_patch_is_recorded_with_its_reason(monkeypatch):
     from diffusers.models.transformers import transformer_wan
 
     def rewritten(self, attn, hidden_states, *args, **kwargs):
         return hidden_states
 
     monkeypatch.setattr(transformer_wan.WanAttnProcessor, "__call__", rewritten)
-    monkeypatch.setattr(diffusers.WanImageToVideoPipeline, "__call__", rewritten)  # no part of text to video
+    monkeypatch.setattr(diffusers.WanImageToVideoPipeline, "__call__", rewritten)  # not used by text to video
     (row,) = measure(["wan_t2v"])
     assert "rope" not in row.patches
     assert "frames" in row.patches
@@ -112,15 +112,17 @@ def test_a_patch_that_was_left_out_is_recorded_with_its_reason(monkeypatch):
     assert all("WanAttnProcessor.__call__" in reason for reason in row.skipped.values())
 
 
-def test_families_that_are_not_there_are_named(monkeypatch):
+def test_unavailable_families_are_named(monkeypatch):
     with pytest.raises(MeasurementError, match=r"Unknown family 'wan_9'; known: wan_t2v, "):
         measure(["wan_9"])
     monkeypatch.setitem(FAMILIES, "helios", dataclasses.replace(FAMILIES["helios"], since=(99, 1)))
-    with pytest.raises(MeasurementError, match=r"helios came with diffusers 99.1, this is .*; it has: wan_t2v, "):
+    with pytest.raises(
+        MeasurementError, match=r"helios requires diffusers 99.1 or newer, not .*; available families: wan_t2v, "
+    ):
         measure(["helios"])
 
 
-def test_the_table_says_what_each_version_has():
+def test_the_table_lists_the_patches_of_each_version():
     helios = Row("helios", "HeliosPipeline", ("rope",), {}, True)
     without = Row("wan_t2v", "WanPipeline", ("frames",), {"rope": "the text of __call__ is not known"}, True)
     other = dataclasses.replace(helios, family="helios_i2v", identical=False, reasons={"rope": {"rope: few": 3}})

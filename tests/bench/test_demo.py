@@ -41,7 +41,7 @@ def small(monkeypatch):
 
 
 @pytest.mark.parametrize("name", FAMILY_NAMES)
-def test_every_stage_is_found_and_bit_identical(name):
+def test_every_stage_is_recorded_and_bit_identical(name):
     (make,) = _subjects(name)
     found = demo.compare(make(), CPU, 1, lambda: None)
     expected = set(stages.STAGES) - {stages.IMAGE_ENCODER}
@@ -55,14 +55,14 @@ def test_every_stage_is_found_and_bit_identical(name):
         assert all(seconds >= 0 for seconds in run.seconds.values())
 
 
-def test_image_encoder_is_a_stage_of_its_own():
+def test_the_image_encoder_is_a_separate_stage():
     (make,) = _subjects("wan21_i2v")
     subject = make()
     run = stages.record(subject.pipe, subject.arguments(), CPU)
     assert list(run.same(run)) == list(stages.STAGES)
 
 
-def test_recording_leaves_nothing_on_the_pipeline_and_changes_no_bit():
+def test_recording_leaves_no_traces_on_the_pipeline_and_changes_no_bit():
     (make,) = _subjects("wan22_i2v")
     subject = make()
     frames = [np.asarray(frame) for frame in subject.pipe(**subject.arguments()).frames[0]]
@@ -76,7 +76,7 @@ def test_recording_leaves_nothing_on_the_pipeline_and_changes_no_bit():
     assert not {"step", "set_timesteps"} & set(vars(subject.pipe.scheduler))
 
 
-def test_recording_puts_back_what_another_library_put_on_an_instance():
+def test_recording_restores_instance_attributes_of_another_library():
     (make,) = _subjects("wan22_i2v")
     subject = make()
     subject.pipe.vae.decode = hook = functools.partial(type(subject.pipe.vae).decode, subject.pipe.vae)
@@ -99,7 +99,7 @@ def test_the_demo_prints_one_table_and_writes_two_videos_and_a_contact_sheet(sma
 
 
 def _nudge(tensor: torch.Tensor) -> torch.Tensor:
-    """Every value moved by one bit: what an inexact operation does at its best."""
+    """Moves every value by one bit, like the best inexact operation."""
     return torch.nextafter(tensor, torch.full_like(tensor, 9.0))
 
 
@@ -147,7 +147,7 @@ def _plant_preprocess(monkeypatch):
         (_plant_frames, stages.POSTPROCESS),
     ],
 )
-def test_an_inexact_operation_fails_the_demo_and_its_stage_is_named(
+def test_an_inexact_operation_fails_the_demo_with_the_name_of_its_stage(
     plant, stage, small, any_size, monkeypatch, tmp_path
 ):
     plant(monkeypatch)
@@ -155,10 +155,10 @@ def test_an_inexact_operation_fails_the_demo_and_its_stage_is_named(
     assert done.exit_code == 1
     assert f"wan22_i2v: NOT bit-identical, the first stage that differs is: {stage}." in done.output
     assert "NO" in done.output
-    assert (tmp_path / "contact-sheet.png").exists()  # it shows where
+    assert (tmp_path / "contact-sheet.png").exists()  # it shows the difference
 
 
-def test_a_pipeline_that_differs_from_itself_is_not_compared(small, monkeypatch, tmp_path):
+def test_a_nondeterministic_pipeline_is_not_compared(small, monkeypatch, tmp_path):
     right = demo.record
 
     def noisy(*args):
@@ -187,7 +187,7 @@ def test_a_model_is_loaded_from_a_folder(name, tmp_path):
     assert (tmp_path / "out" / "model-stock.mp4").exists()
 
 
-def test_a_model_that_is_not_there_is_an_error_of_one_sentence(tmp_path):
+def test_a_missing_model_is_reported_in_one_sentence(tmp_path):
     with pytest.raises(MeasurementError, match="Cannot load the model"):
         demo.model_subject(str(tmp_path), None, CPU, torch.float32)
 
@@ -196,7 +196,7 @@ def test_the_default_photo_is_a_photo():
     assert min(demo.open_image(demo.default_photo()).size) > 500
 
 
-def test_without_matplotlib_the_error_says_what_to_do(monkeypatch):
+def test_missing_matplotlib_is_reported_with_a_remedy(monkeypatch):
     monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MeasurementError, match=r'pip install "wan-patches\[demo\]", or give one with --image'):
         demo.default_photo()

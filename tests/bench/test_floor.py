@@ -30,7 +30,7 @@ def _noted(name, backend=None):
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_every_matrix_product_and_attention_call_is_noted_once(name):
+def test_every_matrix_product_and_attention_call_is_recorded_once(name):
     model, steps = _noted(name)
     kinds = Counter(step.kind for step in steps)
     # embeddings of time and text, those of time twice for history; patches; the last projection
@@ -41,7 +41,7 @@ def test_every_matrix_product_and_attention_call_is_noted_once(name):
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_the_same_calls_are_made_again(name):
+def test_the_floor_repeats_the_recorded_calls(name):
     _, steps = _noted(name)
     again = floor.Floor(steps, CPU)
     with torch.no_grad(), floor.recording() as seen:
@@ -60,11 +60,11 @@ def test_the_same_calls_are_made_again(name):
     assert all(weight is same for weight, same in weights)
 
 
-def test_attention_goes_through_the_backend_that_was_chosen():
+def test_attention_uses_the_selected_backend():
     _, steps = _noted("tiny", backend="_native_math")
     attention = [step for step in steps if step.kind == "attention"]
     assert {str(getattr(step.keywords["backend"], "value", "")) for step in attention} == {"_native_math"}
-    _, steps = _noted("tiny")  # a model of its own
+    _, steps = _noted("tiny")  # a separate model
     assert {step.keywords["backend"] for step in steps if step.kind == "attention"} == {None}
     active = diffusers.models.attention_dispatch._AttentionBackendRegistry.get_active_backend()[0]
     assert str(active.value) == "native"
@@ -83,7 +83,7 @@ def test_inputs_of_a_call_do_not_share_memory_and_are_not_zero():
     assert all(x.std() > 0.1 for x in (*attention, linear[0]))
 
 
-def test_diffusers_is_as_it_was_after_an_error():
+def test_diffusers_is_restored_after_an_error():
     module = importlib.import_module("diffusers.models.transformers.transformer_wan")
     stock = module.dispatch_attention_fn
     with pytest.raises(ZeroDivisionError), floor.recording():  # noqa: PT012

@@ -1,4 +1,4 @@
-"""Forms beside the references of their ops: which are measured, at what sizes, and what is said of them."""
+"""Forms against the references of their ops: the measured forms and sizes, and the table."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
-def test_every_form_for_cpus_is_measured_from_the_smallest_size_on(dtype):
+def test_every_form_for_cpus_is_measured_from_its_minimum_size(dtype):
     rows = forms.measure(CPU, dtype, quick=True)
     measured = {row.op for row in rows if row.share is not None}
     on_cpu = {op.name for op in ops() if op.__module__.startswith("wan_patches.ops.") and op._forms_on("cpu")}
     without = {"tile blend", "cast norm"} if dtype == torch.float32 else {"tile blend"}  # nothing to cast
-    close = {name for name in on_cpu if "in one pass" in name}  # the exact ones' forms
+    close = {name for name in on_cpu if "in one pass" in name}  # they use the forms of exact ops
     assert measured >= on_cpu - without - close - {"preprocess"}
     assert all(row.exact for row in rows if row.share is not None)
     assert {row.reason for row in rows if row.op == "preprocess"} == {SMALL}
@@ -51,7 +51,7 @@ def test_a_slow_form_is_named_and_a_wrong_one_fails(tmp_path):
     assert found["machine"]["threads"] == 1
 
 
-def test_the_table_says_what_is_too_slow():
+def test_the_table_names_slow_forms():
     from wan_patches.tables import text
 
     rows = [

@@ -1,4 +1,4 @@
-"""The bench of a forward."""
+"""The benchmark of a forward."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.mark.loop("tiny", "tiny-helios")
 @pytest.mark.parametrize("name", TINY)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)])
-def test_stock_and_patched_give_the_same(name, dtype):
+def test_stock_and_patched_give_the_same_bits(name, dtype):
     result = model.measure(shapes.shape_of(name, CPU), CPU, dtype, compiled=False, seconds=0.0)
     assert result.deterministic
     assert result.row("patched").exact is True
@@ -29,7 +29,7 @@ def test_stock_and_patched_give_the_same(name, dtype):
 
 
 @pytest.mark.slow
-def test_blocks_are_compiled_where_that_is_asked_for(monkeypatch):
+def test_regional_compilation_compiles_the_blocks(monkeypatch):
     torch._dynamo.reset()
     sizes = []
 

@@ -1,4 +1,4 @@
-"""The bench of single operations: what its rows say, and that it measures what it claims."""
+"""The benchmark of single operations: its rows, and its subjects."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _case(op, stock, patched):
     return ops.Case(op, "1", lambda device, dtype: (stock, patched))
 
 
-def test_rows_say_how_fast_and_whether_exact():
+def test_rows_have_times_and_bit_equality():
     def slow():
         time.sleep(0.004)
         return torch.ones(3)
@@ -38,19 +38,19 @@ def test_rows_say_how_fast_and_whether_exact():
 
 
 @pytest.mark.parametrize("case", [c for c in ops._cases(quick=True) if "rope" not in c.op or "tiny" in c.op])
-def test_stock_and_patched_give_the_same(case):
+def test_stock_and_patched_give_the_same_bits(case):
     with torch.no_grad():
         stock, patched = case.make(CPU, torch.bfloat16)
         assert measure.identical(stock(), patched())
 
 
-def test_both_sides_are_what_diffusers_holds_with_patches_off_and_on():
+def test_both_sides_are_diffusers_code_with_patches_off_and_on():
     stock, patched = ops._both(ops._wan_rope)
     assert "_wan_patches_rope" not in stock.__code__.co_names
     assert "_wan_patches_rope" in patched.__code__.co_names
 
 
-def test_json_has_rows_and_facts_and_no_names_of_places(tmp_path):
+def test_json_has_rows_and_facts_and_no_paths(tmp_path):
     rows = ops.measure(CPU, torch.bfloat16, quick=True, cases=[ops._rope((1, 64, 2, 32))])
     ops.write_json(tmp_path / "rows.json", rows, CPU, threads=1)
     text = (tmp_path / "rows.json").read_text()
@@ -65,7 +65,7 @@ def test_json_has_rows_and_facts_and_no_names_of_places(tmp_path):
     assert "/" not in text
 
 
-def test_threads_hold_for_the_measurement_only():
+def test_threads_apply_to_the_measurement_only():
     before, seen = torch.get_num_threads(), []
     ops.measure(
         CPU,
@@ -79,8 +79,8 @@ def test_threads_hold_for_the_measurement_only():
 
 
 @pytest.mark.parametrize("sampled", [False, True])
-def test_peak_memory_sees_what_a_call_holds(sampled, monkeypatch):
-    if sampled:  # as where there is no such file
+def test_peak_memory_includes_the_memory_of_a_call(sampled, monkeypatch):
+    if sampled:  # as on systems without the file
         monkeypatch.setattr(memory, "_proc_status", lambda field: {}[field])
 
     def call():
@@ -99,7 +99,7 @@ def test_calls_are_taken_in_turns():
     assert order.count("s") == 3
 
 
-def test_the_table_names_what_is_slower_and_when_the_machine_was_busy():
+def test_the_table_names_slower_rows_and_a_busy_machine():
     from wan_patches.tables import text
 
     rows = [

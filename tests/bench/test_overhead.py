@@ -1,4 +1,4 @@
-"""The overhead and executor benches run and write what they print."""
+"""The overhead and executor benchmarks print and write their rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The bench of a pipeline."""
+"""The benchmark of a pipeline."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 # some CPUs take minutes for the autoencoder's convolutions in bf16
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", TINY[:1] + [pytest.param(name, marks=pytest.mark.slow) for name in TINY[1:]])
-def test_stock_and_patched_give_the_same(name, dtype):
+def test_stock_and_patched_give_the_same_bits(name, dtype):
     result = pipeline.measure(shapes.shape_of(name, CPU), CPU, dtype, compiled=False, seconds=0.0, steps=2)
     assert result.deterministic
     assert result.row("patched").exact is True
@@ -28,7 +28,7 @@ def test_stock_and_patched_give_the_same(name, dtype):
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_videos_are_finite_of_the_size_and_the_same_for_every_call(name):
+def test_videos_are_finite_and_equal_for_every_call_and_have_the_right_size(name):
     shape = shapes.shape_of(name, CPU)
     pipe, arguments = pipeline.build_pipeline(shape, CPU, torch.float32, steps=1)
     first, second = (pipe(**arguments()).frames for _ in range(2))

@@ -1,4 +1,4 @@
-"""The figures on the page of results, and the front page's picture, are those of the files that are kept."""
+"""The numbers on the results page, and the front page's picture, are those of the recorded files."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_one_command_makes_the_tables_and_the_picture(tmp_path):
         assert (folder / name).read_text() == (RESULTS / name).read_text()
 
 
-def test_tables_go_between_their_marks(tmp_path, monkeypatch):
+def test_tables_are_written_between_their_markers(tmp_path, monkeypatch):
     monkeypatch.setattr(readme, "TABLES", {"sharding": readme.TABLES["sharding"]})
     row = json.loads((RESULTS / "cpu-sharding.json").read_text())["rows"][0]
     (tmp_path / "cpu-sharding.json").write_text(json.dumps({"rows": [row | {"held_mib": 1234.4, "exact": False}]}))
@@ -90,13 +90,13 @@ def _kept(folder, name, facts, result):
     (folder / name).write_text(json.dumps({"machine": facts, **variants.to_json(result)}))
 
 
-def test_what_was_not_measured_is_said_to_be_so(tmp_path):
+def test_missing_measurements_are_marked(tmp_path):
     table = readme.TABLES["performance"](tmp_path).splitlines()
     assert len(table) == 2 + 11
     assert all(line.endswith("| not measured yet | - |") for line in table[2:])
 
 
-def test_goals_that_were_reached_and_missed_are_told_apart(tmp_path):
+def test_reached_and_missed_goals_are_distinguished(tmp_path):
     _kept(tmp_path, "h200-model-14b-480p-bf16.json", GPU, RESULT)
     _kept(tmp_path, "h200-model-helios-bf16.json", GPU, replace(RESULT, shape="helios", floor_ms=1900.0))
     rope = variants.Rope(gb=1.3, stock_ms=4.0, patched_ms=1.3 / (0.87 * 4000) * 1e3, exact=True, copy_gb_s=4000.0)
@@ -114,7 +114,7 @@ def test_goals_that_were_reached_and_missed_are_told_apart(tmp_path):
     assert f"{line} 2,200 (0.79) | 2,000 | 5,000, 4,000 MiB | yes |" in table
 
 
-def test_a_goal_is_for_one_kind_of_device_and_for_bf16(tmp_path):
+def test_a_goal_applies_to_one_kind_of_device_and_to_bf16(tmp_path):
     block = replace(RESULT, bench="block", shape="1.3b-480p", other_cores=1.5)
     _kept(tmp_path, "h200-block-1.3b-480p-bf16.json", GPU, block)
     _kept(tmp_path, "cpu-block-1.3b-480p-fp32.json", CPU, replace(block, dtype="fp32"))
@@ -124,7 +124,7 @@ def test_a_goal_is_for_one_kind_of_device_and_for_bf16(tmp_path):
     assert f"{goal} ~**0.750** | AMD EPYC, 2 threads |" in readme.TABLES["performance"](tmp_path)
 
 
-def test_single_operations_are_among_what_must_not_be_slower(tmp_path):
+def test_single_operations_count_for_the_lowest_speed(tmp_path):
     row = {"op": "rope", "shape": "1x2", "dtype": "bf16", "ratio": 0.9}
     (tmp_path / "cpu-ops-bf16.json").write_text(json.dumps({"machine": CPU, "rows": [row]}))
     assert "| 0.90, missed | rope 1x2, bf16, AMD EPYC, 2 threads |" in readme.TABLES["performance"](tmp_path)

@@ -24,7 +24,7 @@ AVAILABLE = [name for name, shape in shapes.SHAPES.items() if shape.available]
         ("helios", 14.3, 9 * 960 + 2 * 960 + 240 + 240),
     ],
 )
-def test_sizes_are_those_published(name, billions, tokens):
+def test_sizes_are_the_published_ones(name, billions, tokens):
     shape = shapes.SHAPES[name]
     assert shape.tokens == tokens
     if not shape.available:
@@ -42,7 +42,7 @@ def test_on_a_cpu_there_are_about_4000_tokens(name):
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_models_are_as_if_they_had_been_loaded(name):
+def test_models_are_like_loaded_ones(name):
     shape = shapes.shape_of(name, CPU)
     before = torch.random.get_rng_state()
     model = shapes.build(shape, CPU, torch.bfloat16)
@@ -61,7 +61,7 @@ def test_models_are_as_if_they_had_been_loaded(name):
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_blocks_get_so_many_tokens(name):
+def test_blocks_get_the_number_of_tokens_of_the_shape(name):
     shape = shapes.shape_of(name, CPU, layers=1, frames=13, size=(160, 96))
     model = shapes.build(shape, CPU, torch.float32)
     with torch.no_grad():
@@ -88,6 +88,6 @@ def test_tokens_of_the_first_frame_have_timestep_0():
         ({"name": "tiny-ti2v", "size": (80, 64)}, "multiples of 32"),
     ],
 )
-def test_what_does_not_suit_is_said(arguments, message):
+def test_invalid_shapes_are_reported(arguments, message):
     with pytest.raises(MeasurementError, match=message):
         shapes.shape_of(device=CPU, **arguments)

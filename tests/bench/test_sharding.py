@@ -1,4 +1,4 @@
-"""The bench of divided weights: that all ways compute the same, and what is said of them."""
+"""The benchmark of divided weights: all variants compute the same; the table."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_every_way_gives_the_same_bits_and_its_memory(tmp_path):
+def test_every_variant_gives_the_same_bits_and_its_memory(tmp_path):
     processes = set(psutil.Process().children(recursive=True))
     rows = sharding.measure(CPU, torch.bfloat16, quick=True, folder=tmp_path)
     assert [(row.way, row.ranks) for row in rows] == [
@@ -46,7 +46,7 @@ def test_every_way_gives_the_same_bits_and_its_memory(tmp_path):
     assert found["machine"]["torch"]
 
 
-def test_a_rank_that_fails_says_why(tmp_path):
+def test_a_failing_rank_is_reported_with_its_error(tmp_path):
     with pytest.raises(RuntimeError, match=r"'whole' has failed: Traceback(.|\n)*no such folder"):
         sharding._run("whole", 1, CPU, torch.bfloat16, tmp_path / "no such folder")
 
@@ -55,12 +55,12 @@ def test_a_rank_that_fails_says_why(tmp_path):
     ("device", "ranks", "message"),
     [(CPU, 1, "2 ranks or more, not 1"), (torch.device("cuda"), 64, "devices of the kind 'cuda', and 64 ranks")],
 )
-def test_what_cannot_be_measured_is_said(device, ranks, message):
+def test_impossible_measurements_are_reported(device, ranks, message):
     with pytest.raises(MeasurementError, match=message):
         sharding.measure(device, torch.bfloat16, ranks=ranks, quick=True)
 
 
-def test_the_table_has_ratios_and_what_a_device_cannot_tell():
+def test_the_table_has_ratios_and_marks_missing_counters():
     rows = [
         Row("whole", 1, "bfloat16", 1000.0, 80.0, 3000.0, 1000.0, 1010.0, None, True),
         Row("divided on load", 2, "bfloat16", 1000.0, 80.0, None, 500.0, 750.0, None, False),

@@ -1,4 +1,4 @@
-"""The bench of transports: that all bring the same values, and what is said of them."""
+"""The benchmark of transports: all deliver the same values; the table."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CASES = [
 
 @pytest.mark.timeout(300)
 @pytest.mark.slow
-def test_every_transport_brings_every_value(tmp_path):
+def test_every_transport_delivers_every_value(tmp_path):
     chosen = [*transport.transports(), transport.Files(), transport.Wire()]
     rows = transport.measure(quick=True, seconds=0, cases_=CASES, transports_=chosen)
     assert [(row.case, row.transport) for row in rows] == [(case.name, each.name) for case in CASES for each in chosen]
@@ -36,7 +36,7 @@ def test_every_transport_brings_every_value(tmp_path):
     assert found["machine"]["torch"]
 
 
-def test_cases_say_how_many_bytes_they_are():
+def test_cases_know_their_number_of_bytes():
     for case in CASES:
         value = case.make()
         assert identical(value, case.make())
@@ -47,7 +47,7 @@ def test_cases_say_how_many_bytes_they_are():
     assert [case.nbytes >> 20 for case in full[:2]] == [854, 213]
 
 
-def test_a_wrong_value_is_told():
+def test_a_wrong_value_is_reported():
     class Wrong(transport.Transport):
         name = "wrong"
 

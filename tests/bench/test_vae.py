@@ -1,4 +1,4 @@
-"""The bench of the autoencoder: that both sides give the same, and that it measures what it claims."""
+"""The benchmark of the autoencoder: both sides give the same bits, and the patched side uses the patches."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("case", vae.cases(CPU, quick=True))
-def test_only_the_patched_side_takes_the_short_way(case, monkeypatch):
+def test_only_the_patched_side_uses_the_patches(case, monkeypatch):
     taken = []
     for cls in (FrameCaches, ConditionVideo):
         original = cls.__init__
@@ -30,7 +30,7 @@ def test_only_the_patched_side_takes_the_short_way(case, monkeypatch):
     assert torch.equal(*(x[1] if isinstance(x, tuple) else x for x in (first, second)))
 
 
-def test_every_shape_suits_its_model():
+def test_every_shape_is_valid_for_its_model():
     for device in (CPU, torch.device("cuda")):
         for case in vae.cases(device):
             frames, height, width = map(int, case.shape.split("x"))
@@ -40,7 +40,7 @@ def test_every_shape_suits_its_model():
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
-def test_what_is_measured_is_shown_and_written(tmp_path):
+def test_rows_are_shown_and_written(tmp_path):
     rows, shared = vae.measure(CPU, torch.float32, quick=True, parallel=False)
     assert [row.op for row in rows] == ["decode", "encode", "condition video, VAE without work"]
     assert all(row.exact and row.stock_ms > 0 for row in rows)

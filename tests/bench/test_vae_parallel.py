@@ -1,4 +1,4 @@
-"""The measurement of a shared VAE: small, to see that it runs and what it says."""
+"""The benchmark of a shared VAE, on small cases."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_rows_have_the_bits_of_one_process():
     assert not multiprocessing.active_children()
 
 
-def test_what_cannot_be_measured_is_said():
+def test_impossible_measurements_are_reported():
     with pytest.raises(MeasurementError, match="999 processes need a core each"):
         measure(ranks=999)
     with pytest.raises(MeasurementError, match="Unknown dtype 'fp8'"):

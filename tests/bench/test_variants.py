@@ -1,4 +1,4 @@
-"""One piece of work in every way: each has its own patches and its own graphs, and the numbers say what they claim."""
+"""Work in every variant: separate patches and graphs for each variant, and correct numbers."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _result(**changes):
     rows = (
         variants.Row("stock", ms=100.0, peak_mib=50.0, exact=True, difference=0.0),
         variants.Row("patched", ms=80.0, peak_mib=40.0, exact=True, difference=0.0),
-        variants.Row("patched, close", reason="no patch that is active here moves rounding"),
+        variants.Row("patched, close", reason="no active patch changes rounding"),
         variants.Row("compiled stock", ms=70.0, peak_mib=45.0, exact=False, difference=0.25),
         variants.Row("compiled patched", ms=75.0, peak_mib=45.0, exact=False, difference=0.25),
     )
@@ -54,7 +54,7 @@ def _result(**changes):
 # Turns
 
 
-def test_every_call_happens_in_its_own_surroundings_and_none_is_always_first():
+def test_every_call_runs_in_its_own_context_and_none_is_always_first():
     order, inside = [], []
 
     @contextlib.contextmanager
@@ -75,13 +75,13 @@ def test_every_call_happens_in_its_own_surroundings_and_none_is_always_first():
         seconds=0.0,
         sample=0.0,
     )
-    assert order == ["a", "b", "c", "b", "c", "a", "c", "a", "b"]  # the first of each counts: it was long enough
+    assert order == ["a", "b", "c", "b", "c", "a", "c", "a", "b"]  # the first call of each is long enough to count
 
 
-def test_short_calls_are_taken_together_and_medians_are_of_one(monkeypatch):
+def test_short_calls_are_repeated_in_a_sample_and_medians_are_per_call(monkeypatch):
     counts = Counter()
 
-    def took(call, device, times):  # a clock that nothing else on the machine can hold up
+    def took(call, device, times):  # a clock that does not depend on the load of the machine
         for _ in range(times):
             call()
         return {"short": 0.001, "long": 0.02 + 0.001 * counts["long"]}[call.__name__]
@@ -101,10 +101,10 @@ def test_short_calls_are_taken_together_and_medians_are_of_one(monkeypatch):
     assert counts == {"short": 1 + 6 * 10, "long": 6}
 
 
-# Ways
+# Variants
 
 
-def test_each_way_is_made_and_called_with_its_own_patches():
+def test_each_variant_is_made_and_called_with_its_own_patches():
     made, seen = [], []
 
     def make():
@@ -128,7 +128,7 @@ def test_each_way_is_made_and_called_with_its_own_patches():
     assert result.row("patched").exact is True
 
 
-def test_a_way_that_cannot_run_is_a_reason_and_stock_that_cannot_is_an_error():
+def test_a_failing_variant_gets_a_reason_and_failing_stock_raises():
     def make(wrong):
         def call():
             if (_chosen()[0] is None) == wrong:
@@ -146,7 +146,7 @@ def test_a_way_that_cannot_run_is_a_reason_and_stock_that_cannot_is_an_error():
         _measured(make(False))
 
 
-def test_bits_that_differ_are_found():
+def test_different_bits_are_detected():
     def make():
         out = torch.ones(2) if _chosen()[0] is not None else torch.tensor([1.0, 1.25])
         return lambda: out
@@ -158,7 +158,7 @@ def test_bits_that_differ_are_found():
     assert result.deterministic
 
 
-def test_nothing_is_said_of_bits_where_stock_differs_from_itself():
+def test_bits_are_not_compared_if_stock_is_nondeterministic():
     result = _measured(lambda: lambda: torch.rand(2))
     assert not result.deterministic
     assert result.row("patched").exact is None
@@ -178,7 +178,7 @@ def test_memory_is_the_peak_of_a_call():
     assert 1.7 < result.memory_of("patched") < 2.2
 
 
-def test_what_is_left_alone_is_said_once(caplog):
+def test_skipped_code_is_logged_once(caplog):
     logger = logging.getLogger("wan_patches")
     with caplog.at_level("WARNING"), variants.said_once():
         for word in ("rope", "vae", "rope"):
@@ -191,7 +191,7 @@ def test_what_is_left_alone_is_said_once(caplog):
 
 
 class _Backend:
-    """Keeps the calls in every graph, and runs it as it is."""
+    """Records the calls in every graph, and runs the graph unchanged."""
 
     def __init__(self):
         self.graphs = []
@@ -217,7 +217,7 @@ def backend(monkeypatch):
 
 
 @pytest.mark.parametrize("whole", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_compiled_ways_keep_their_own_graphs(backend, whole):
+def test_compiled_variants_keep_their_own_graphs(backend, whole):
     model = shapes.build(TINY, CPU, torch.float32)
     arguments = shapes.inputs(TINY, model, CPU, torch.float32)
     used = Counter()
@@ -230,7 +230,7 @@ def test_compiled_ways_keep_their_own_graphs(backend, whole):
         return call
 
     result = _measured(make, compiled=True, modules=[model] if whole else list(model.blocks))
-    assert len(backend.graphs) == 2  # blocks are alike, and share one
+    assert len(backend.graphs) == 2  # equal blocks share one
     stock, patched = backend.graphs
     assert stock["setitem"] > 0
     assert stock["stack"] == patched["setitem"] == 0
@@ -243,7 +243,7 @@ def test_compiled_ways_keep_their_own_graphs(backend, whole):
         assert used[(frozenset(), "exact"), True] >= 5 <= used[(None, "exact"), True]
 
 
-def test_code_that_dynamo_inlines_and_does_not_look_at_is_not_mistaken(backend):
+def test_graphs_with_different_inlined_code_are_not_mixed_up(backend):
     class Inner(torch.nn.Module):
         def forward(self, x):
             return x + 1
@@ -267,7 +267,7 @@ def test_code_that_dynamo_inlines_and_does_not_look_at_is_not_mistaken(backend):
 
 
 @pytest.mark.slow
-def test_a_compiler_that_fails_is_a_reason(monkeypatch):
+def test_a_failing_compiler_is_recorded_as_the_reason(monkeypatch):
     def broken(graph, inputs):
         raise NotImplementedError("not on this machine")
 
@@ -280,14 +280,14 @@ def test_a_compiler_that_fails_is_a_reason(monkeypatch):
     assert result.row("patched").exact
 
 
-def test_what_no_compiler_took_is_not_passed_off_as_compiled(backend):
-    linear = torch.nn.Linear(2, 2)  # dynamo leaves torch's own modules alone
+def test_uncompiled_modules_are_not_presented_as_compiled(backend):
+    linear = torch.nn.Linear(2, 2)  # dynamo skips torch's own modules
     result = _measured(lambda: lambda: linear(torch.ones(2)), compiled=True, modules=[linear])
     assert result.row("compiled stock").reason == "nothing was compiled"
 
 
 @pytest.mark.slow
-def test_graphs_that_come_late_are_noticed(backend):
+def test_late_graphs_are_detected(backend):
     linear = _Linear(2, 2)
     sizes = iter([2, 2, 3, 4, 5, 6, 7] + [7] * 10000)
 
@@ -299,7 +299,7 @@ def test_graphs_that_come_late_are_noticed(backend):
         result = _measured(make, compiled=True, modules=[linear])
     finally:
         torch._dynamo.config.automatic_dynamic_shapes = before
-    assert any("compiled anew" in result.row(way).reason for way in ("compiled stock", "compiled patched"))
+    assert any("recompiled" in result.row(way).reason for way in ("compiled stock", "compiled patched"))
 
 
 # Numbers
@@ -318,7 +318,7 @@ def test_ratios_and_gigabytes():
     assert (rope.stock_share, rope.patched_share) == (0.125, 1.0)
 
 
-def test_the_table_says_what_the_numbers_rest_on():
+def test_the_notes_describe_the_measurement():
     rope = variants.Rope(gb=1.34, stock_ms=4.0, patched_ms=0.4, exact=True, copy_gb_s=4000.0)
     shown = text(variants.table(_result(other_cores=1.5, rope=rope, layers=4)))
     assert "model 14b-480p: 32,760 tokens, 4 of 40 layers, bf16" in shown
@@ -336,7 +336,7 @@ def test_the_table_says_what_the_numbers_rest_on():
     assert wrong.different() == ["patched", "rotary embedding"]
 
 
-def test_json_holds_the_result_and_what_follows(tmp_path):
+def test_json_has_the_result_and_derived_numbers(tmp_path):
     result = _result(rope=variants.Rope(gb=2.0, stock_ms=4.0, patched_ms=0.5, exact=True, copy_gb_s=4000.0))
     variants.write_json(tmp_path / "x.json", result, CPU, threads=1)
     written = (tmp_path / "x.json").read_text()
@@ -350,7 +350,7 @@ def test_json_holds_the_result_and_what_follows(tmp_path):
     assert "/" not in written
 
 
-def test_a_chart_is_drawn_where_matplotlib_is(tmp_path, monkeypatch):
+def test_a_chart_is_drawn_if_matplotlib_is_installed(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     variants.chart(_result(), CPU).savefig(tmp_path / "chart.png")
     assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")

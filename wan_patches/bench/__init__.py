@@ -1,1 +1,1 @@
-"""What the demo, the benchmarks and the tests run on."""
+"""Measurements behind the demo and the benchmarks; the tests use parts of them."""

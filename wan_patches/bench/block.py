@@ -1,6 +1,6 @@
-"""One transformer block: every way there is, and the floor; and the rotary embedding in it by itself.
+"""Benchmarks one transformer block in every variant against the floor, and its rotary embedding alone.
 
-A block gets what a model's own forward hands it, in each way: a patched forward may hand it something shorter.
+In each variant, the block gets the arguments from the model's own forward: a patched forward may pass shorter ones.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from wan_patches.bench.measure import generator, identical, in_turns, using_thre
 from wan_patches.bench.parts import AttentionWithoutLayers
 from wan_patches.bench.shapes import Shape, build, inputs
 
-_ROTARY = 3  # which argument of a block the tables are
+_ROTARY = 3  # position of the rotary tables among a block's arguments
 
 
 def measure(
@@ -35,7 +35,7 @@ def measure(
     seconds: float = 5.0,
     threads: int | None = None,
 ) -> variants.Result:
-    """Measures the first block of the model of a shape; see `variants.measure`."""
+    """Measures the first block of a shape's model; see `variants.measure`."""
     shape = replace(shape, config={**shape.config, "num_layers": 1})
     with using_threads(threads), torch.no_grad(), variants.said_once():
         model = build(shape, device, dtype)
@@ -51,11 +51,11 @@ def measure(
 
 
 class _Reached(Exception):
-    """The block is about to be called."""
+    """Raised when the model calls its first block."""
 
 
 def _handed(model: Any, arguments: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What the model calls its first block with; not asked by a hook, which would be given what stock hands out."""
+    """Returns the arguments of the model's call of its first block. A hook would get stock's arguments instead."""
     handed: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     def stop(block: Any, *args: Any, **kwargs: Any) -> None:
@@ -70,9 +70,9 @@ def _handed(model: Any, arguments: dict[str, Any]) -> tuple[tuple[Any, ...], dic
 def _rope(
     shape: Shape, model: Any, arguments: dict[str, Any], device: torch.device, dtype: torch.dtype, seconds: float
 ) -> variants.Rope:
-    """The processor of the block's self-attention, around projections, norms and an attention that do nothing.
+    """Measures the self-attention processor of the block with no-op projections, norms and attention.
 
-    What is left of it is the rotary embedding of queries and keys, whatever way it takes.
+    Only the rotary embedding of queries and keys remains, whether stock's or a form.
     """
     attention = model.blocks[0].attn1
     width = attention.heads * (dim := model.config.attention_head_dim)
@@ -97,13 +97,13 @@ def _rope(
         with context():
             args, _ = _handed(model, arguments)
             calls[name] = call(args[_ROTARY])
-            calls[name]()  # on accelerators the first call returns what the first-sight gate got from stock
+            calls[name]()  # on accelerators, the first-sight gate returns stock's result for the first call
             calls[name]()
             results.append(list(around.attended))
     copy = Copy(device, 2 * query.nbytes)
     copy()
     turns = in_turns({**calls, "copy": copy}, device, around=contexts, seconds=seconds)
-    tables = shape.tokens * dim * 4  # half a cosine and half a sine for each element, in float32
+    tables = shape.tokens * dim * 4  # bytes: half a cosine and half a sine per element, in float32
     return variants.Rope(
         gb=(4 * query.nbytes + tables) / 1e9,
         stock_ms=turns.seconds["stock"] * 1e3,

@@ -1,8 +1,9 @@
-"""Which pipelines of the installed diffusers get which patches, how many calls take forms, and the videos' bits.
+"""Records which patches apply to the pipelines of the installed diffusers, how many calls use forms, and bit equality.
 
-Models have few layers and videos are small, so the sizes below which forms are slower than stock's operations are not
-minded: every form that there is for a call computes it. With `production` they are, and models and videos are larger.
-The matrix of diffusers versions (`tox`) writes a record of each. They make the README's table.
+Models have few layers and videos are small. The minimum sizes of forms, below which stock's operations are faster, are
+therefore ignored: a form computes every call that it supports. With `production`, minimum sizes apply, and models and
+videos are larger. The matrix of diffusers versions (`tox`) writes one record per version; the README's table is made
+from these records.
 """
 
 from __future__ import annotations
@@ -35,12 +36,12 @@ from wan_patches.testing.families import FAMILIES, Family, available
 
 @dataclass(frozen=True)
 class Row:
-    """One family in the installed diffusers.
+    """The result for one family in the installed diffusers.
 
-    patches: those whose code was called.
-    skipped: those that a module of the pipeline was left without, and why.
-    calls: by patch, how many calls took a form other than stock's operations, and how many there were.
-    reasons: by patch, why calls took stock's way, and how many did.
+    patches: patches whose code was called.
+    skipped: patches that were not applied to a module of the pipeline, with the reason.
+    calls: by patch, the number of calls computed by forms, and of all calls.
+    reasons: by patch, the reasons for using stock's operations, with the number of calls.
     """
 
     family: str
@@ -53,20 +54,20 @@ class Row:
 
     @property
     def exercise(self) -> str:
-        """How many calls took forms, for people; on a CPU the step loop has none."""
+        """The share of calls computed by forms, as text. On a CPU, the step loop has no such calls."""
         taken, total = tally.total(self.calls.values())
         return f"forms in {taken} of {total} calls" if taken else "not exercised"
 
 
 def measure(families: Iterable[str] = (), production: bool = False) -> list[Row]:
-    """Runs families once stock and once patched, on the CPU.
+    """Runs each family once stock and once patched, on the CPU.
 
     Args:
-        families: names in `wan_patches.testing.families.FAMILIES`; none means all that the installed diffusers has.
-        production: forms are asked as in production, from the sizes on at which they are fast: some ten times as long.
+        families: names in `wan_patches.testing.families.FAMILIES`; by default, all that the installed diffusers has.
+        production: applies the minimum sizes of forms, as in production. Takes about ten times as long.
 
     Raises:
-        MeasurementError: the installed diffusers has no such family, or nobody knows it.
+        MeasurementError: a family is unknown, or missing from the installed diffusers.
     """
     families = list(families)
     if unknown := [name for name in families if name not in FAMILIES]:
@@ -74,19 +75,19 @@ def measure(families: Iterable[str] = (), production: bool = False) -> list[Row]
     if missing := [FAMILIES[name] for name in families if not FAMILIES[name].available]:
         since = ".".join(map(str, missing[0].since))
         raise MeasurementError(
-            f"{missing[0].name} came with diffusers {since}, this is {diffusers.__version__}; "
-            f"it has: {', '.join(available())}."
+            f"{missing[0].name} requires diffusers {since} or newer, not {diffusers.__version__}; "
+            f"available families: {', '.join(available())}."
         )
     rows = []
     with contextlib.nullcontext() if production else at_any_size():
         for name in families or available():
             rows.append(_row(FAMILIES[name], production))
-            gc.collect()  # a pipeline is part of cycles, and wide ones would fill the memory
+            gc.collect()  # pipelines are in reference cycles; wide ones would fill the memory
     return rows
 
 
 def table(rows: Iterable[Row]) -> Table:
-    """The rows for people."""
+    """Returns the rows as a table."""
     found = Table("family", "pipeline", "calls by forms", "left stock", "exact", box=box.SIMPLE, pad_edge=False)
     for row in rows:
         skipped = "; ".join(f"{name}: {reason}" for name, reason in row.skipped.items())
@@ -96,15 +97,15 @@ def table(rows: Iterable[Row]) -> Table:
 
 
 def _counts(row: Row) -> str:
-    """The patches of a family, with calls that took forms of all that were counted."""
+    """Returns the patches of a family, each with its number of calls by forms out of all counted calls."""
     counts = {name: row.calls.get(name) for name in row.patches}
     return ", ".join(f"{name} {found[0]}/{found[1]}" if found else name for name, found in counts.items())
 
 
 def write_json(folder: Path, rows: Iterable[Row]) -> Path:
-    """Writes the rows to a file in `folder` that is named after the versions of diffusers and torch; returns its path.
+    """Writes the rows to a file in `folder`, named after the versions of diffusers and torch, and returns its path.
 
-    The same versions give the same file.
+    A file of the same versions is overwritten.
     """
     versions = {package: version(package).partition("+")[0] for package in ("diffusers", "transformers", "torch")}
     folder.mkdir(parents=True, exist_ok=True)
@@ -114,9 +115,9 @@ def write_json(folder: Path, rows: Iterable[Row]) -> Path:
 
 
 def read_json(folder: Path) -> dict[str, list[Row]]:
-    """The rows of all versions that `folder` has a record of, oldest first, by what the versions are called.
+    """Returns the rows of all records in `folder` by version, oldest first.
 
-    That is the version of diffusers, with that of torch where it is not the one that most records have.
+    A key is the diffusers version, followed by the torch version if it is not the most common one of the records.
     """
     contents = [json.loads(path.read_text()) for path in folder.glob("*.json")]
     contents.sort(key=lambda content: [Version(content["versions"][package]) for package in ("diffusers", "torch")])
@@ -137,9 +138,9 @@ def _read(row: dict[str, Any]) -> Row:
 
 
 def markdown(records: Mapping[str, Collection[Row]]) -> str:
-    """The table of pipelines, patches and versions of diffusers, and below it why something was left stock.
+    """Returns the table of pipelines, patches and diffusers versions, with the reasons for skipped patches below.
 
-    Last, why calls took stock's operations in the newest version.
+    The reasons for calls in stock's operations, in the newest version, come last.
     """
     rows = [row for record in records.values() for row in record]
     order = list(FAMILIES)
@@ -164,9 +165,9 @@ def markdown(records: Mapping[str, Collection[Row]]) -> str:
 
 
 def shares(rows: Iterable[Row]) -> str:
-    """The table of families and patches, of the calls that are fast: of a record with production sizes in force.
+    """Returns the table of fast calls by family and patch, from a record with production sizes.
 
-    Below it why others took stock's operations, and how many in which family.
+    The reasons for calls in stock's operations come below, with their number in each family.
     """
     lines = [["family", *JUDGED, "same bits"], ["---"] * (2 + len(JUDGED))]
     slow: dict[tuple[str, str], list[str]] = {}
@@ -181,12 +182,12 @@ def shares(rows: Iterable[Row]) -> str:
     return "\n".join([f"| {' | '.join(line)} |" for line in lines] + [""] * bool(notes) + notes)
 
 
-#: Patches of whose calls nearly all are to be fast at production sizes, in every family that has them.
+#: Patches that must make nearly all of their calls fast at production sizes, in every family that has them.
 JUDGED = ("rope", "qk", "modulation", "frames", "vae", "conditioning")
 
 _SMALL: dict[str, Any] = {"dtype": torch.bfloat16, "head_dim": 128, "transformer": {"num_attention_heads": 4}}
 _SHORT: dict[str, Any] = {"size": (192, 192), "frames": 9, "steps": 2}
-# a layer as wide as those of 14B; fewer channels of the VAE are convolved by a loop
+# a layer as wide as those of 14B; a VAE with fewer channels would be convolved by a loop
 _WIDE: dict[str, Any] = {"dtype": torch.bfloat16, "head_dim": 128, "vae": {"base_dim": 16, "decoder_base_dim": 16}}
 _LAYER: dict[str, Any] = {"num_attention_heads": 40, "num_layers": 1}
 _LAYER_OF: dict[str, dict[str, Any]] = {
@@ -196,18 +197,18 @@ _LAYER_OF: dict[str, dict[str, Any]] = {
 _LONG: dict[str, Any] = {"size": (256, 256), "steps": 1}  # 768 tokens or more
 _CHUNKS: dict[str, Any] = {"size": (288, 256), "frames": 17, "num_latent_frames_per_chunk": 3}  # two of 864 tokens
 _PYRAMID: dict[str, Any] = {"size": (768, 768), "steps": 1, "num_latent_frames_per_chunk": 3}  # 432, 1,728 and 6,912
-#: Where those would be fewer tokens a call, or no step at all. Published videos have more than any of these.
+#: Overrides for families that would have fewer tokens per call, or no step at all. Published videos have more tokens.
 _LONGER: dict[str, dict[str, Any]] = {
     "wan22_i2v": {"steps": 2},  # one of each transformer
     "wan22_ti2v": {"size": (512, 448)},  # a token is 32 x 32 pixels
-    "wan_v2v": {"steps": 2},  # the first is left out
+    "wan_v2v": {"steps": 2},  # the pipeline skips the first
     "chronoedit": {"size": (320, 320)},  # two latent frames
     "chronoedit_reasoning": {"size": (320, 320), "steps": 2},  # one with all frames, one with two
     **{name: _CHUNKS for name in ("helios", "helios_i2v", "helios_v2v")},
     **{name: _PYRAMID for name in ("helios_pyramid", "helios_pyramid_i2v", "helios_distilled")},
     **{name: {"size": (480, 480)} for name in ("anyflow_far", "anyflow_far_i2v")},  # chunks of one latent frame
 }
-_TEXT = "max_sequence_length"  # the published pipelines fill up prompts to 512 tokens
+_TEXT = "max_sequence_length"  # the published pipelines pad prompts to 512 tokens
 
 
 def _row(family: Family, production: bool) -> Row:
@@ -218,7 +219,7 @@ def _row(family: Family, production: bool) -> Row:
     pipe = family.build(**config)
     try:
         stock = _video(pipe, family, inputs)
-    except RuntimeError:  # of stock itself, in bf16: Wan-Animate in diffusers 0.36
+    except RuntimeError:  # stock itself fails in bf16: Wan-Animate in diffusers 0.36
         pipe = family.build(**config | {"dtype": torch.float32})
         stock = _video(pipe, family, inputs)
     called: set[str] = set()
@@ -244,7 +245,7 @@ def _row(family: Family, production: bool) -> Row:
 
 
 def _reasons(reports: Iterable[wan_patches.Report]) -> dict[str, dict[str, int]]:
-    """By patch, in all modules: why calls took stock's way, and how many."""
+    """Returns by patch, over all modules, the reasons for using stock's operations, with the number of calls."""
     found: dict[str, dict[str, int]] = {}
     for report in reports:
         for way, count in report.ways.items():
@@ -254,7 +255,7 @@ def _reasons(reports: Iterable[wan_patches.Report]) -> dict[str, dict[str, int]]
     return dict(sorted(found.items()))
 
 
-_OF_ACCELERATORS = ("rotary_tables", "step_loop")  # they spare waits for a device, of which CPUs know none
+_OF_ACCELERATORS = ("rotary_tables", "step_loop")  # avoid waiting for a device, which does not occur on CPUs
 
 
 def _video(pipe: Any, family: Family, inputs: dict[str, Any]) -> Any:
@@ -265,7 +266,7 @@ def _video(pipe: Any, family: Family, inputs: dict[str, Any]) -> Any:
 
 
 def _modules(pipe: Any) -> set[str]:
-    """Where the code of a pipeline and its parts is."""
+    """Returns the modules that define a pipeline and its components."""
     parts = [pipe]
     for part in vars(pipe).values():
         parts += part.modules() if isinstance(part, torch.nn.Module) else [part]

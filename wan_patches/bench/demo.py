@@ -1,7 +1,7 @@
-"""A photograph through real pipelines, stock and patched in one process: times, equal bits, videos, a picture.
+"""Runs a photograph through real pipelines, stock and patched, in one process: times, equal bits, videos, a picture.
 
-Without a model these are the published architectures, small and with random weights: what they paint means
-nothing, that both paint the same does. With a model it is the real thing.
+Without a model, the pipelines have the published architectures, reduced in size, and random weights: the images are
+meaningless, but their equality is not. With a model, the demo runs its real pipeline.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ from wan_patches.bench.measure import MeasurementError
 from wan_patches.bench.stages import LATENTS, POSTPROCESS, STAGES, Run, record
 from wan_patches.testing.families import FAMILIES
 
-DEFAULT_PHOTO = "mpl-data/sample_data/grace_hopper.jpg"  # in matplotlib, which need not be imported for it
+DEFAULT_PHOTO = "mpl-data/sample_data/grace_hopper.jpg"  # in matplotlib, which is not imported for it
 PROMPT = "A portrait, the camera moves slowly to the left"
-AMPLIFIED = 16  # differences in the contact sheet
+AMPLIFIED = 16  # factor of the differences in the contact sheet
 
 _SMALL = ("wan22_i2v", "helios_i2v")
 _SIZE, _FRAMES, _STEPS = (256, 320), 17, 2
-#: Heads as wide as the published ones, fewer of them.
+#: Fewer heads than the published models, of the same width.
 _TRANSFORMER = {"num_attention_heads": 4}
-#: What `from_pretrained` calls the dtype.
+#: Name of the dtype argument of `from_pretrained`.
 _DTYPE = "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 42) else "torch_dtype"
-_CALM = 1.3  # longest total over shortest of the same code; medians of a few runs bear no more
-_VAE = {"base_dim": 4}  # convolutions on a CPU would take most of the time, and nothing here changes them
+_CALM = 1.3  # longest total over shortest of the same code; medians of a few runs tolerate no more
+_VAE = {"base_dim": 4}  # convolutions, which no patch changes, would take most of the time on a CPU
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A pipeline and what to call it with: `arguments` makes them anew, with a fresh generator, for every call."""
+    """A pipeline and its arguments; `arguments` returns new ones, with a new generator, for every call."""
 
     name: str
     pipe: Any
@@ -58,10 +58,10 @@ class Subject:
 class Comparison:
     """The measured runs of one subject; `stock[i]` and `patched[i]` ran one after the other.
 
-    Only the first run of each keeps its outputs: videos are large.
+    Only the first stock run and the first patched run keep their outputs, since videos are large.
 
-    same: by stage, in their order, whether every patched run gave the bits of the first stock run.
-    deterministic: whether every stock run did; if not, no comparison means anything.
+    same: by stage, in order, whether every patched run gave the bits of the first stock run.
+    deterministic: whether every stock run gave these bits; if not, comparisons are meaningless.
     """
 
     subject: Subject
@@ -71,15 +71,15 @@ class Comparison:
     deterministic: bool
 
     def first_difference(self) -> str | None:
-        """The first stage that differs, if one does."""
+        """Returns the first stage with a difference, or None."""
         return next((stage for stage, same in self.same.items() if not same), None)
 
 
 def default_photo() -> Path:
-    """The photograph among matplotlib's sample data.
+    """Returns the path of the photograph in matplotlib's sample data.
 
     Raises:
-        MeasurementError: there is no matplotlib, or it comes without.
+        MeasurementError: matplotlib or its sample data is not installed.
     """
     spec = importlib.util.find_spec("matplotlib")
     for folder in (spec and spec.submodule_search_locations) or ():
@@ -91,7 +91,7 @@ def default_photo() -> Path:
 
 
 def open_image(path: Path) -> Image.Image:
-    """The image at `path` in RGB; `MeasurementError` where it cannot be read."""
+    """Returns the image at `path` in RGB; raises `MeasurementError` if it cannot be read."""
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
@@ -112,10 +112,10 @@ def small_subjects(
     families: Sequence[str] = _SMALL,
     **build: Any,
 ) -> list[Callable[[], Subject]]:
-    """What makes the small pipelines, for those of `families` that the installed diffusers has.
+    """Returns builders of small pipelines, one for each of `families` that the installed diffusers has.
 
-    `dtype` is of the transformer and the encoders; the autoencoder is in fp32, as diffusers' documentation loads Wan's.
-    `build` goes to the builders of `wan_patches.testing.families`, over the defaults of the demo.
+    `dtype` applies to the transformer and the encoders; the autoencoder is in fp32, as in diffusers' documentation of
+    Wan. `build` is passed to the builders of `wan_patches.testing.families` and overrides the defaults of the demo.
     """
     options = {"head_dim": 128, "transformer": _TRANSFORMER, "vae": _VAE, "seed": seed, **build}
 
@@ -124,7 +124,7 @@ def small_subjects(
         pipe: Any = family.build(dtype=dtype, **options)
         pipe.to(device)
         more: dict[str, Any] = {}
-        if "num_latent_frames_per_chunk" in family.call:  # one chunk, long as in the published model
+        if "num_latent_frames_per_chunk" in family.call:  # one chunk, as long as in the published model
             more["num_latent_frames_per_chunk"] = ((frames or _FRAMES) - 1) // 4 + 1
 
         def arguments() -> dict[str, Any]:
@@ -156,7 +156,7 @@ def model_subject(
     steps: int | None = None,
     seed: int = 0,
 ) -> Subject:
-    """A pipeline from a folder or from the Hub. What is not given is left to the pipeline's own defaults.
+    """Loads a pipeline from a folder or from the Hub. Omitted arguments have the defaults of the pipeline.
 
     Raises:
         MeasurementError: the model cannot be loaded.
@@ -187,7 +187,7 @@ def model_subject(
 
 
 def compare(subject: Subject, device: torch.device, repeats: int, on_step: Callable[[], None]) -> Comparison:
-    """Runs the subject stock and patched in turns, once to warm up and then `repeats` times to be measured."""
+    """Runs the subject stock and patched in turns: once as warm-up, then `repeats` measured runs of each."""
     runs: dict[bool, list[Run]] = {False: [], True: []}
     found: dict[bool, list[dict[str, bool]]] = {False: [], True: []}
     for nth in range(repeats + 1):
@@ -197,7 +197,7 @@ def compare(subject: Subject, device: torch.device, repeats: int, on_step: Calla
                     run = record(subject.pipe, subject.arguments(), device, on_step)
                 except ValueError as error:  # diffusers' check of the arguments
                     raise MeasurementError(f"{subject.name} refuses the arguments: {error}") from error
-            if nth == 0:  # on accelerators the first patched run gets stock's results from the first-sight gate
+            if nth == 0:  # on accelerators, the first-sight gate returns stock's results for the first patched run
                 continue
             runs[patched].append(run)
             if runs[False]:  # the first round begins with stock
@@ -212,7 +212,7 @@ def compare(subject: Subject, device: torch.device, repeats: int, on_step: Calla
 def demo(
     subjects: Sequence[Callable[[], Subject]], device: torch.device, out: Path, *, repeats: int = 3
 ) -> list[Comparison]:
-    """Compares every subject, and writes its two videos and the contact sheet of all into `out`."""
+    """Compares every subject; writes two videos for each and one contact sheet for all into `out`."""
     out.mkdir(parents=True, exist_ok=True)
     comparisons = []
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed} steps"), TimeElapsedColumn())
@@ -230,7 +230,7 @@ def demo(
 
 
 def verdict(comparisons: Sequence[Comparison]) -> str | None:
-    """What went wrong, if something did: where a pipeline first differs, or that stock differs from itself."""
+    """Returns the failures as text, or None: the first stage with a difference, or nondeterministic stock runs."""
     found = []
     for comparison in comparisons:
         name, stage = comparison.subject.name, comparison.first_difference()
@@ -242,7 +242,7 @@ def verdict(comparisons: Sequence[Comparison]) -> str | None:
 
 
 def table(comparisons: Sequence[Comparison]) -> Group:
-    """Per pipeline the medians of each stage, stock and patched, and whether the bits are the same."""
+    """Returns a table of each pipeline's stages: stock and patched medians, and bit equality."""
     found = Table(box=box.SIMPLE, pad_edge=False)
     found.add_column("pipeline", no_wrap=True)
     found.add_column("stage", no_wrap=True)
@@ -291,7 +291,7 @@ def _yes(same: bool) -> str:
 
 
 def write_video(path: Path, frames: np.ndarray, fps: int) -> None:
-    """Writes uint8 `(frames, height, width, 3)` as MP4 (H.264)."""
+    """Writes frames, uint8 `(frames, height, width, 3)`, as MP4 (H.264)."""
     import av
 
     with av.open(str(path), "w") as file:
@@ -304,7 +304,7 @@ def write_video(path: Path, frames: np.ndarray, fps: int) -> None:
 
 
 def contact_sheet(comparisons: Sequence[Comparison], columns: int = 6, height: int = 120) -> Image.Image:
-    """One picture of all: per pipeline the input, frames of stock, of patched, and their amplified difference."""
+    """Draws one picture for all pipelines: the input, stock and patched frames, and their amplified differences."""
     sheets = [_sheet(comparison, columns, height) for comparison in comparisons]
     whole = Image.new("RGB", (max(sheet.width for sheet in sheets), sum(sheet.height for sheet in sheets)), "white")
     top = 0
@@ -349,7 +349,7 @@ def _sheet(comparison: Comparison, columns: int, height: int, label: int = 16, g
 
 
 def _brightest(picture: Image.Image, width: int, height: int) -> Image.Image:
-    """`picture` shrunk by taking the brightest pixel of each block."""
+    """Returns `picture` shrunk to the brightest pixel of each block."""
     block = max(1, picture.width // width, picture.height // height)
     pixels = np.asarray(picture)
     rows, columns = (np.arange(0, size, block) for size in pixels.shape[:2])

@@ -1,4 +1,4 @@
-"""What an executor costs beside the pipeline: a small request's way, and the time without a worker that has died."""
+"""Benchmarks the overhead of an executor: the round trip of a small request, and the recovery from a killed worker."""
 
 from __future__ import annotations
 
@@ -20,46 +20,46 @@ _SMALL = 1024  # elements of fp32: 4 KB
 
 
 class Echo:
-    """A pipeline that gives back what it gets."""
+    """A pipeline that returns its argument."""
 
     def __call__(self, value: Any) -> Any:
         return value
 
 
 def measure(repeats: int = 5) -> list[Row]:
-    """Medians, with one CPU thread in each worker."""
+    """Returns medians, measured with one CPU thread in each worker."""
     value = torch.ones(_SMALL)
     with (
         ParallelExecutor(Echo, devices=["cpu", "cpu"], threads=1, spares=0) as executor,
         ProcessPoolExecutor(2) as pool,
     ):
-        ways: list[Callable[[], Any]] = [
+        round_trips: list[Callable[[], Any]] = [
             lambda: executor.submit(value).result(),
             lambda: pool.submit(_echo, value.numpy()).result(),
         ]
-        ours, theirs = _interleaved(ways, 60 * repeats)
+        ours, theirs = _interleaved(round_trips, 60 * repeats)
     return [
         Row("4 KB there and back, ParallelExecutor", ours),
         Row("4 KB there and back, ProcessPoolExecutor", theirs),
-        Row("until a killed worker of Wan serves again, no spare", _again(0, repeats)),
-        Row("until a killed worker of Wan serves again, a spare", _again(1, repeats)),
+        Row("until a killed worker of Wan serves again, no spare", _recovery(0, repeats)),
+        Row("until a killed worker of Wan serves again, a spare", _recovery(1, repeats)),
         Row("of which: the pipeline is built (small weights)", _build(repeats)),
     ]
 
 
-def _interleaved(ways: list[Callable[[], Any]], rounds: int) -> list[float]:
-    found: list[list[float]] = [[] for _ in ways]
+def _interleaved(calls: list[Callable[[], Any]], rounds: int) -> list[float]:
+    found: list[list[float]] = [[] for _ in calls]
     for n in range(rounds + 10):
-        for way, seconds in zip(ways, found):
+        for call, seconds in zip(calls, found):
             start = time.perf_counter()
-            way()
-            if n >= 10:  # the first ones start processes and threads
+            call()
+            if n >= 10:  # the first calls start processes and threads
                 seconds.append(time.perf_counter() - start)
     return [statistics.median(seconds) for seconds in found]
 
 
-def _again(spares: int, repeats: int) -> float:
-    """Seconds from a worker's death until it serves; a spare has had the time to import what it can."""
+def _recovery(spares: int, repeats: int) -> float:
+    """Returns the seconds from a worker's death until it serves again. A spare gets time to finish its imports."""
     found = []
     build = FAMILIES["wan_t2v"].build
     with ParallelExecutor(
@@ -78,7 +78,7 @@ def _again(spares: int, repeats: int) -> float:
 
 
 def _build(repeats: int) -> float:
-    """In a process that has imported all that it needs."""
+    """Returns the seconds to build the pipeline in a process that has finished its imports."""
     return min(_seconds(FAMILIES["wan_t2v"].build) for _ in range(repeats + 1))
 
 

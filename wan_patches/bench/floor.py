@@ -1,8 +1,8 @@
-"""What has to be computed, and nothing else: the matrix products, convolutions and attention calls of a forward.
+"""Measures the floor: the matrix products, convolutions and attention calls of a forward alone.
 
-They are noted while stock's code runs, and then called again, one after the other, on random inputs of the same
-shapes, strides and dtypes, with the model's own weights and through the attention backend that was called. How long
-that takes is the floor under any code that computes the same.
+The calls are recorded while stock's code runs. Then they are repeated in order on random inputs of the same shapes,
+strides and dtypes, with the model's own weights and the same attention backend. Their time is a lower bound for any
+code that computes the same result.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _MATMULS = {
     *(torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.mm, torch.Tensor.bmm),
 }
 _ATTENTION = {F.scaled_dot_product_attention}
-_DISPATCH = "dispatch_attention_fn"  # of diffusers: it knows which backend the user has chosen
+_DISPATCH = "dispatch_attention_fn"  # of diffusers: calls the backend that the user has selected
 
 
 @dataclass(frozen=True)
 class _Like:
-    """What a tensor was, without its contents."""
+    """Size, stride and dtype of a tensor, without its contents."""
 
     size: tuple[int, ...]
     stride: tuple[int, ...]
@@ -42,14 +42,14 @@ class _Like:
 
     @property
     def reach(self) -> int:
-        """Elements of memory from its first to behind its last."""
+        """Number of elements that the tensor spans in memory, gaps included."""
         last = sum((size - 1) * stride for size, stride in zip(self.size, self.stride))
         return last + 1 if math.prod(self.size) else 0
 
 
 @dataclass(frozen=True)
 class Step:
-    """One call: of which kind ("matmul" or "attention"), and with what; tensors but for parameters are `_Like`."""
+    """A recorded call. `kind` is "matmul" or "attention"; tensors are `_Like` in the arguments, except parameters."""
 
     kind: str
     function: Callable[..., Any]
@@ -59,7 +59,7 @@ class Step:
 
 @contextlib.contextmanager
 def recording() -> Iterator[list[Step]]:
-    """Gives a list of the calls that are made in the block, by this thread; it fills as they are made."""
+    """Yields a list to which the calls that this thread makes in the block are added as they happen."""
     with _Recorder() as recorder, _dispatching(recorder):
         yield recorder.steps
 
@@ -80,7 +80,7 @@ class _Recorder(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
     def call(self, kind: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Calls and notes it, unless it is part of what is noted already."""
+        """Calls the function and records the call, unless it is part of a recorded call."""
         if self._inside:
             return function(*args, **kwargs)
         arguments = tuple(map(_like, args))
@@ -94,7 +94,7 @@ class _Recorder(TorchFunctionMode):
 
 @contextlib.contextmanager
 def _dispatching(recorder: _Recorder) -> Iterator[None]:
-    """Notes the calls of diffusers' dispatcher, which every transformer's module has its own name for."""
+    """Records calls of diffusers' attention dispatcher, which each transformer module imports under its own name."""
     changed: list[tuple[dict[str, Any], Any]] = []
     try:
         for module in list(sys.modules.values()):
@@ -122,10 +122,10 @@ def _like(value: Any) -> Any:
 
 
 class Floor:
-    """The noted calls, to be made again: `floor()` makes all of them, in their order.
+    """Repeats recorded calls: `floor()` makes all of them in order.
 
-    Their inputs lie in one piece of random memory for each dtype, as large as the largest call needs; those of one
-    call lie one behind the other.
+    The inputs are views of one block of random memory per dtype, as large as the largest call needs. The inputs of one
+    call do not overlap.
     """
 
     def __init__(self, steps: Sequence[Step], device: torch.device) -> None:
@@ -159,7 +159,7 @@ class Floor:
 
 
 class Copy:
-    """A copy within the device, of as many bytes as caches cannot hold: `copy()` reads and writes `bytes` in all."""
+    """A copy within the device, of more bytes than caches hold. `copy()` reads and writes `bytes` in total."""
 
     def __init__(self, device: torch.device, size: int) -> None:
         self._source = torch.ones(size, dtype=torch.uint8, device=device)
@@ -175,7 +175,7 @@ def _likes(step: Step) -> list[_Like]:
 
 
 def _aligned(elements: int) -> int:
-    return -(-elements // 64) * 64  # as an allocator would
+    return -(-elements // 64) * 64  # like an allocator
 
 
 def _noise(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

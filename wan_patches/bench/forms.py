@@ -1,7 +1,7 @@
-"""Each form against the reference of its op, at the smallest size that it is for and at published ones.
+"""Benchmarks each form against the reference of its op, at the form's minimum size and at published sizes.
 
-What a form is for is declared where it is (`smallest`, `refuses`); a form at more than `FAST` of the reference's time
-has no place there, and its calls would be counted as fast.
+Forms declare their supported inputs (`smallest`, `refuses`). A form that takes more than `FAST` of the reference's time
+should not support the input, since its calls are counted as fast.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from wan_patches.testing.families import images
 FAST = 0.9
 _HEAD = 128
 _WIDTHS = (1536, 5120)
-_TOKENS = 4095  # a CPU's share of the published 32,760
+_TOKENS = 4095  # an eighth of the published 32,760, for CPUs
 _LAYOUTS = ("rows", "as convolutions leave it")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One op on one kind of input: milliseconds of a call.
+    """The times of one op on one kind of input, in milliseconds per call.
 
-    form: what the op decided for; empty for its reference, and then `reason` says why and nothing was measured.
+    form: the form that the op selected. Empty for the reference; then `reason` explains why, and nothing was measured.
     """
 
     op: str
@@ -53,13 +53,13 @@ class Row:
 
     @property
     def share(self) -> float | None:
-        """The form's time, as a part of the reference's."""
+        """The form's time divided by the reference's."""
         return self.form_ms / self.reference_ms if self.form_ms and self.reference_ms else None
 
 
 @dataclass(frozen=True)
 class Sample:
-    """An input: `make` gives the arguments of `op` on a device, in a dtype."""
+    """An input of `op`; `make` returns the arguments on a device, in a dtype."""
 
     op: Op[Any, Any]
     input: str
@@ -68,13 +68,13 @@ class Sample:
 
 
 def measure(device: torch.device, dtype: torch.dtype, *, quick: bool = False, threads: int | None = None) -> list[Row]:
-    """Measures every op on `device`; `quick` does so at the smallest sizes, for less long."""
+    """Measures every op on `device`; with `quick`, only at the smallest sizes and in less time."""
     with using_threads(threads), torch.no_grad():
         return [_row(sample, device, dtype, 0.1 if quick else 1.0) for sample in samples(device, dtype, quick)]
 
 
 def table(rows: Sequence[Row]) -> Group:
-    """The rows for people, and which forms are not fast."""
+    """Returns the rows as a table, with notes on forms that are not fast."""
     found = Table(box=box.SIMPLE, pad_edge=False)
     for column in ("op", "input", "shape", "dtype", "form"):
         found.add_column(column, overflow="fold")
@@ -94,7 +94,7 @@ def table(rows: Sequence[Row]) -> Group:
 
 
 def write_json(path: Path, rows: Sequence[Row], device: torch.device, threads: int | None = None) -> None:
-    """Writes the rows and the facts about the machine; `threads` as it was given to `measure`."""
+    """Writes the rows and the facts about the machine; `threads` is the value passed to `measure`."""
     write_rows(path, [{**asdict(row), "share": row.share} for row in rows], device, threads)
 
 
@@ -117,7 +117,7 @@ def _row(sample: Sample, device: torch.device, dtype: torch.dtype, seconds: floa
 
 
 def samples(device: torch.device, dtype: torch.dtype, quick: bool = False) -> list[Sample]:
-    """What is measured on a device: all ops that have forms for it."""
+    """Returns the samples for a device: inputs of all ops that have forms for it."""
     found = [*_of_tokens(device, dtype, quick), *_of_videos(quick)]
     return [sample for sample in found if sample.op._forms_on(device.type)]
 
@@ -148,7 +148,7 @@ def _of_tokens(device: torch.device, dtype: torch.dtype, quick: bool) -> Iterato
         "cast norm": fused_norm.cast_norm,
         "residual norm": fused_norm.residual_norm,
     }
-    for kinds in (exact,) if on_cpu else (exact, close):  # on CPUs close ops have no forms of their own
+    for kinds in (exact,) if on_cpu else (exact, close):  # on CPUs, close ops have no forms of their own
         for kind, op in kinds.items():
             for width in _WIDTHS:
                 for seq in _lengths(op, width, device, dtype, quick):
@@ -166,7 +166,7 @@ def _of_tokens(device: torch.device, dtype: torch.dtype, quick: bool) -> Iterato
 
 
 def _lengths(op: Op[Any, Any], width: int, device: torch.device, dtype: torch.dtype, quick: bool) -> Iterable[int]:
-    """The fewest tokens of which a form is asked; twice as many; and what a model has."""
+    """Returns the smallest number of tokens with a form and, unless `quick`, its double and a model's usual number."""
     fewest = max(1, -(-op.least_for(torch.empty(0, dtype=dtype, device=device)) // width))
     return (fewest,) if quick else (fewest, 2 * fewest, max(_TOKENS, 2 * fewest))
 

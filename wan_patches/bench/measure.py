@@ -1,4 +1,4 @@
-"""What measurements share: devices, interleaved medians, peak memory, equal bits."""
+"""Shared parts of measurements: devices, interleaved medians, peak memory, bit equality."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class MeasurementError(RuntimeError):
-    """What keeps a measurement from being taken, in a sentence for the user."""
+    """Raised if a measurement is impossible; the message is a sentence for the user."""
 
 
 # Devices
 
 
 def dtype_of(name: str) -> torch.dtype:
-    """The dtype called `fp32`, `bf16` or `fp16`; `MeasurementError` for any other name."""
+    """Returns the dtype named `fp32`, `bf16` or `fp16`; raises `MeasurementError` for other names."""
     if name not in DTYPES:
         raise MeasurementError(f"Unknown dtype {name!r}; known: {', '.join(DTYPES)}.")
     return DTYPES[name]
 
 
 def device_of(name: str) -> torch.device:
-    """The device called `name`; `auto` is the accelerator that torch finds, or else the CPU.
+    """Returns the device named `name`; `auto` is the accelerator that torch finds, or else the CPU.
 
     Raises:
-        MeasurementError: torch cannot use it here.
+        MeasurementError: torch cannot use the device on this machine.
     """
     if name == "auto":
         found = torch.accelerator.current_accelerator() if hasattr(torch, "accelerator") else None
@@ -63,9 +63,9 @@ def device_of(name: str) -> torch.device:
 
 
 def generator(device: torch.device, seed: int = 0) -> torch.Generator:
-    """A seeded generator of `device`, or of the CPU for a backend that has none.
+    """Returns a seeded generator of `device`, or of the CPU if the backend has no generators.
 
-    diffusers' `randn_tensor` takes both.
+    diffusers' `randn_tensor` accepts both.
     """
     try:
         return torch.Generator(device).manual_seed(seed)
@@ -75,7 +75,7 @@ def generator(device: torch.device, seed: int = 0) -> torch.Generator:
 
 @contextlib.contextmanager
 def using_threads(count: int | None) -> Iterator[None]:
-    """So many threads of torch in the block; None leaves them."""
+    """Sets torch's number of threads during the block; None keeps it."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:
@@ -90,7 +90,7 @@ def using_threads(count: int | None) -> Iterator[None]:
 def identical(a: Any, b: Any) -> bool:
     """Whether two results have the same types, dtypes, shapes and bits (0 and -0 differ).
 
-    Takes tensors, arrays, PIL images, and lists, tuples and mappings of them.
+    Accepts tensors, arrays, PIL images, and lists, tuples and mappings of these.
     """
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         return a.dtype == b.dtype and a.shape == b.shape and torch.equal(_bytes(a), _bytes(b))
@@ -114,7 +114,7 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Times:
-    """Median seconds of a call of each, and how many cores other processes kept busy meanwhile (None: unknown)."""
+    """Median seconds of a stock and a patched call, and the number of cores other processes used (None: unknown)."""
 
     stock: float
     patched: float
@@ -123,7 +123,7 @@ class Times:
 
 @dataclass(frozen=True)
 class Turns:
-    """Median seconds of a call by name, and how many cores other processes kept busy meanwhile (None: unknown)."""
+    """Median seconds of a call by name, and the number of cores that other processes used meanwhile (None: unknown)."""
 
     seconds: Mapping[str, float]
     other_cores: float | None
@@ -137,7 +137,7 @@ def interleaved(
     seconds: float = 3.0,
     sample: float = 0.01,
 ) -> Times:
-    """`in_turns` of two."""
+    """Measures two calls with `in_turns`."""
     found = in_turns({"stock": stock, "patched": patched}, device, seconds=seconds, sample=sample)
     return Times(found.seconds["stock"], found.seconds["patched"], found.other_cores)
 
@@ -150,13 +150,13 @@ def in_turns(
     seconds: float = 3.0,
     sample: float = 0.01,
 ) -> Turns:
-    """Median seconds of one call of each, taken in turns so that a busy machine hits all alike.
+    """Returns the median seconds of each call, measured in turns so that a busy machine affects all calls alike.
 
-    All must have run before. A sample lasts at least `sample` seconds (of as many calls as that takes); there are 3
-    to 31 of each, within some `seconds` in all.
+    Every call must have run before. A sample repeats its call until it lasts at least `sample` seconds. Each call gets
+    3 to 31 samples; all samples together take about `seconds`.
 
     Args:
-        around: by name, what a call happens in; entering and leaving it is not timed.
+        around: by name, factories of context managers that a sample runs in; entering and leaving them is not timed.
     """
     around = around or {}
 
@@ -167,28 +167,31 @@ def in_turns(
     start, busy = time.perf_counter(), others_cpu_seconds()
     once = {name: max(timed(name, 1), 1e-7) for name in calls}
     times = {name: max(1, math.ceil(sample / once[name])) for name in calls}
-    samples = {name: [once[name]] if times[name] == 1 else [] for name in calls}  # long ones count already
+    samples = {name: [once[name]] if times[name] == 1 else [] for name in calls}  # long calls need no repetition
     rounds = min(31, max(3, int(seconds / sum(once[name] * times[name] for name in calls))))
     names = list(calls)
     for nth in range(rounds):
         first = nth % len(names)
-        turn = names[first:] + names[:first]  # none always comes first,
-        for name in reversed(turn) if nth // len(names) % 2 else turn:  # nor always after the same one
+        turn = names[first:] + names[:first]  # no call is always first,
+        for name in reversed(turn) if nth // len(names) % 2 else turn:  # or always after the same one
             if len(samples[name]) <= nth:
                 samples[name].append(timed(name, times[name]))
-    # not from the spread of samples: threads that wait for a core another process has are slow every time
+    # not taken from the spread of samples: a thread that waits for a busy core is slow in every sample
     others = None if busy is None else (others_cpu_seconds() or busy) - busy
     cores = None if others is None else max(0.0, others) / (time.perf_counter() - start)
     return Turns({name: statistics.median(found) for name, found in samples.items()}, cores)
 
 
 def others_cpu_seconds(pids: Iterable[int] = ()) -> float | None:
-    """CPU time that all processes but this one and `pids` have used, on cores that this machine can see."""
+    """Returns the CPU seconds of all processes except this one and `pids`, on all cores that this machine sees.
+
+    None if psutil is not installed.
+    """
     try:
         import psutil
     except ImportError:
         return None
-    idle = {"idle", "iowait", "guest", "guest_nice"}  # guests are in "user" already
+    idle = {"idle", "iowait", "guest", "guest_nice"}  # "user" includes guests
     seconds = sum(value for name, value in psutil.cpu_times()._asdict().items() if name not in idle)
     for pid in (os.getpid(), *pids):
         with contextlib.suppress(psutil.Error):
@@ -210,10 +213,10 @@ def _time(call: Callable[[], Any], device: torch.device, calls: int) -> float:
 
 
 def peak_extra_bytes(call: Callable[[], Any], device: torch.device) -> int | None:
-    """Most bytes that a call holds at a time beyond what was held before, its result among them.
+    """Returns the peak memory of a call in bytes, above the memory in use before and including its result.
 
-    On accelerators as torch's allocator counts, on the CPU by the resident set of the process, which sees
-    numpy and Pillow too and is good to some hundred KiB. None where the device has no such counters.
+    On accelerators, torch's allocator counts. On the CPU, the resident set of the process counts, which includes numpy
+    and Pillow and is accurate to a few hundred KiB. None if the device has no such counters.
     """
     with watching_memory(device) as peak:
         call()
@@ -224,7 +227,7 @@ def peak_extra_bytes(call: Callable[[], Any], device: torch.device) -> int | Non
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]], device: torch.device, threads: int | None = None) -> None:
-    """Writes a measurement and the facts about the machine; `threads` are those that it had of torch."""
+    """Writes a measurement and the facts about the machine; `threads` is torch's number of threads during it."""
     with using_threads(threads):
         content = {"machine": machine(device), "rows": rows}
     path.write_text(json.dumps(content, indent=2) + "\n")

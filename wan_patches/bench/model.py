@@ -1,4 +1,4 @@
-"""One forward of a whole denoiser: every way there is, and the floor."""
+"""Benchmarks one forward of a whole denoiser in every variant against the floor."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def measure(
     seconds: float = 10.0,
     threads: int | None = None,
 ) -> variants.Result:
-    """Measures the model of a shape, called as its pipeline calls it; see `variants.measure`.
+    """Measures a shape's model, called as its pipeline calls it; see `variants.measure`.
 
-    With `regional` the compiled ways compile its blocks, which share one graph, and not the whole.
+    With `regional`, the compiled variants compile the blocks, which share one graph, instead of the whole model.
 
-    Per-token timesteps are a tensor like any other here: that they hold two values is known to the pipeline only.
+    Per-token timesteps are an ordinary tensor here: only the pipeline knows that they hold two values.
     """
     with using_threads(threads):
         model = build(shape, device, dtype)

@@ -1,6 +1,6 @@
-"""Each operation by itself: the installed diffusers' own code against the same code with patches in it.
+"""Benchmarks single operations: code of the installed diffusers against the same code with patches.
 
-Both sides are taken out of diffusers once, with patches off and on, and called in turns.
+Both versions of a function are captured from diffusers once, with patches off and on, and called in turns.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from wan_patches.patching.codeswap import with_code
 from wan_patches.testing.families import images
 
 CALM = 0.25  # cores
-SLOWER = 0.97  # ratios below are a bug; above, the noise of a median
+SLOWER = 0.97  # a ratio below is a bug; between this and 1, it is the noise of a median
 _MIB = 1 << 20
 
 Call = Callable[[], Any]
@@ -37,9 +37,9 @@ Call = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Row:
-    """One operation on one kind of input: milliseconds and MiB of a call, None where memory cannot be told.
+    """One operation on one kind of input: milliseconds and MiB of a call; MiB are None if memory cannot be measured.
 
-    `other_cores`: how many cores other processes kept busy meanwhile; above `CALM`, times and ratios mean little.
+    `other_cores`: the number of cores that other processes used meanwhile. Above `CALM`, times and ratios mean little.
     """
 
     op: str
@@ -54,18 +54,18 @@ class Row:
 
     @property
     def ratio(self) -> float:
-        """How many times as fast as stock."""
+        """Speed relative to stock."""
         return self.stock_ms / self.patched_ms
 
 
 @dataclass(frozen=True)
 class Case:
-    """What a row measures: `make` gives the stock and the patched call on the same input."""
+    """The subject of a row; `make` returns the stock and the patched call on the same input."""
 
     op: str
     shape: str
     make: Callable[[torch.device, torch.dtype], tuple[Call, Call]]
-    dtype: str | None = None  # where it is not the one asked for
+    dtype: str | None = None  # if different from the requested one
 
 
 def measure(
@@ -76,7 +76,7 @@ def measure(
     threads: int | None = None,
     cases: Sequence[Case] | None = None,
 ) -> list[Row]:
-    """Measures the cases (by default all, or with `quick` the smaller) with so many threads of torch."""
+    """Measures the cases (by default all, or the smaller ones with `quick`) with `threads` threads of torch."""
     with using_threads(threads):
         return [_row(case, device, dtype, 0.5 if quick else 3.0) for case in (cases or _cases(quick))]
 
@@ -84,7 +84,7 @@ def measure(
 def _row(case: Case, device: torch.device, dtype: torch.dtype, seconds: float) -> Row:
     with torch.no_grad():
         stock, patched = case.make(device, dtype)
-        patched()  # on accelerators the first call returns what the first-sight gate got from stock
+        patched()  # on accelerators, the first-sight gate returns stock's result for the first call
         exact = identical(stock(), patched())
         times = interleaved(stock, patched, device, seconds=seconds)
         peaks = [peak_extra_bytes(call, device) for call in (stock, patched)]
@@ -97,11 +97,11 @@ def _row(case: Case, device: torch.device, dtype: torch.dtype, seconds: float) -
     )
 
 
-# What is printed and written
+# Output
 
 
 def table(rows: Sequence[Row]) -> Group:
-    """The rows for people, and which of them are slower than stock."""
+    """Returns the rows as a table, with notes on rows that are slower than stock."""
     found = Table(box=box.SIMPLE, pad_edge=False)
     for column in ("op", "shape", "dtype"):
         found.add_column(column, overflow="fold")
@@ -134,7 +134,7 @@ def _number(value: float | None) -> str:
 
 
 def write_json(path: Path, rows: Sequence[Row], device: torch.device, threads: int | None = None) -> None:
-    """Writes the rows and the facts about the machine; `threads` as it was given to `measure`."""
+    """Writes the rows and the facts about the machine; `threads` is the value passed to `measure`."""
     write_rows(path, [{**asdict(row), "ratio": row.ratio} for row in rows], device, threads)
 
 
@@ -168,7 +168,7 @@ def _cases(quick: bool) -> list[Case]:
 
 
 def _both(take: Callable[[], Any]) -> tuple[Any, Any]:
-    """What `take` finds with patches off and on."""
+    """Returns the results of `take` with patches off and on."""
     with wan_patches.enabled(()):
         stock = take()
     with wan_patches.enabled():
@@ -176,7 +176,7 @@ def _both(take: Callable[[], Any]) -> tuple[Any, Any]:
 
 
 def _method(cls: type, name: str) -> types.FunctionType:
-    """The method as it is now, whatever is put in its place later."""
+    """Returns a copy of the method with its current code, independent of later changes."""
     function = inspect.unwrap(getattr(cls, name))
     return with_code(function, function.__code__)
 
@@ -223,7 +223,7 @@ def _helios_rope(shape: tuple[int, int, int, int]) -> Case:
 
 
 def _strided_blocks() -> list[Case]:
-    """Blocks whose hidden states lie in memory as the convolution before them leaves them."""
+    """Returns cases of blocks whose hidden states have the memory layout of the preceding convolution's output."""
     shape, families = (1, 4096, 1536), ("chronoedit", "skyreels_v2")
     return [_of_family(shape, family) for family in families if _has(f"transformer_{family}")] + [
         _of_family(shape, "wan", "VACE")
@@ -240,16 +240,16 @@ def _of_family(shape: tuple[int, int, int], family: str, name: str = "") -> Case
         around = block_without_layers(dim, device)
         x = torch.randn(batch, dim, seq).to(device, dtype).transpose(1, 2)
         temb = torch.randn(1, 6, dim).to(device, dtype)
-        rest = (None,) * (stock.__code__.co_argcount - 4)  # text before `temb`, tables and a mask after it
+        rest = (None,) * (stock.__code__.co_argcount - 4)  # the text precedes `temb`; tables and a mask follow
         return lambda: stock(around, x, None, temb, *rest), lambda: patched(around, x, None, temb, *rest)
 
     return Case(f"block without its layers, {name or family}, as convolutions leave it", _by(shape), make)
 
 
 def _block(shape: tuple[int, int, int], kind: str = "", *, split_index: int | None = None) -> Case:
-    """A block whose attention and feed-forward layers do nothing: modulated norms, gated residuals and casts.
+    """Returns the case of a block with no-op attention and feed-forward: modulated norms, gated residuals and casts.
 
-    kind: of the modulation; one row for all tokens if empty. split_index: of two rows.
+    kind: the kind of modulation; if empty, one row for all tokens. split_index: the index that separates two rows.
     """
 
     def make(device: torch.device, dtype: torch.dtype) -> tuple[Call, Call]:
@@ -274,7 +274,7 @@ def _block(shape: tuple[int, int, int], kind: str = "", *, split_index: int | No
 
 
 def _qk_norms(shape: tuple[int, int, int]) -> Case:
-    """A processor around projections and an attention that do nothing, without rotation: the norms of q and k."""
+    """Returns the case of a processor with no-op projections and attention, without rotation: the norms of q and k."""
 
     def make(device: torch.device, dtype: torch.dtype) -> tuple[Call, Call]:
         module: Any = importlib.import_module("diffusers.models.transformers.transformer_wan")
@@ -302,7 +302,7 @@ def _qk_norms(shape: tuple[int, int, int]) -> Case:
 
 
 def _condition_mask(device: torch.device, dtype: torch.dtype) -> tuple[Call, Call]:
-    """`prepare_latents` around a VAE without channels, which leaves the mask and its concatenation."""
+    """Returns calls of `prepare_latents` with a VAE without channels: only the mask and its concatenation remain."""
     from diffusers import WanImageToVideoPipeline
 
     stock, patched = _both(lambda: _method(WanImageToVideoPipeline, "prepare_latents"))
@@ -327,7 +327,7 @@ class _NoVae(torch.nn.Module):
 
     def __init__(self, latents: torch.Tensor) -> None:
         super().__init__()
-        self.register_buffer("latents", latents)  # tells the device, as a real one does
+        self.register_buffer("latents", latents)  # determines the device, as in a real VAE
         self.device = latents.device
 
     def encode(self, video: torch.Tensor) -> SimpleNamespace:

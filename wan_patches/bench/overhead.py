@@ -1,4 +1,4 @@
-"""What being patched costs where nothing is gained: `enable()` itself, and the dispatch of one call."""
+"""Benchmarks the overhead of patches: `enable()` itself, and the dispatch of one call."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Row:
 
 
 def measure(repeats: int = 5) -> list[Row]:
-    """Medians: `enable()` in fresh processes, before and after imports; and the dispatch of tiny calls."""
+    """Returns medians: `enable()` in new processes, before and after imports, and the dispatch of tiny calls."""
     return [
         Row("enable(), cold, before diffusers", _enable("", repeats)),
         Row("enable(), Wan T2V, I2V and Helios imported", _enable(_PIPELINES, repeats)),
@@ -54,7 +54,7 @@ def measure(repeats: int = 5) -> list[Row]:
 
 
 def table(rows: list[Row]) -> Table:
-    """The rows for people."""
+    """Returns the rows as a table."""
     found = Table("cost", box=box.SIMPLE, pad_edge=False)
     found.add_column("median", justify="right")
     for row in rows:
@@ -77,13 +77,13 @@ def _enable(before: str, repeats: int) -> float:
 
 
 def _dispatch_on_cpu() -> float:
-    """A call that is too small for any form, less the reference."""
+    """Returns the seconds of a call that is too small for any form, minus those of the reference."""
     x, cos, sin = torch.randn(1, 16, 2, 32), torch.randn(1, 16, 1, 16), torch.randn(1, 16, 1, 16)
     return _difference(lambda: rope.apply_rotary_emb(x, cos, sin), lambda: rope.apply_rotary_emb.reference(x, cos, sin))
 
 
 def _dispatch_of_a_form() -> float:
-    """Three tensors whose form is decided, less the call of that form."""
+    """Returns the seconds of a call of three tensors with a decided form, minus those of the form itself."""
     x, cos, sin = torch.randn(1, 16, 2, 32), torch.randn(1, 16, 1, 16), torch.randn(1, 16, 1, 16)
 
     return _difference(lambda: _measured(x, cos, sin), lambda: _first(x, cos, sin))

@@ -1,4 +1,4 @@
-"""Parts of a transformer around layers that do nothing: what is left is what stands between the layers."""
+"""Parts of a transformer with no-op layers: only the operations between the layers remain."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from diffusers.models.normalization import FP32LayerNorm
 
 
 def block_without_layers(dim: int, device: torch.device) -> SimpleNamespace:
-    """What the forward of a Wan or Helios block asks of itself; attention and feed-forward return what they get."""
+    """Returns an object to pass as `self` to the forward of a Wan or Helios block.
+
+    Its attention and feed-forward return their input.
+    """
     plain = FP32LayerNorm(dim, 1e-6, elementwise_affine=False)
     affine = FP32LayerNorm(dim, 1e-6, elementwise_affine=True).to(device)
     return SimpleNamespace(
@@ -20,14 +23,14 @@ def block_without_layers(dim: int, device: torch.device) -> SimpleNamespace:
 
 
 class AttentionWithoutLayers(SimpleNamespace):
-    """What the processor of a Wan or Helios self-attention asks of its module.
+    """A module to pass to the processor of a Wan or Helios self-attention.
 
-    `attend` stands in the place of `dispatch_attention_fn`, and remembers what it is given in `attended`: queries and
-    keys, `(batch, seq, heads, head_dim)`.
+    `attend` replaces `dispatch_attention_fn` and stores queries and keys, `(batch, seq, heads, head_dim)`, in
+    `attended`.
     """
 
     def __init__(self, heads: int, query: torch.Tensor, key: torch.Tensor, norm: Any = None) -> None:
-        """query, key: what the projections give, `(batch, seq, dim)`. norm: of both; None for none."""
+        """query, key: outputs of the projections, `(batch, seq, dim)`. norm: applied to both; None for no norm."""
         self.attended: list[torch.Tensor] = []
         super().__init__(
             **{"heads": heads, "add_k_proj": None, "fused_projections": False, "is_cross_attention": False},
@@ -36,7 +39,7 @@ class AttentionWithoutLayers(SimpleNamespace):
         )
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **_: Any) -> torch.Tensor:
-        """Attention that gives the values back."""
+        """Stores queries and keys, and returns the values."""
         self.attended[:] = query, key
         return value
 

@@ -1,6 +1,6 @@
-"""A whole pipeline from noise to frames, but for the text encoder: every way there is, and the floor.
+"""Benchmarks a whole pipeline from noise to frames, without the text encoder, in every variant against the floor.
 
-Prompts come as embeddings. The denoiser and the autoencoder have the published sizes and random weights.
+Prompts are embeddings. The denoiser and the autoencoder have the published sizes and random weights.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ def measure(
     steps: int = 4,
     threads: int | None = None,
 ) -> variants.Result:
-    """Measures the pipeline of a shape with so many denoising steps; see `variants.measure`.
+    """Measures the pipeline of a shape with `steps` denoising steps; see `variants.measure`.
 
-    The compiled ways compile the denoiser, or with `regional` its blocks, which share one graph.
+    The compiled variants compile the denoiser or, with `regional`, its blocks, which share one graph.
     """
     with using_threads(threads):
         pipe, arguments = build_pipeline(shape, device, dtype, steps=steps)
@@ -47,14 +47,14 @@ def measure(
 def build_pipeline(
     shape: Shape, device: torch.device, dtype: torch.dtype, *, steps: int, seed: int = 0
 ) -> tuple[Any, Callable[[], dict[str, Any]]]:
-    """The pipeline, and what makes the arguments of a call anew: text to video, or image to video for TI2V.
+    """Returns the pipeline and a function that returns new arguments for a call.
 
-    The autoencoder has the denoiser's dtype.
+    The pipeline is text to video, or image to video for TI2V. The autoencoder has the denoiser's dtype.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         vae: Any = diffusers.AutoencoderKLWan(**shape.vae)
-    torch.nn.Module.to(vae.eval(), device, dtype)  # diffusers' own warns of modules that it does not name
+    torch.nn.Module.to(vae.eval(), device, dtype)  # diffusers' own `to` warns about unnamed modules
     transformer = build(shape, device, dtype, seed)
     common = {"tokenizer": None, "text_encoder": None, "vae": vae, "transformer": transformer}
     pipe: Any

@@ -1,9 +1,9 @@
-"""Fills the page of measured results, and draws the front page's picture, from the JSON files in `examples/results/`.
+"""Fills the tables of the results page and draws the front page's picture, from the JSON files in `examples/results/`.
 
     python -m wan_patches.bench.readme [FOLDER]
 
-FOLDER is `examples/results` by default. In its `README.md` a table goes between `<!-- NAME -->` and `<!-- /NAME -->`,
-where NAME is one of `TABLES`. The picture is its `stock-and-patched.svg`.
+FOLDER is `examples/results` by default. In its `README.md`, each table is written between `<!-- NAME -->` and
+`<!-- /NAME -->`, where NAME is one of `TABLES`. The picture is written to its `stock-and-patched.svg`.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ PAGE, PICTURE = "README.md", "stock-and-patched.svg"
 
 
 def main(results: Path = Path("examples/results")) -> None:
-    """Writes the tables and the picture of a folder of results into that folder."""
+    """Writes the tables and the picture of a results folder into that folder."""
     update(results / PAGE, results)
     (results / PICTURE).write_text(picture(results))
 
 
 def update(readme: Path, results: Path) -> None:
-    """Puts every table between its marks in `readme`.
+    """Writes every table between its markers in `readme`.
 
     Raises:
-        ValueError: the marks of a table are missing.
+        ValueError: the markers of a table are missing.
     """
     text = readme.read_text()
     for name, make in TABLES.items():
@@ -42,7 +42,11 @@ def update(readme: Path, results: Path) -> None:
 
 
 def parts(text: str, name: str) -> tuple[str, str, str]:
-    """What is before a table (its mark included), the table, and what is after it."""
+    """Splits `text` into the part before a table, the table, and the part after it; the outer parts keep the markers.
+
+    Raises:
+        ValueError: a marker is missing.
+    """
     start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     before, mark, rest = text.partition(start)
     table, closing, after = rest.partition(end)
@@ -52,7 +56,7 @@ def parts(text: str, name: str) -> tuple[str, str, str]:
 
 
 def _ops(results: Path) -> str:
-    """Operations of the denoisers and around them: bf16, and the ratio in fp32."""
+    """Returns the table of operations of denoisers and their surroundings: bf16, and the ratio in fp32."""
     fp32 = {(row["op"], row["shape"]): row for row in _rows(results / "cpu-ops-fp32.json")}
     header = ("operation", "shape", "bf16: stock, patched", "ratio", "fp32: ratio")
     lines = []
@@ -69,7 +73,7 @@ def _ops(results: Path) -> str:
 
 
 def _vae(results: Path) -> str:
-    """The video autoencoder."""
+    """Returns the table of the video autoencoder."""
     header = ("operation", "shape", "dtype", "stock, patched", "ratio", "memory: stock, patched", "exact")
     return _table(
         header,
@@ -85,7 +89,7 @@ def _vae(results: Path) -> str:
 
 
 def _tiles(results: Path) -> str:
-    """Tiles of the video autoencoder shared by processes."""
+    """Returns the table of the video autoencoder with tiles shared by processes."""
     lines = []
     for row in json.loads((results / "cpu-vae-bf16.json").read_text())["shared"]:
         case = row["case"]
@@ -97,7 +101,7 @@ def _tiles(results: Path) -> str:
 
 
 def _sharding(results: Path) -> str:
-    """Memory of each rank in layout `sharded`."""
+    """Returns the table of each rank's memory in layout `sharded`."""
     header = ("weights are", "ranks", "weights", "peak at load", "held", "peak in forward", "exact")
     return _table(
         header,
@@ -115,7 +119,7 @@ def _sharding(results: Path) -> str:
 
 
 def _transport(results: Path) -> str:
-    """Results from one process to another, in milliseconds."""
+    """Returns the table of transfers from one process to another, in milliseconds."""
     cases: dict[str, dict[str, Any]] = {}
     for row in _rows(results / "cpu-transport.json"):
         cases.setdefault(row["case"], {})[row["transport"]] = row
@@ -131,13 +135,16 @@ def _transport(results: Path) -> str:
 
 @dataclass(frozen=True)
 class _Goal:
-    """A number that was set beforehand, and how it is read from a result: `limit` is the most, or the least."""
+    """A goal set in advance, and a function to read the number from a result.
+
+    limit: the maximum of the number, or with `at_least` the minimum.
+    """
 
     what: str
     bench: str
     shape: str
     on_cpu: bool
-    of: str  # what the number is a share of
+    of: str  # the reference of the share
     limit: float
     read: Callable[[variants.Result], float | None]
     at_least: bool = False
@@ -178,7 +185,7 @@ _NOT_YET = "not measured yet"
 
 
 def _performance(results: Path) -> str:
-    """What was aimed at in bf16 and what was reached; and everything that was measured, in milliseconds."""
+    """Returns the table of goals and results in bf16, and the table of all measurements, in milliseconds."""
     found = list(_results(results))
     lines = []
     for goal in _GOALS:
@@ -203,7 +210,7 @@ def _performance(results: Path) -> str:
 
 
 def _results(folder: Path) -> Iterator[tuple[dict[str, Any], variants.Result]]:
-    """The facts about the machine and the result of every file of `bench block`, `model` and `pipeline`."""
+    """Yields the facts about the machine and the result of each file of `bench block`, `model` and `pipeline`."""
     for bench in ("block", "model", "pipeline"):
         for path in sorted(folder.glob(f"*-{bench}-*.json")):
             content = json.loads(path.read_text())
@@ -211,7 +218,7 @@ def _results(folder: Path) -> Iterator[tuple[dict[str, Any], variants.Result]]:
 
 
 def _slowest(found: Sequence[tuple[dict[str, Any], variants.Result]], folder: Path) -> list[str]:
-    """Of all that was measured beside what it must not be slower than, single operations too, what has least speed."""
+    """Returns the row of the lowest speed relative to a rival, over all results, single operations included."""
     start = ["anything patched", f"at least {SLOWER} times as fast as stock"]
     speeds = [
         (speed, f"{variants.describe(result)}, {way}, {variants.device_name(facts)}")
@@ -289,7 +296,7 @@ def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 @dataclass(frozen=True)
 class _Bar:
-    """What one line of the picture says: times in seconds and peak memory in MiB, each of stock and of patched."""
+    """One line of the picture: times in seconds and peak memory in MiB, each stock and patched."""
 
     what: str
     shape: str
@@ -297,7 +304,7 @@ class _Bar:
     mib: tuple[float, float]
 
 
-#: Lines of the picture in the order of a pipeline: the file, the row in it (None: the file is one block), the words.
+#: Lines of the picture in the order of a pipeline: the file, its row (None: the file is one block) and the label.
 _PICTURED = (
     ("cpu-ops-bf16", ("video preprocess", "81 of 1280x720 to 832x480"), "Video preprocessing"),
     ("cpu-vae-bf16", ("encode", "5x352x640"), "Encode, Wan 2.1 autoencoder"),
@@ -326,7 +333,7 @@ def _bars(results: Path) -> Iterator[_Bar]:
 
 
 def picture(results: Path) -> str:
-    """Draws time and memory of parts of a pipeline, patched as a share of stock, as SVG on a white ground."""
+    """Draws an SVG on white: time and memory of parts of a pipeline, patched as a share of stock."""
     bars = list(_bars(results))
     machine = json.loads((results / "cpu-vae-bf16.json").read_text())["machine"]
     where = f"{variants.device_name(machine)}, bf16, diffusers {machine['diffusers']}"
@@ -353,7 +360,7 @@ _INK, _FAINT, _STOCK, _PATCHED = "#1f2328", "#57606a", "#d0d7de", "#0969da"
 
 
 def _share(x: int, y: int, width: int, pair: tuple[float, float], numbers: Sequence[str], unit: str) -> Iterator[str]:
-    """A bar for patched on one for stock, which is `width` long, with the ratio and both numbers."""
+    """Draws a patched bar over a stock bar of length `width`, with the ratio and both numbers."""
     ratio = pair[1] / pair[0]
     for length, fill in ((width, _STOCK), (min(ratio, 1.15) * width, _PATCHED)):
         yield f'<rect x="{x}" y="{y}" width="{length:.0f}" height="12" fill="{fill}"/>'

@@ -1,6 +1,6 @@
-"""The published denoisers at the sizes they are used with, and tiny ones: random weights, built on the device.
+"""Published denoisers at their usual sizes, and tiny ones, with random weights; built on the device.
 
-A shape is a model with a video. What it is called with is what its pipeline calls it with.
+A shape combines a model and a video. The inputs are those that the model's pipeline passes.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ __all__ = ["SHAPES", "WAN_22_VAE", "Shape", "build", "inputs", "shape_of"]
 
 TEXT_TOKENS = 512
 _TIMESTEP = 500
-_HISTORY = (1, 16, 2, 1)  # latent frames of Helios: the first one of all, then long, mid and short ago
+_HISTORY = (1, 16, 2, 1)  # latent frames of Helios: the first of the video, then long, mid and short history
 
 
 @dataclass(frozen=True)
 class Shape:
     """A denoiser and a video.
 
-    model: its class in diffusers, and the minor version that it came with (`since`).
-    config: of the model, over its defaults, which are those of the 14B models.
-    vae: the configuration of the autoencoder; its scale makes latents of pixels.
-    frames, height, width: the video; `on_cpu` is one of about 4,000 tokens.
-    attention: the backend, as `set_attention_backend` takes it; None leaves diffusers' choice.
-    per_token: every token has a timestep, and those of the first frame have 0 (Wan 2.2 TI2V, image to video).
+    model: the class in diffusers; `since` is the minor version that introduced it.
+    config: overrides of the model's defaults, which are those of the 14B models.
+    vae: the configuration of the autoencoder; its scale converts pixels to latents.
+    frames, height, width: the video; `on_cpu` is a video of about 4,000 tokens.
+    attention: the backend, an argument of `set_attention_backend`; None keeps diffusers' choice.
+    per_token: every token has its own timestep, 0 in the first frame (Wan 2.2 TI2V, image to video).
     """
 
     name: str
@@ -49,7 +49,7 @@ class Shape:
 
     @property
     def is_helios(self) -> bool:
-        """Whether the model takes history."""
+        """Whether the model has history inputs."""
         return self.model.startswith("Helios")
 
     @property
@@ -60,23 +60,23 @@ class Shape:
 
     @property
     def published(self) -> Shape:
-        """The shape of this name before anything was chosen."""
+        """The shape of this name without overrides."""
         return SHAPES[self.name]
 
     @property
     def layers(self) -> int:
-        """Blocks of the model."""
+        """Number of blocks of the model."""
         return int(self.config.get("num_layers", 40))
 
     @property
     def latents(self) -> tuple[int, int, int]:
-        """Latent frames, height and width."""
+        """Frames, height and width of the latents."""
         scale = self.vae.get("scale_factor_spatial", 8)
         return (self.frames - 1) // 4 + 1, self.height // scale, self.width // scale
 
     @property
     def tokens(self) -> int:
-        """What blocks get, history among it: patches of 1 x 2 x 2 latents, and larger ones of what is long ago."""
+        """Number of tokens, history included: patches of 1 x 2 x 2 latents, or larger ones for mid and long history."""
         frames, height, width = self.latents
         tokens = frames * (height // 2) * (width // 2)
         if self.is_helios:
@@ -156,25 +156,25 @@ def shape_of(
     layers: int | None = None,
     attention: str | None = None,
 ) -> Shape:
-    """The shape called `name`, on a CPU scaled down to about 4,000 tokens.
+    """Returns the shape named `name`, scaled down to about 4,000 tokens on a CPU.
 
     Args:
         name: one of `SHAPES`.
-        device: what it is for.
-        frames: of the video; a multiple of four and one more.
-        size: width and height in pixels, multiples of 16 (of 32 where the autoencoder divides by 16).
-        layers: blocks of the model.
-        attention: name of a backend of diffusers.
+        device: the device to run on.
+        frames: number of video frames, 4n + 1.
+        size: width and height in pixels, multiples of 16 (of 32 if the autoencoder divides by 16).
+        layers: number of blocks of the model.
+        attention: name of an attention backend of diffusers.
 
     Raises:
-        MeasurementError: nobody knows the shape, the installed diffusers lacks its model, or the video does not suit.
+        MeasurementError: the shape is unknown, the installed diffusers lacks its model, or the video size is invalid.
     """
     if name not in SHAPES:
         raise MeasurementError(f"Unknown shape {name!r}; known: {', '.join(SHAPES)}.")
     shape = replace(SHAPES[name], attention=attention)
     if not shape.available:
         since = ".".join(map(str, shape.since))
-        raise MeasurementError(f"{shape.model} came with diffusers {since}, this is {diffusers.__version__}.")
+        raise MeasurementError(f"{shape.model} requires diffusers {since} or newer, not {diffusers.__version__}.")
     if device.type == "cpu" and shape.on_cpu is not None:
         on_cpu = shape.on_cpu
         shape = replace(shape, frames=on_cpu[0], height=on_cpu[1], width=on_cpu[2])
@@ -184,19 +184,19 @@ def shape_of(
         shape = replace(shape, width=size[0], height=size[1])
     if layers is not None:
         shape = replace(shape, config={**shape.config, "num_layers": layers})
-    pixels = 2 * shape.vae.get("scale_factor_spatial", 8)  # of a token
+    pixels = 2 * shape.vae.get("scale_factor_spatial", 8)  # per token
     if (shape.frames - 1) % 4 or shape.height % pixels or shape.width % pixels:
         raise MeasurementError(
-            f"{shape.frames} frames of {shape.width}x{shape.height} do not suit {name}: it takes 4n + 1 frames, and "
+            f"{shape.frames} frames of {shape.width}x{shape.height} do not suit {name}: use 4n + 1 frames and "
             f"sizes that are multiples of {pixels}."
         )
     return shape
 
 
 def build(shape: Shape, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Any:
-    """The model in evaluation mode, never whole anywhere but on `device`; its weights are seeded and random.
+    """Builds the model in evaluation mode with seeded random weights; the whole model only ever exists on `device`.
 
-    Parameters have `dtype`, or float32 where `from_pretrained` keeps that; buffers are as the constructor makes them.
+    Parameters have `dtype`, or float32 if `from_pretrained` keeps them in it; buffers are those of the constructor.
 
     Raises:
         MeasurementError: the attention backend cannot be used.
@@ -210,13 +210,13 @@ def build(shape: Shape, device: torch.device, dtype: torch.dtype, seed: int = 0)
     for name, parameter in model.named_parameters():
         used = torch.float32 if kept & set(name.split(".")) else dtype
         weight = randn_tensor(parameter.shape, generator=drawing, device=device, dtype=used)
-        if parameter.ndim > 1:  # what goes through keeps its size
+        if parameter.ndim > 1:  # preserves the magnitude of activations
             weight.mul_(parameter[0].numel() ** -0.5)
-        else:  # of norms about one, biases about nothing
+        else:  # weights of norms are near one, biases near zero
             weight.mul_(0.1).add_(float(name.endswith("weight")))
         weights[name] = weight
     model.load_state_dict(weights, assign=True)
-    # Buffers are made by arithmetic, which nothing did on "meta"; they depend on neither width nor depth
+    # buffers are computed, which "meta" does not do; they depend on neither width nor depth
     narrow = {"num_attention_heads": 1, "num_layers": 1, "ffn_dim": 8, "text_dim": 8}
     for name, buffer in cls(**{**shape.config, **narrow}).named_buffers():
         owner, _, leaf = name.rpartition(".")
@@ -227,12 +227,12 @@ def build(shape: Shape, device: torch.device, dtype: torch.dtype, seed: int = 0)
 
 
 def _attend(model: Any, backend: str) -> None:
-    """Chooses the backend of this model, and of no other that comes later."""
+    """Selects the backend of this model without changing it for later models."""
     registry: Any = attention_dispatch._AttentionBackendRegistry
     before = registry._active_backend
     try:
         model.set_attention_backend(backend)
-    except Exception as error:  # each backend has its own way to say what it lacks
+    except Exception as error:  # backends report missing requirements differently
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise MeasurementError(f"The attention backend {backend!r} cannot be used: {reason}") from None
     finally:
@@ -240,7 +240,7 @@ def _attend(model: Any, backend: str) -> None:
 
 
 def inputs(shape: Shape, model: Any, device: torch.device, dtype: torch.dtype, seed: int = 0) -> dict[str, Any]:
-    """What the pipeline calls the model with: one video, in the middle of the denoising."""
+    """Returns the arguments of the pipeline's call of the model: one video, in the middle of the denoising."""
     drawing = generator(device, seed)
 
     def noise(*size: int) -> torch.Tensor:

@@ -1,8 +1,8 @@
-"""Memory of weights that are divided among ranks, while they are loaded and while they are used.
+"""Benchmarks the memory of weights that are divided among ranks, during loading and during a forward.
 
-A transformer of Wan's real architecture with random weights is saved in float32, in several files, and loaded in three
-ways: whole in one process, whole in every rank and then divided (`place` alone), and divided while it is read
-(`loading_sharded`). Every way has fresh processes, and every output is compared with that of the whole model.
+A transformer of Wan's real architecture with random weights is saved in float32, in several files. Three variants load
+it: whole in one process, whole in every rank and then divided (`place` alone), and divided while it is read
+(`loading_sharded`). Every variant runs in new processes, and its output is compared with the whole model's.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ from wan_patches.executor.layouts import loading_sharded, place
 WAYS = ("whole", "divided after loading", "divided on load")
 
 _MIB = 1 << 20
-_SECONDS = 900.0  # until a rank that says nothing is given up
+_SECONDS = 900.0  # timeout of a rank
 _CONTEXT = multiprocessing.get_context("spawn")
 _CPU = torch.device("cpu")
 
-# Wan 2.1 T2V 1.3B, with fewer of its 30 blocks; and something tiny
+# Wan 2.1 T2V 1.3B, with fewer than its 30 blocks; and a tiny model
 _FULL: dict[str, Any] = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 12, "text_dim": 4096}
 _QUICK: dict[str, Any] = {"num_attention_heads": 2, "ffn_dim": 1024, "num_layers": 6, "text_dim": 64}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One way: MiB in the rank that needs most, beyond what it had before; None where the device cannot tell.
+    """One variant: MiB in the rank with the highest use, above its use before; None if the device has no counters.
 
-    `load` is the peak while the model is loaded and placed, `held` what is left of that, `forward` the peak while it is
-    called. Of an accelerator these are its memory as torch's allocator counts, and `host` is the peak of the process
-    while it loads; of the CPU the resident set, in which the pages of mapped files count.
+    `load` is the peak while the model is loaded and placed, `held` the use afterwards, `forward` the peak of a call. On
+    an accelerator, these numbers come from torch's allocator, and `host` is the peak of the process while it loads. On
+    the CPU, they are the resident set, which includes pages of mapped files.
     """
 
     way: str
@@ -66,37 +66,37 @@ class Row:
 
     @property
     def load_ratio(self) -> float | None:
-        """The peak while loading, in models."""
+        """Peak during loading, divided by the size of the model."""
         return None if self.load_mib is None else self.load_mib / self.weights_mib
 
     @property
     def forward_ratio(self) -> float | None:
-        """The peak while the model is called, in models."""
+        """Peak during a call, divided by the size of the model."""
         return None if self.forward_mib is None else self.forward_mib / self.weights_mib
 
 
 def measure(
     device: torch.device, dtype: torch.dtype, *, ranks: int = 2, quick: bool = False, folder: Path | None = None
 ) -> list[Row]:
-    """Measures the three ways.
+    """Measures the three variants.
 
     Args:
-        device: its kind; on accelerators each rank has one of its own.
-        dtype: that the weights are loaded in.
-        ranks: processes that share the weights.
-        quick: a tiny model instead of one of 1.2 GB (bf16).
-        folder: where the checkpoint goes for the time being, 2.2 GB; by default the system's for such files.
+        device: the kind of device; each rank has its own accelerator.
+        dtype: dtype to load the weights in.
+        ranks: number of processes that share the weights.
+        quick: uses a tiny model instead of one of 1.2 GB (bf16).
+        folder: folder for the temporary checkpoint of 2.2 GB; by default, the system's temporary folder.
 
     Raises:
-        MeasurementError: fewer than two ranks, or fewer devices than ranks.
+        MeasurementError: there are fewer than two ranks, or fewer devices than ranks.
     """
     if ranks < 2:
-        raise MeasurementError(f"Weights are divided among 2 ranks or more, not {ranks}.")
+        raise MeasurementError(f"Dividing weights takes 2 ranks or more, not {ranks}.")
     if device.type != "cpu" and (found := torch.get_device_module(device).device_count()) < ranks:
         raise MeasurementError(
-            f"There are {found} devices of the kind {device.type!r}, and {ranks} ranks want their own."
+            f"There are {found} devices of the kind {device.type!r}, and {ranks} ranks need one each."
         )
-    with tempfile.TemporaryDirectory(prefix="wan-patches-", dir=folder) as temporary, _given_back():
+    with tempfile.TemporaryDirectory(prefix="wan-patches-", dir=folder) as temporary, _returning_freed_memory():
         checkpoint = Path(temporary) / "checkpoint"
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)
@@ -114,10 +114,11 @@ def measure(
 
 
 @contextlib.contextmanager
-def _given_back() -> Iterator[None]:
-    """Processes started inside give what they free back to the system, where that is glibc's to decide.
+def _returning_freed_memory() -> Iterator[None]:
+    """Makes glibc return freed memory to the system at once, in processes that are started in the block.
 
-    Else it stays with them, and the resident set says how memory was used before. No accelerator counts that.
+    Otherwise the processes keep freed memory, and the resident set shows earlier use. Counters of accelerators exclude
+    freed memory.
     """
     name = "MALLOC_MMAP_THRESHOLD_"
     before = os.environ.get(name)
@@ -144,7 +145,7 @@ def _row(way: str, ranks: list[Any], dtype: torch.dtype, exact: bool) -> Row:
 
 
 def _run(way: str, ranks: int, device: torch.device, dtype: torch.dtype, checkpoint: Path) -> list[Any]:
-    """What each rank has found."""
+    """Returns the measurements of each rank."""
     with tempfile.TemporaryDirectory(prefix="wan-patches-") as folder, contextlib.ExitStack() as stack:
         ends = []
         for rank in range(ranks):
@@ -154,17 +155,17 @@ def _run(way: str, ranks: int, device: torch.device, dtype: torch.dtype, checkpo
             process = _CONTEXT.Process(target=_rank, args=arguments, daemon=True)
             process.start()
             stack.callback(process.join)
-            stack.callback(process.kill)  # before it is waited for
+            stack.callback(process.kill)  # runs before the join
             theirs.close()
             ends.append(stack.enter_context(end))
         found = []
         for end in ends:
             try:
-                answer = end.recv() if end.poll(_SECONDS) else f"nothing was heard of it for {_SECONDS:.0f} s"
+                answer = end.recv() if end.poll(_SECONDS) else f"no answer within {_SECONDS:.0f} s"
             except EOFError:
-                answer = "it has died"
+                answer = "the process has died"
             if isinstance(answer, str):
-                raise RuntimeError(f"a rank of the way {way!r} has failed: {answer}")
+                raise RuntimeError(f"A rank of the variant {way!r} has failed: {answer}")
             found.append(SimpleNamespace(**answer))
         return found
 
@@ -185,13 +186,13 @@ def _rank(end: Any, way: str, rank: int, ranks: int, device: torch.device, dtype
 
 
 def _sizes(way: str, device: torch.device, dtype: torch.dtype, checkpoint: str) -> dict[str, Any]:
-    _use_a_small_one(way, device, dtype)
+    _warm_up(way, device, dtype)
     kept: list[Any] = []
     before = _held(device)
     load, host = _peaks(lambda: kept.append(_load(way, device, dtype, checkpoint)), device)
     model = kept[0]
     if way == "whole" and device.type == "cpu":
-        for parameter in model.parameters():  # stock's can lie in the file, where kernels may round otherwise
+        for parameter in model.parameters():  # stock's may be mapped from the file, where kernels may round differently
             parameter.data = parameter.data.clone()
     held = _held(device) - before
     outputs: list[torch.Tensor] = []
@@ -220,8 +221,8 @@ def _placed(model: Any, way: str, device: torch.device) -> Any:
     return model
 
 
-def _use_a_small_one(way: str, device: torch.device, dtype: torch.dtype) -> None:
-    """So that what torch and diffusers need once is not counted."""
+def _warm_up(way: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Runs a small model, so that one-time allocations of torch and diffusers are not counted."""
     small: Any = diffusers.WanTransformer3DModel(**_QUICK | {"num_layers": 2})
     for parameter in small.parameters():
         parameter.data = parameter.data.to(dtype)
@@ -229,7 +230,7 @@ def _use_a_small_one(way: str, device: torch.device, dtype: torch.dtype) -> None
 
 
 def _call(model: Any, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """On so few tokens that hardly anything but weights takes memory; the output, on the CPU."""
+    """Calls the model on so few tokens that weights dominate the memory, and returns the output on the CPU."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         return model(
@@ -241,7 +242,7 @@ def _call(model: Any, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _peaks(call: Callable[[], Any], device: torch.device) -> tuple[int | None, int | None]:
-    """Of the device, and, if that is not the CPU, of the process."""
+    """Returns the peak of the device and, unless the device is the CPU, of the process."""
     if device.type == "cpu":
         return peak_extra_bytes(call, device), None
     found: list[int | None] = []
@@ -262,11 +263,11 @@ def _bytes(model: torch.nn.Module) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
-# What is printed and written
+# Output
 
 
 def table(rows: Sequence[Row]) -> Group:
-    """The rows for people."""
+    """Returns the rows as a table."""
     found = Table(box=box.SIMPLE, pad_edge=False)
     found.add_column("weights are", overflow="fold")
     columns = [

@@ -1,4 +1,4 @@
-"""What every stage of one pipeline call takes and gives."""
+"""Records the time and the output of every stage of one pipeline call."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ class Run:
     """One call of a pipeline.
 
     seconds: by stage; stages that did not occur are absent.
-    outputs: by stage, what it gave, as tensors on the CPU. Of "denoise": the latents handed to the VAE. Of
-        "postprocess": the frames, uint8 `(frames, height, width, 3)`.
+    outputs: by stage, as tensors on the CPU. For "denoise", the latents passed to the VAE; for "postprocess", the
+        frames, uint8 `(frames, height, width, 3)`.
     """
 
     seconds: dict[str, float] = field(default_factory=dict)
@@ -50,7 +50,7 @@ class Run:
 
     @property
     def total(self) -> float:
-        """Seconds of all stages: of the call, less what keeping the outputs took."""
+        """Seconds of all stages: those of the call without the time to keep the outputs."""
         return sum(self.seconds.values())
 
     @property
@@ -59,7 +59,7 @@ class Run:
         return self.outputs[POSTPROCESS][0].numpy()
 
     def same(self, other: Run) -> dict[str, bool]:
-        """Whether both runs gave the same bits, by stage, in the order of `STAGES`."""
+        """Returns by stage, in the order of `STAGES`, whether both runs gave the same bits."""
         both = [s for s in STAGES if s in self.outputs or s in other.outputs]
         return {stage: identical(self.outputs.get(stage), other.outputs.get(stage)) for stage in both}
 
@@ -67,14 +67,14 @@ class Run:
 def record(
     pipe: Any, arguments: Mapping[str, Any], device: torch.device, on_step: Callable[[], None] = lambda: None
 ) -> Run:
-    """Calls `pipe(**arguments)`, whose `output_type` must be `"pil"`, and tells what happened.
+    """Calls `pipe(**arguments)`, with the `output_type` `"pil"`, and returns times and outputs by stage.
 
-    Waits for `device` at each boundary. `on_step` is called at every step of the scheduler.
+    Synchronizes with `device` at each stage boundary. `on_step` is called at every step of the scheduler.
     """
     run = Run()
 
     def keep(stage: str, value: Any) -> None:
-        # a copy: diffusers works on some tensors in place
+        # copied, since diffusers changes some tensors in place
         copies = [tensor.detach().to("cpu", copy=True) for tensor in _tensors(value)]
         run.outputs.setdefault(stage, []).extend(copies)
 

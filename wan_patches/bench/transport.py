@@ -1,8 +1,8 @@
-"""Bringing a result from one process to another: our channel against what Python and torch offer.
+"""Benchmarks the transfer of results between processes: our channel against those of Python and torch.
 
-Every transport has one child process for the whole run. A time goes from the moment at which the child, having
-the value, begins to send it, to the moment at which the parent has a value that it can use. All transports and
-a plain copy of as many bytes are called in turns.
+Every transport has one child process for the whole run. A time starts when the child, which holds the value, begins to
+send it, and ends when the parent has a usable value. All transports and a plain copy of the same number of bytes are
+called in turns.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from wan_patches.executor.images import Frame
 from wan_patches.executor.transport import Channel, pack
 
 CALM = 0.25  # cores
-_FEW, _MANY = 5, 31  # samples of each
-_PAUSE = 0.1  # seconds before each, in which the system is done with the memory that the last one has let go
+_FEW, _MANY = 5, 31  # minimum and maximum number of samples of each transport
+_PAUSE = 0.1  # seconds before each sample, for the system to reclaim the memory freed by the last one
 _CPU = torch.device("cpu")
 _CONTEXT = multiprocessing.get_context("spawn")
 
@@ -46,7 +46,7 @@ _CONTEXT = multiprocessing.get_context("spawn")
 class Case:
     """A value to send: a tensor of `shape`, `count` of them in a dict, or a list of images.
 
-    `kind` is `tensor`, `tensors` (float32), `images` (of Pillow) or `frames` (arrays until they are looked at).
+    `kind` is `tensor`, `tensors` (float32), `images` (of Pillow) or `frames` (arrays until their first use).
     """
 
     name: str
@@ -60,7 +60,7 @@ class Case:
         return self.count * int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize
 
     def make(self) -> Any:
-        """The value, the same in every process."""
+        """Makes the value, which is the same in every process."""
         if self.kind == "tensor":
             return self._tensor(0)
         if self.kind == "tensors":
@@ -75,10 +75,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Row:
-    """One case through one transport: milliseconds, and those of a plain copy of its bytes just before each.
+    """One case through one transport: milliseconds of a transfer, and of a plain copy of its bytes just before each.
 
-    `equal`: whether what arrived is what was sent. `other_cores`: how many cores other processes kept busy; above
-    `CALM`, times and ratios mean little.
+    `equal`: whether the received value equals the sent one. `other_cores`: the number of cores that other processes
+    used; above `CALM`, times and ratios mean little.
     """
 
     case: str
@@ -98,7 +98,7 @@ class Row:
 
 
 class Transport:
-    """A way for values to come here. `open` first, then `prepare` and any number of `fetch` for each case."""
+    """Transfers values to this process: `open` once, then `prepare` and any number of `fetch` for each case."""
 
     name = ""
 
@@ -106,15 +106,15 @@ class Transport:
         """Starts the child."""
 
     def prepare(self, case: Case) -> None:
-        """Has the child make the value; returns when it is there."""
+        """Makes the child produce the value; returns when it is ready."""
         raise NotImplementedError
 
     def fetch(self) -> tuple[Any, float]:
-        """The value, and the seconds since the child began to send it."""
+        """Returns the value and the seconds since the child began to send it."""
         raise NotImplementedError
 
     def pids(self) -> list[int]:
-        """Processes whose work belongs to the measurement."""
+        """Returns the processes whose work belongs to the measurement."""
         return []
 
     def close(self) -> None:
@@ -122,9 +122,9 @@ class Transport:
 
 
 class _OneChild(Transport):
-    """A child that obeys commands from a pipe. Subclasses say how a value goes through their ends.
+    """A transport with a child that executes commands from a pipe. Subclasses define how a value is sent and received.
 
-    `_ends` makes what the parent and what the child keeps; `_join` gives the child's end its working form.
+    `_ends` returns the ends of the parent and of the child; `_join` turns the child's end into its usable form.
     """
 
     def _ends(self) -> tuple[Any, Any]:
@@ -173,7 +173,7 @@ class _OneChild(Transport):
 
 
 def _obey(transport: type[_OneChild], end: Any, control: Any) -> None:
-    torch.set_num_threads(1)  # idle ones spin on the core that the other process needs
+    torch.set_num_threads(1)  # idle threads would spin on the core that the other process needs
     end, value, sent = transport._join(end), None, None
     with contextlib.suppress(EOFError):
         while True:
@@ -191,7 +191,7 @@ def _obey(transport: type[_OneChild], end: Any, control: Any) -> None:
 
 
 def _fresh(value: Any) -> Any:
-    """As a pipeline has it: torch moves a tensor into shared memory for good, and would not copy it next time."""
+    """Copies tensors, since a pipeline's results are new: torch would keep them in shared memory and not copy again."""
     if isinstance(value, dict):
         return {key: part.clone() for key, part in value.items()}
     return value.clone() if isinstance(value, torch.Tensor) else value
@@ -220,7 +220,7 @@ class Pool(_OneChild):
 
 
 class Submit(Transport):
-    """End to end: a `ParallelExecutor`, from calling `submit` to the result."""
+    """A `ParallelExecutor` end to end, from the call of `submit` to the result."""
 
     name = "submit"
 
@@ -244,7 +244,7 @@ class Submit(Transport):
 
 
 class _Producer:
-    """A pipeline that has made its result before it is called."""
+    """A pipeline that makes its result before the measured call."""
 
     def __call__(self, do: str, case: Case | None = None) -> Any:
         if do == "pid":
@@ -256,14 +256,14 @@ class _Producer:
 
 
 class Files(Pool):
-    """Our channel with every slot taken."""
+    """Our channel with no free slot."""
 
     name = "no free slot"
     options = {"slots": 0}  # noqa: RUF012
 
 
 class Wire(Pool):
-    """Our channel where there are no files in memory."""
+    """Our channel without files in memory (memfd)."""
 
     name = "no memfd"
     options = {"memfd": False}  # noqa: RUF012
@@ -279,7 +279,7 @@ class Pickle(_OneChild):
 
     @classmethod
     def _put(cls, end: Any, value: Any) -> None:
-        end.send_bytes(pickle.dumps(value))  # `send` would share the memory of tensors, as torch taught it
+        end.send_bytes(pickle.dumps(value))  # torch makes `send` share the memory of tensors
 
     @classmethod
     def _get(cls, end: Any) -> Any:
@@ -305,7 +305,7 @@ class TorchQueue(_OneChild):
 
 
 class NamedSegments(_OneChild):
-    """A new `SharedMemory` for each tensor, copied into and out of: the reference design."""
+    """A new `SharedMemory` for each tensor, with a copy in and a copy out: the reference design."""
 
     name = "named segments"
 
@@ -346,7 +346,7 @@ class NamedSegments(_OneChild):
 
 
 def transports() -> list[Transport]:
-    """What is compared, ours first."""
+    """Returns the transports to compare, ours first."""
     return [
         Pool(),
         Submit(),
@@ -357,7 +357,7 @@ def transports() -> list[Transport]:
 
 
 def cases(quick: bool = False) -> list[Case]:
-    """What a pipeline gives back, or an eighth of it."""
+    """Returns typical results of a pipeline or, with `quick`, results of an eighth of their size."""
     frames = 10 if quick else 81
     video = (1, 3, frames, 720, 1280)
     return [
@@ -390,10 +390,10 @@ def measure(
     """Measures every case through every transport.
 
     Args:
-        quick: An eighth of the size.
-        seconds: Of each case, about; there are at least 5 samples of each transport. By default 20, or 3 with `quick`.
-        cases_: Instead of all.
-        transports_: Instead of all.
+        quick: uses an eighth of the size.
+        seconds: approximate time per case, with at least 5 samples of each transport. By default 20, or 3 with `quick`.
+        cases_: the cases, by default all.
+        transports_: the transports, by default all.
     """
     chosen = list(transports() if transports_ is None else transports_)
     seconds = seconds if seconds is not None else 3.0 if quick else 20.0
@@ -408,7 +408,7 @@ def _rows(case: Case, chosen: list[Transport], seconds: float) -> Iterator[Row]:
     expected, equal = case.make(), {}
     for transport in chosen:
         transport.prepare(case)
-        value, _ = transport.fetch()  # the first is not measured: slots, imports
+        value, _ = transport.fetch()  # not measured, since it includes slots and imports
         equal[transport.name] = identical(value, expected)
         del value
     del expected
@@ -425,7 +425,7 @@ def _rows(case: Case, chosen: list[Transport], seconds: float) -> Iterator[Row]:
             time.sleep(_PAUSE)
             copies[transport.name].append(_memcpy(source, target))
             value, elapsed = transport.fetch()
-            del value  # a slot is free again, as where results are written to files one after another
+            del value  # frees its slot, like a program that writes one result after another to files
             times[transport.name].append(elapsed)
         rounds += 1
     other = None
@@ -437,18 +437,18 @@ def _rows(case: Case, chosen: list[Transport], seconds: float) -> Iterator[Row]:
 
 
 def _memcpy(source: np.ndarray, target: np.ndarray) -> float:
-    """Seconds of one thread's copy, to memory that is in use, of bytes that are as new as what a child sends."""
+    """Returns the seconds of a copy by one thread, from new memory, like that of a child, to memory in use."""
     fresh = torch.from_numpy(source).clone().numpy()
     start = time.perf_counter()
     np.copyto(target, fresh)
     return time.perf_counter() - start
 
 
-# What is printed and written
+# Output
 
 
 def table(rows: Sequence[Row]) -> Group:
-    """The rows for people: a line for each case; in brackets, how many times as fast the first transport is."""
+    """Returns a table with a line per case and, in brackets, the first transport's speed relative to the others."""
     names = list(dict.fromkeys(row.transport for row in rows))
     found = Table(box=box.SIMPLE, pad_edge=False)
     found.add_column("value", overflow="fold")

@@ -1,7 +1,7 @@
-"""Wan's video autoencoder: stock against patched, and one process against two that share the tiles.
+"""Benchmarks Wan's video autoencoder: stock against patched, and one process against two that share the tiles.
 
-The models have the published channel counts and random weights. On a CPU the shapes are scaled down to what it can do;
-what a convolution costs grows with them like all else.
+The models have the published channel counts and random weights. On a CPU, the shapes are scaled down to a feasible
+size; the cost of a convolution scales with the shape like all other costs.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from wan_patches.bench.shapes import WAN_22_VAE
 from wan_patches.bindings import conditioning
 from wan_patches.bindings.forwards import runs_only_library_code
 
-_WHAT = ("decode", "encode", "encode pictures")  # pictures lie in memory channels last
+_WHAT = ("decode", "encode", "encode pictures")  # the memory layout of pictures is channels last
 _TINY = {"base_dim": 8, "z_dim": 4, "latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
 
 
 def cases(device: torch.device, quick: bool = False) -> list[ops.Case]:
-    """What is measured on `device`: 480p and 720p with 81 frames, or a scaled form of them on a CPU."""
+    """Returns the cases for `device`: 480p and 720p with 81 frames, scaled down on a CPU."""
     if quick:
         both = [(5, 48, 80, _TINY)]
         return [*(_coded(what, *shape) for shape in both for what in _WHAT), _condition(5, 48, 80)]
@@ -49,13 +49,13 @@ def cases(device: torch.device, quick: bool = False) -> list[ops.Case]:
 def measure(
     device: torch.device, dtype: torch.dtype, *, quick: bool = False, threads: int | None = None, parallel: bool = True
 ) -> tuple[list[ops.Row], list[vae_parallel.Row]]:
-    """The rows of one device, and of tiles shared by two processes (`parallel`; always on two cores of the CPU)."""
+    """Returns the rows of a device and, with `parallel`, of tiles shared by two processes, always on two CPU cores."""
     rows = ops.measure(device, dtype, quick=quick, threads=threads, cases=cases(device, quick))
     return rows, vae_parallel.measure(quick=quick) if parallel else []
 
 
 def table(rows: Sequence[ops.Row], shared: Sequence[vae_parallel.Row]) -> Group:
-    """The rows for people."""
+    """Returns the rows as tables."""
     if not shared:
         return ops.table(rows)
     found = Table(box=box.SIMPLE, pad_edge=False)
@@ -76,7 +76,7 @@ def write_json(
     device: torch.device,
     threads: int | None = None,
 ) -> None:
-    """Writes the rows and the facts about the machine; `threads` as it was given to `measure`."""
+    """Writes the rows and the facts about the machine; `threads` is the value passed to `measure`."""
     ops.write_json(path, rows, device, threads)
     content = json.loads(path.read_text())
     content["shared"] = [{**asdict(row), "ratio": row.ratio} for row in shared]
@@ -123,7 +123,7 @@ def _condition(frames: int, height: int, width: int) -> ops.Case:
 def _condition_calls(
     frames: int, height: int, width: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[ops.Call, ops.Call]:
-    """`prepare_latents` around an autoencoder whose encoder only looks at its chunks."""
+    """Returns calls of `prepare_latents` with an autoencoder whose encoder only reads its chunks."""
     vae: Any = _build(_TINY, device, torch.float32)
     real = vae.encoder
     latent = torch.zeros(1, 8, 1, height // 8, width // 8, device=device)
@@ -138,7 +138,7 @@ def _condition_calls(
         return method(pipe, image, 1, 4, height, width, frames, torch.float32, device, None, noise)
 
     def runs_only_library_code_inside(encoder: Any) -> bool:
-        return runs_only_library_code(real)  # ignores our own observer, but is part of the timed work
+        return runs_only_library_code(real)  # ignores `_Looking`, but stays part of the timed work
 
     stock, patched = _both(prepare, "conditioning")
 

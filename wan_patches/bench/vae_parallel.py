@@ -1,7 +1,8 @@
-"""Tiled encoding and decoding by one process, and by several that share the tiles: each on a core of its own.
+"""Benchmarks tiled encoding and decoding by one process, and by several processes that share the tiles.
 
-The processes live for the whole run and take turns: the first does all the work while the others sleep, then all do it
-together. The model has the published channel counts and random weights; patches are off.
+Each process has its own core and lives for the whole run. Both sides take turns: the first process does all the work
+while the others sleep, then all processes share it. The model has the published channel counts and random weights;
+patches are off.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _PATIENCE = datetime.timedelta(minutes=30)
 
 @dataclass(frozen=True)
 class Case:
-    """What is computed: `decode` to, or `encode` of, `frames` of `height` and `width` in tiles, all in pixels."""
+    """A computation: `decode` to, or `encode` from, `frames` of `height` and `width` in tiles, all sizes in pixels."""
 
     operation: str
     frames: int = 5
@@ -39,9 +40,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Row:
-    """Seconds of one case by one process, and by `ranks` of them together, until all have the whole result.
+    """Seconds of one case by one process, and by `ranks` processes together until all have the whole result.
 
-    `equal`: whether that has the bits of the one's. `other_cores`: how many cores other processes kept busy.
+    `equal`: whether the shared result has the bits of the single process's. `other_cores`: the number of cores that
+    other processes used.
     """
 
     case: Case
@@ -57,7 +59,7 @@ class Row:
 
 
 def cases(quick: bool = False) -> list[Case]:
-    """Eight tiles of three sizes, or, quick, of a picture of one frame."""
+    """Returns cases of eight tiles of three sizes; with `quick`, of a single frame."""
     return [Case(operation, frames=1 if quick else 5) for operation in ("decode", "encode")]
 
 
@@ -67,19 +69,20 @@ def measure(
     """Measures every case.
 
     Args:
-        quick: one frame and one round.
-        rounds: of each case, in which each side takes its turn; medians are given. By default 3, or 1 with `quick`.
-        ranks: processes that share the work.
-        cases_: instead of all.
+        quick: measures one frame in one round.
+        rounds: rounds per case, in each of which both sides run once; the medians are returned. By default 3, or 1 with
+            `quick`.
+        ranks: number of processes that share the work.
+        cases_: the cases, by default all.
 
     Raises:
-        MeasurementError: there are fewer cores than `ranks`, or the system cannot give a process one of its own.
+        MeasurementError: there are fewer cores than `ranks`, or the system cannot bind a process to a core.
     """
     if not hasattr(os, "sched_setaffinity"):
-        raise MeasurementError("This system cannot give a process a core of its own; Linux can.")
+        raise MeasurementError("This system cannot bind a process to a core. Use Linux.")
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < ranks:
-        raise MeasurementError(f"{ranks} processes need a core each, and there are {len(cores)}.")
+        raise MeasurementError(f"{ranks} processes need a core each, but only {len(cores)} are available.")
     for case in cases_ or ():
         dtype_of(case.dtype)
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
@@ -91,7 +94,7 @@ def measure(
 
 def _row(case: Case, crew: Sequence[_Process], rounds: int) -> Row:
     _together(crew, case)
-    _together(crew, "shared")  # the first is not measured
+    _together(crew, "shared")  # warm-up, not measured
     pids = [process.pid for process in crew]
     alone: list[float] = []
     shared: list[float] = []
@@ -114,7 +117,7 @@ def _together(crew: Sequence[_Process], command: Any) -> list[Any]:
 
 
 class _Process:
-    """A process on a core of its own that obeys commands: a case to prepare, "alone" or "shared"."""
+    """A process on its own core that executes commands: a case to prepare, "alone" or "shared"."""
 
     def __init__(self, rank: int, ranks: int, core: int, folder: str) -> None:
         self._end, theirs = _CONTEXT.Pipe()
@@ -130,7 +133,7 @@ class _Process:
         try:
             return self._end.recv()
         except EOFError:
-            raise MeasurementError("A process that shares the work has ended; its error is above.") from None
+            raise MeasurementError("A process that shares the work has died; its error is above.") from None
 
     def close(self) -> None:
         self._end.close()
@@ -161,7 +164,7 @@ def _obey(rank: int, ranks: int, core: int, folder: str, end: Any) -> None:
 
 
 class _Work:
-    """One case, in one of the processes."""
+    """One case in one of the processes."""
 
     def __init__(self, case: Case) -> None:
         import torch
@@ -186,13 +189,13 @@ class _Work:
         return self._vae.encode(self._input).latent_dist.parameters
 
     def alone(self) -> tuple[float, bool]:
-        """Seconds, and that nothing is wrong."""
+        """Computes the case alone and returns the seconds and True, for "equal"."""
         start = time.perf_counter()
         self._expected = self._run()
         return time.perf_counter() - start, True
 
     def shared(self) -> tuple[float, bool]:
-        """Seconds, and whether the result is that of one process, where that is known."""
+        """Returns the seconds, and whether the result equals that of one process; True if that is unknown."""
         import torch.distributed as dist
 
         from wan_patches.vae_parallel import parallelize_vae

@@ -1,7 +1,7 @@
-"""One piece of work in every way there is: stock, patched, compiled. What `bench block`, `model` and `pipeline` share.
+"""Measures work in every variant: stock, patched, compiled. Shared by `bench block`, `model` and `pipeline`.
 
-All ways are called in turns, in one run, together with the floor (`wan_patches.bench.floor`) and a plain copy. Patches
-are code in place, so each way is entered before its sample and left after it, which is not timed.
+All variants are called in turns, in one run, together with the floor (`wan_patches.bench.floor`) and a plain copy.
+Patches change code in place, so each variant is entered before its sample and left afterwards, outside the timing.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ STOCK, PATCHED, CLOSE = "stock", "patched", "patched, close"
 COMPILED_STOCK, COMPILED = "compiled stock", "compiled patched"
 WAYS = (STOCK, PATCHED, CLOSE, COMPILED_STOCK, COMPILED)
 
-#: What a way is to be no slower than.
+#: The rival of each variant: no variant may be slower than its rival.
 RIVALS = {PATCHED: STOCK, CLOSE: STOCK, COMPILED: COMPILED_STOCK}
 
 _CHOICES: Mapping[str, Mapping[str, Any]] = {
@@ -53,7 +53,7 @@ _CHOICES: Mapping[str, Mapping[str, Any]] = {
 _COMPILED = (COMPILED_STOCK, COMPILED)
 _FLOOR, _COPY = "floor", "copy"
 
-#: Of torch.compile.
+#: The backend of torch.compile.
 BACKEND = "inductor"
 
 _MIB = 1 << 20
@@ -63,10 +63,10 @@ Call = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Subject:
-    """What is measured.
+    """The subject of a measurement.
 
-    make: called once in each way; gives the call, on input of its own that has the same values in every way.
-    compiled: the modules that a compiled way compiles.
+    make: called once per variant; returns the call, on its own input with the same values in every variant.
+    compiled: the modules that compiled variants compile.
     """
 
     make: Callable[[], Call]
@@ -75,11 +75,11 @@ class Subject:
 
 @dataclass(frozen=True)
 class Row:
-    """One way: milliseconds of a call, its peak of memory beyond what was held before, and what it gives.
+    """One variant (`way`): milliseconds of a call, its peak memory above the memory in use before, and its result.
 
-    exact: whether it has the bits of stock's eager code; None where it did not run, or where stock differs from itself.
-    difference: the largest between an element of both, where they are numbers.
-    reason: why it did not run, or what is wrong with the numbers.
+    exact: whether the result has the bits of stock's eager code; None if it did not run, or stock is nondeterministic.
+    difference: the largest difference from stock's result, for tensors and arrays.
+    reason: why the variant did not run, or why its numbers are unreliable.
     """
 
     way: str
@@ -94,7 +94,7 @@ class Row:
 class Rope:
     """The rotary embedding of one layer's queries and keys.
 
-    gb: what it has to move: both tensors read and written, and the tables read, once.
+    gb: the minimum of memory traffic: both tensors are read and written once, and the tables are read once.
     """
 
     gb: float
@@ -105,28 +105,28 @@ class Rope:
 
     @property
     def stock_share(self) -> float:
-        """Of the bandwidth of a copy."""
+        """Stock's share of the bandwidth of a copy."""
         return self.gb / self.stock_ms * 1e3 / self.copy_gb_s
 
     @property
     def patched_share(self) -> float:
-        """Of the bandwidth of a copy."""
+        """The patched code's share of the bandwidth of a copy."""
         return self.gb / self.patched_ms * 1e3 / self.copy_gb_s
 
 
 @dataclass(frozen=True)
 class Result:
-    """One run of a bench.
+    """The result of one benchmark run.
 
-    video: latent frames, height and width.
-    layers: blocks of the model that was built, `of_layers` those of the published one.
-    floor_ms: of the same matmuls and attention calls alone.
-    copy_gb_s: bytes read and written by a copy within the device.
-    patches: those that were in force in loaded modules.
-    deterministic: whether two calls of stock give the same bits; if not, no comparison means anything.
-    other_cores: how many cores other processes kept busy meanwhile; above `CALM`, times mean little.
-    attention: the backend that was chosen; None for diffusers' own choice.
-    regional: blocks were compiled, and not the whole model.
+    video: frames, height and width of the latents.
+    layers: number of blocks of the measured model; `of_layers` is that of the published model.
+    floor_ms: time of the same matmuls and attention calls alone.
+    copy_gb_s: GB per second, read and written, of a copy within the device.
+    patches: the patches that were active in loaded modules.
+    deterministic: whether two stock calls give the same bits; if not, comparisons are meaningless.
+    other_cores: the number of cores that other processes used meanwhile; above `CALM`, times mean little.
+    attention: the selected backend; None for diffusers' own choice.
+    regional: whether blocks were compiled instead of the whole model.
     """
 
     bench: str
@@ -150,42 +150,43 @@ class Result:
     rope: Rope | None = None
 
     def row(self, way: str) -> Row:
-        """The row of a way; an empty one if there is none."""
+        """Returns the row of a variant, or an empty row if there is none."""
         return next((row for row in self.rows if row.way == way), Row(way, reason="not measured"))
 
     def of(self, way: str, other: str = STOCK) -> float | None:
-        """The time of a way in that of another."""
+        """Returns the time of a variant divided by that of another."""
         return _ratio(self.row(way).ms, self.row(other).ms)
 
     def of_floor(self, way: str) -> float | None:
-        """The time of a way in that of the floor."""
+        """Returns the time of a variant divided by the floor's."""
         return _ratio(self.row(way).ms, self.floor_ms)
 
     def memory_of(self, way: str, other: str = STOCK) -> float | None:
-        """The peak of memory of a way in that of another."""
+        """Returns the peak memory of a variant divided by that of another."""
         return _ratio(self.row(way).peak_mib, self.row(other).peak_mib)
 
     def moved_gb(self, way: str) -> float | None:
-        """GB that a copy would have read and written in the time above the floor.
+        """Returns the GB that a copy would read and write in the time above the floor.
 
-        An upper estimate of what a way moves between the matmuls: starting kernels takes some of that time.
+        This is an upper estimate of a variant's memory traffic between the matmuls: kernel launches take some of the
+        time.
         """
         ms = self.row(way).ms
         return None if ms is None else max(0.0, ms - self.floor_ms) / 1e3 * self.copy_gb_s
 
     def different(self) -> list[str]:
-        """What is to have stock's bits and has not."""
+        """Returns the results that should have stock's bits, but differ."""
         found = [row.way for row in self.rows if row.way == PATCHED and row.exact is False]
         return found + ["rotary embedding"] * (self.rope is not None and not self.rope.exact)
 
     def slower(self) -> list[tuple[str, str, float]]:
-        """The ways that are slower than their rivals by more than noise: way, rival, and how much as fast."""
+        """Returns the variants that are slower than their rivals by more than noise: variant, rival, relative speed."""
         pairs = [(way, rival, self.of(rival, way)) for way, rival in RIVALS.items()]
         return [(way, rival, ratio) for way, rival, ratio in pairs if ratio is not None and ratio < SLOWER]
 
 
 def compilable(model: Any, regional: bool) -> list[torch.nn.Module]:
-    """The model, or with `regional` its blocks, as diffusers' `compile_repeated_blocks` has it."""
+    """Returns the model or, with `regional`, its blocks, like diffusers' `compile_repeated_blocks`."""
     return list(model.blocks) if regional else [model]
 
 
@@ -201,12 +202,12 @@ def measure(
     seconds: float = 10.0,
     steps: int | None = None,
 ) -> Result:
-    """Measures a subject in every way.
+    """Measures a subject in every variant.
 
     Args:
-        compiled: also through `torch.compile`; on a CPU that takes minutes.
-        regional, steps: for the result.
-        seconds: about how long the turns last, of which there are three at least.
+        compiled: includes the variants with `torch.compile`, which take minutes on a CPU.
+        regional, steps: stored in the result.
+        seconds: approximate duration of all turns; there are at least three.
 
     Raises:
         MeasurementError: stock's own code does not run.
@@ -224,7 +225,7 @@ def measure(
         floor, copy = Floor(noted, device), Copy(device, _copy_size(device, shape))
         calls: dict[str, Call] = {_FLOOR: floor, _COPY: copy}
         for call in calls.values():
-            call()  # all must have run
+            call()  # `in_turns` requires a first run
         trials = (stock, *others)
         calls = {**{trial.way: trial.call for trial in trials if trial.call is not None}, **calls}
         around = {trial.way: trial.around for trial in trials}
@@ -253,7 +254,7 @@ def measure(
 
 @contextlib.contextmanager
 def said_once() -> Iterator[None]:
-    """What `enable` logs of code that it left alone, once, however often it is called in the block."""
+    """Logs repeated messages of `enable` about skipped code only once during the block."""
     said: set[str] = set()
 
     def is_new(record: logging.LogRecord) -> bool:
@@ -270,7 +271,7 @@ def said_once() -> Iterator[None]:
 
 
 class _Trial:
-    """One way in the making: what it calls, what that happens in, and what is known of it so far."""
+    """One variant during the measurement: its call, the context of the call, and its row so far."""
 
     def __init__(self, way: str, subject: Subject, device: torch.device) -> None:
         self.way, self.row = way, Row(way)
@@ -282,32 +283,33 @@ class _Trial:
 
     @contextlib.contextmanager
     def around(self) -> Iterator[None]:
-        """The patches of this way, and the modules that it has compiled."""
+        """Applies the patches and the compiled modules of this variant during the block."""
         compiled = contextlib.nullcontext() if self._handle is None else self._handle.in_use()
         with wan_patches.enabled(**_CHOICES[self.way]), compiled:
             yield
 
     def prepare(self, expected: Any = None, *, comparable: bool = True) -> Any:
-        """Runs it twice and returns what it gave; where that fails, or means nothing, the row says why.
+        """Runs the variant twice and returns the expected result, or None with a reason in the row.
 
-        Without `expected` the second run is compared with the first.
+        The reason is an error, or patches without effect on the result. The second run is compared with `expected`, by
+        default the result of the first run.
         """
         try:
             with wan_patches.enabled(**_CHOICES[self.way]) as status:
                 active = [report for report in status.reports if report.state == ACTIVE]
                 self.patches = tuple(sorted({report.name for report in active}))
                 if self.way == CLOSE and all(report.fidelity is wan_patches.Fidelity.EXACT for report in active):
-                    self.row = Row(self.way, reason="no patch that is active here moves rounding")
+                    self.row = Row(self.way, reason="no active patch changes rounding")
                     return None
                 call = self._subject.make()
             given: list[Any] = []
             with self.around():
-                first = call()  # on accelerators a patched one returns what the first-sight gate got from stock
+                first = call()  # on accelerators, the first-sight gate returns stock's result for a patched call
                 expected = first if expected is None else expected
                 del first
                 peak = peak_extra_bytes(lambda: given.append(call()), self._device)
-        except Exception as error:  # a compiler, or the memory of the device
-            error = getattr(error, "inner_exception", error)  # dynamo says first that a backend has failed
+        except Exception as error:  # compiler errors, out of memory
+            error = getattr(error, "inner_exception", error)  # dynamo wraps the error of a backend
             self.row = Row(self.way, reason=f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}")
             _free(self._device)
             return None
@@ -319,22 +321,22 @@ class _Trial:
         return expected
 
     def finished(self, seconds: Mapping[str, float]) -> Row:
-        """The row, with the time if there is one."""
+        """Returns the row, with the time if the variant ran."""
         if self.call is None:
             return self.row
         reason = ""
         if self._handle is not None and not self._graphs:
             reason = "nothing was compiled"
         elif self._handle is not None and self._handle.graphs != self._graphs:
-            reason = "compiled anew while it was measured"
+            reason = "recompiled during the measurement"
         return replace(self.row, ms=seconds[self.way] * 1e3, reason=reason)
 
 
 class _Handle:
-    """Modules compiled apart from what they are otherwise, for the length of a block.
+    """Compiled versions of modules, in use during a block and separate from other compiled versions.
 
-    Dynamo keeps graphs by code object, and does not look at the code of what it inlined. Graphs of different backends
-    are never mistaken for one another, so every handle has one of its own.
+    Dynamo caches graphs by code object and does not check the code of inlined functions. It never mixes graphs of
+    different backends, so every handle has its own backend.
     """
 
     def __init__(self, modules: Sequence[torch.nn.Module]) -> None:
@@ -348,7 +350,7 @@ class _Handle:
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:
-        """As if `compile()` had been called on the modules."""
+        """Makes the modules run compiled during the block, as if `compile()` had been called on them."""
         before = [(module, module._compiled_call_impl) for module, _ in self._calls]
         for module, call in self._calls:
             module._compiled_call_impl = call
@@ -360,7 +362,7 @@ class _Handle:
 
 
 def _copy_size(device: torch.device, shape: Shape) -> int:
-    """Bytes that caches do not hold."""
+    """Returns a number of bytes that caches do not hold."""
     return (16 if shape.name.startswith("tiny") else 256 if device.type == "cpu" else 1024) * _MIB
 
 
@@ -383,11 +385,11 @@ def _ratio(number: float | None, other: float | None) -> float | None:
     return None if number is None or not other else number / other
 
 
-# What is printed, drawn and written
+# Output
 
 
 def table(result: Result) -> Group:
-    """The rows for people, and below them what they rest on."""
+    """Returns the rows as a table, with notes on how the numbers were measured."""
     found = Table(box=box.SIMPLE, pad_edge=False)
     found.add_column(result.bench)
     for column in ("ms", "of stock", "x floor", "GB moved", "peak MiB", "of stock"):
@@ -403,7 +405,7 @@ def table(result: Result) -> Group:
 
 
 def describe(result: Result) -> str:
-    """What was measured, in a line."""
+    """Describes the subject of a result in one line."""
     fewer = result.layers < result.of_layers and result.bench != "block"
     layers = f"{result.layers} of {result.of_layers} layers" if fewer else ""
     steps = "" if result.steps is None else f"{result.steps} {'step' if result.steps == 1 else 'steps'}"
@@ -412,14 +414,14 @@ def describe(result: Result) -> str:
 
 
 def device_name(facts: Mapping[str, Any]) -> str:
-    """What `machine` says of the device; of a CPU its make, and how much of it was used."""
+    """Returns the name of the device from the facts of `machine`; for a CPU, its model and the number of threads."""
     if facts["device"] != "cpu":
         return str(facts["device"])
     return f"{facts['cpu']}, {facts['threads']} {'thread' if facts['threads'] == 1 else 'threads'}"
 
 
 def bits(result: Result, row: Row) -> str:
-    """Whether a row has stock's bits, for a table; where it need not have them, how far it is off."""
+    """Returns a table cell: whether a row has stock's bits or, if equality is not required, its largest difference."""
     if row.exact is None:
         return "-"
     if row.exact:
@@ -463,7 +465,7 @@ def _number(value: float | None) -> str:
 
 
 def chart(result: Result, device: torch.device) -> Any:
-    """A figure of matplotlib: the time of every way, the floor under it, and its memory.
+    """Draws a matplotlib figure with the time and memory of every variant, and the floor.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -493,14 +495,14 @@ def chart(result: Result, device: torch.device) -> Any:
 
 
 def write_json(path: Path, result: Result, device: torch.device, threads: int | None = None) -> None:
-    """Writes the result and the facts about the machine; `threads` as they were for the measurement."""
+    """Writes the result and the facts about the machine; `threads` is the number during the measurement."""
     with using_threads(threads):
         facts = machine(device)
     path.write_text(json.dumps({"machine": facts, **to_json(result)}, indent=2) + "\n")
 
 
 def to_json(result: Result) -> dict[str, Any]:
-    """The result with what follows from it; `from_json` takes it back."""
+    """Returns the result and derived numbers as a dict for JSON; `from_json` reads it."""
     content = asdict(result)
     for row in content["rows"]:
         way = row["way"]
@@ -511,7 +513,7 @@ def to_json(result: Result) -> dict[str, Any]:
 
 
 def from_json(content: Mapping[str, Any]) -> Result:
-    """The result that was written."""
+    """Returns the result from the content of a JSON file."""
     known = _known(Result, content)
     known |= {"video": tuple(content["video"]), "patches": tuple(content["patches"])}
     known |= {"rows": tuple(Row(**_known(Row, row)) for row in content["rows"])}
@@ -520,5 +522,5 @@ def from_json(content: Mapping[str, Any]) -> Result:
 
 
 def _known(cls: Any, content: Mapping[str, Any]) -> dict[str, Any]:
-    """What `cls` is made of."""
+    """Returns the fields of `cls` in `content`, without derived numbers."""
     return {field.name: content[field.name] for field in fields(cls)}

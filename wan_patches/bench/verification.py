@@ -1,4 +1,4 @@
-"""What `wan-patches verify` verifies: a model by its folder or name, or a tiny one that needs no weights."""
+"""Subjects of `wan-patches verify`: a model by folder or name, or a tiny one that needs no weights."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def subject(
     steps: int | None = None,
     seed: int = 0,
 ) -> Subject:
-    """A pipeline and its arguments. `tiny:FAMILY` is one of `wan_patches.testing.families` with random weights.
+    """Returns a pipeline and its arguments. `tiny:FAMILY` is a family in `wan_patches.testing`, with random weights.
 
     Raises:
-        MeasurementError: the model is not known or cannot be loaded, or needs something that is not given.
+        MeasurementError: the model is unknown, cannot be loaded, or requires an argument that is missing.
     """
     if model.startswith(TINY):
         return _tiny(model.removeprefix(TINY), image, device, dtype, prompt, size, frames, steps, seed)
