@@ -287,7 +287,7 @@ def test_a_child_process_finds_the_module(toy):
     ("arguments", "status", "message"),
     [
         (["--patches", "nope", "script.py"], 2, "Error: unknown patch nope; known: "),
-        (["--fidelity", "nope", "script.py"], 2, "Error: unknown fidelity 'nope'; known: 'exact', 'close'"),
+        (["--fidelity", "nope", "script.py"], 2, "'nope' is not one of exact, close"),
         (["--nope", "script.py"], 2, "--nope"),
         ([], 2, "Missing argument"),
         (["nope.py"], 2, "wan-patches: can't open file '{folder}/nope.py': No such file or directory"),

@@ -147,7 +147,7 @@ def test_a_model_outside_of_the_sequence_stays_until_the_end():
         (4799, "model", "the first level that fits; 'none' would not"),
         (2700, "group", "the first level that fits; 'none', 'model' would not"),
         (2040, "group", "the first level that fits; 'none', 'model' would not"),  # the VAE by layers
-        (2039, "group", "the smallest that is possible, and still 1 bytes too large"),  # as large as leaves
+        (2039, "group", "the smallest possible level, still 1 bytes too large"),  # as large as leaves
     ],
 )
 def test_auto_chooses_the_first_level_that_fits(room, level, reason):
@@ -237,12 +237,12 @@ def test_estimated_weights_match_the_pipeline():
     ("options", "message"),
     [
         ({"level": "block"}, "unknown level 'block'; known: auto, none, model, group, leaf"),
-        ({"stream": "yes"}, "`stream` is True, False or 'auto', not 'yes'"),
-        ({"blocks_per_group": 0}, "`blocks_per_group` is 1 or more, not 0"),
-        ({"budget": -1}, "`budget` is a number of bytes, not -1"),
-        ({"reserve": -1}, "`reserve` is a number of bytes, not -1"),
-        ({"device": "cpu"}, "nothing to offload from on 'cpu'"),
-        ({"device": "meta"}, "nothing to offload from on 'meta'"),
+        ({"stream": "yes"}, "`stream` must be True, False or 'auto', not 'yes'"),
+        ({"blocks_per_group": 0}, "`blocks_per_group` must be an integer of at least 1, not 0"),
+        ({"budget": -1}, "`budget` must be a number of bytes, not -1"),
+        ({"reserve": -1}, "`reserve` must be a number of bytes, not -1"),
+        ({"device": "cpu"}, "cannot offload from 'cpu'"),
+        ({"device": "meta"}, "cannot offload from 'meta'"),
     ],
 )
 def test_invalid_options_are_rejected(options, message):
