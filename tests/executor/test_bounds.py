@@ -141,7 +141,7 @@ def test_the_cancel_grace_is_told_in_the_log(caplog):
     with ParallelExecutor(fakes.fake, **WORKER, cancel_grace=0.5) as executor:
         with pytest.raises(TimeoutError):
             executor.submit("hang", 60, timeout=0.3).result(30)
-        wait_until(lambda: "request 1 is not wanted any more, and worker 0 has not left it for 0.5 s" in caplog.text)
+        wait_until(lambda: "timed out, but worker 0 did not stop it within 0.5 s" in caplog.text)
         assert executor.submit(value=1).result(60) == 1
 
 

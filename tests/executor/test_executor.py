@@ -197,12 +197,12 @@ def test_inline_copies_nothing():
     [
         ({"layout": "rows"}, "unknown layout 'rows'; known: auto, inline"),
         ({"layout": "inline", "devices": ["cpu", "cpu"]}, "uses one device, and there are 2"),
-        ({"layout": "context", "devices": ["cpu"]}, "wants groups of 2 devices, and there are 1"),
-        ({"layout": "cfg", "devices": ["cpu"] * 3}, "wants groups of 2 devices, and there are 3"),
+        ({"layout": "context", "devices": ["cpu"]}, "needs groups of 2 devices, and there are 1"),
+        ({"layout": "cfg", "devices": ["cpu"] * 3}, "needs groups of 2 devices, and there are 3"),
         ({"layout": "cfg", "devices": ["cpu"] * 3, "group_size": 3}, "guidance has two branches"),
         ({"layout": "replicas", "devices": ["cpu"] * 2, "group_size": 2}, "one device works on a request"),
         ({"devices": []}, "name at least one"),
-        ({"devices": 99}, "99 devices are wanted, and there are"),
+        ({"devices": 99}, "99 devices requested, but found"),
         ({"devices": ["cpu", "cpu"], "parallel": "ring"}, 'is for layout="context"'),
     ],
 )
@@ -429,7 +429,7 @@ def test_a_request_with_something_of_the_script_is_explained(monkeypatch):
 def test_a_pipeline_that_cannot_be_loaded_fails_the_constructor(options):
     with pytest.raises(fakes.CustomError, match="no such weights"):
         ParallelExecutor(fakes.broken, **options)
-    with pytest.raises(TypeError, match="gave 'int', which cannot be called"):
+    with pytest.raises(TypeError, match="returned 'int', which is not callable"):
         ParallelExecutor(fakes.not_a_pipeline, **options)
 
 

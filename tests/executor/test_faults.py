@@ -39,7 +39,7 @@ def test_a_death_is_told_with_all_that_is_known():
         assert (error.exit_code, error.request) == (-9, 1)
         assert error.rank in (0, 1)
         assert "about to go" in error.log
-        assert str(error).startswith(f"{error.worker} was ended by SIGKILL (the system does that when memory")
+        assert str(error).startswith(f"{error.worker} was ended by SIGKILL (sent by the system when memory")
         assert str(error).endswith("\n    about to go")
         error = executor.submit("leave", 3).exception(60)
         assert error.exit_code == 3
@@ -133,8 +133,8 @@ def test_in_a_long_outage_requests_are_told_and_afterwards_are_taken_again(tmp_p
 def test_a_request_that_ends_all_its_workers_is_given_up_and_the_workers_are_not(caplog):
     with ParallelExecutor(fakes.fake, **WORKERS, retries=2) as executor:
         assert isinstance(executor.submit("kill", signal.SIGKILL).exception(60), WorkerDied)
-        assert caplog.text.count("request 1 is tried again: worker") == 2
-        assert "1 of 2 serve" in caplog.text
+        assert caplog.text.count("retrying request 1: worker") == 2
+        assert "1 of 2 groups serving" in caplog.text
         wait_until(lambda: executor.health().serving == 2)
         assert executor.submit(value=1).result(60) == 1
 

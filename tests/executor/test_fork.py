@@ -258,8 +258,8 @@ def test_an_executor_refuses_in_a_child_and_harms_nothing(executor):
     with Child(answer) as child:
         told = child.ask()
     assert len(told) == 4
-    assert told[:2] == ["this executor belongs to the parent of this process; make another one here"] * 2
-    assert "runs in the parent of this process" in told[2]
+    assert told[:2] == ["this executor belongs to the parent process; create another one here"] * 2
+    assert "runs in the parent process" in told[2]
     assert running.result(60) == "done"
     assert [future.result(60) for future in waiting] == [0, 1, 2]
 

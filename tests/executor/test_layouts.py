@@ -169,7 +169,7 @@ REFUSED: dict[str, tuple[type[Exception], str]] = {
     "cfg batched": (ValueError, "SanaVideoPipeline: its denoiser has no `cache_context`"),
     "cfg no context": (ValueError, "ChronoEditPipeline: it does not call its denoiser once for each branch"),
     "context tensor": (ValueError, "no tensor parallel plan .*parallel='ulysses'"),
-    "context native ring": (ValueError, "'native' gives no log-sum-exp.*set_attention_backend"),
+    "context native ring": (ValueError, "'native' returns no log-sum-exp.*set_attention_backend"),
     "context heads": (ValueError, "cannot divide the 3 heads .* by 2: use parallel='ring'.*ulysses_anything=True"),
     "context no plan": (ValueError, "SanaVideoTransformer3DModel has no context parallel plan"),
     "context unknown": (ValueError, "unknown parallel mode 'usp'; known: ulysses, ring, tensor"),

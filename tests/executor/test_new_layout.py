@@ -35,7 +35,7 @@ def test_a_new_layout_is_listed_and_checked_as_the_others_are(rows):
     assert resolve("rows", [CPU] * 4, 2, None) == (rows, 2)
     with pytest.raises(ValueError, match="known: auto, inline, replicas, context, cfg, sharded, rows"):
         resolve("columns", [CPU], None, None)
-    with pytest.raises(ValueError, match="layout 'rows' wants groups of 3 devices, and there are 4"):
+    with pytest.raises(ValueError, match="layout 'rows' needs groups of 3 devices, and there are 4"):
         resolve("rows", [CPU] * 4, 3, None)
     with pytest.raises(ValueError, match="group_size=2 is for context, cfg, sharded and rows"):
         resolve("replicas", [CPU] * 2, 2, None)

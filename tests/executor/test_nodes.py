@@ -67,7 +67,7 @@ def test_a_lost_node_costs_nothing_that_is_tried_again_and_a_new_one_takes_its_p
         wait_until(lambda: executor.health().running == 2)
         cluster.remove_node(cluster.other, allow_graceful=False)
         assert [request.result(120) for request in running] == [cluster.head_node.node_id] * 2
-        assert "is tried again: worker" in caplog.text
+        assert "retrying request " in caplog.text
         assert executor.health().serving == 1
         new = cluster.add_node(**NODE)
         wait_until(lambda: executor.health().serving == 2, 120)
@@ -136,8 +136,8 @@ def test_a_group_waits_for_a_node_in_place_of_a_lost_one(cluster, caplog):
         cluster.remove_node(cluster.other, allow_graceful=False)
         waiting = executor.submit(**inputs)
         lacking = (
-            "workers wait for a place in the Ray cluster: each of 2 needs 1 CPU (strategy STRICT_SPREAD); "
-            "it has 1 CPU on 1 nodes, of which 1 CPU are free"
+            "workers are waiting for a place in the Ray cluster: each of 2 needs 1 CPU (strategy STRICT_SPREAD); "
+            "the cluster has 1 CPU on 1 nodes, of which 1 CPU are free"
         )
         wait_until(lambda: lacking in caplog.text, 120)
         health = executor.health()
@@ -187,7 +187,7 @@ def test_a_lost_node_is_named_and_its_capacity_is_missing(cluster, caplog):
         assert isinstance(died, WorkerDied)
         assert (died.rank, died.pid, died.node) == (worker.rank, worker.pid, OTHER)
         told = f"worker {worker.rank} (pid {worker.pid}, node {OTHER}) ended during request {died.request}"
-        assert f"{told}; started again now, 1 of 2 serve" in caplog.text
+        assert f"{told}; restarting now; 1 of 2 groups serving" in caplog.text
         wait_until(lambda: "waiting for a place" in executor.health().workers[worker.rank].device)
         health = executor.health()
         assert (health.serving, health.workers[worker.rank].reason) == (1, told)

@@ -321,7 +321,7 @@ def test_a_lost_request_is_tried_again(tmp_path):
 def test_a_pipeline_that_cannot_be_loaded_fails_the_constructor():
     with pytest.raises(fakes.CustomError, match="no such weights"):
         RayParallelExecutor(fakes.broken, devices=2)
-    with pytest.raises(TypeError, match="gave 'int', which cannot be called"):
+    with pytest.raises(TypeError, match="returned 'int', which is not callable"):
         RayParallelExecutor(fakes.not_a_pipeline, **ONE)
     with pytest.raises(WorkerDied, match="while it loaded the pipeline"):
         RayParallelExecutor(fakes.kills_itself, **ONE)
@@ -378,7 +378,7 @@ def test_two_ranks_give_what_one_process_gives_and_leave_nothing():
     [
         ({"layout": "inline"}, "needs no Ray; use ParallelExecutor"),
         ({"layout": "rows"}, "unknown layout 'rows'"),
-        ({"layout": "context", "devices": 1}, "wants groups of 2 devices, and there are 1"),
+        ({"layout": "context", "devices": 1}, "needs groups of 2 devices, and there are 1"),
         ({"devices": ["cuda:0"]}, "Ray chooses the devices; give a number"),
         ({"devices": 0}, "nothing to run on"),
         ({"resources": {"GPU": 1}}, "each worker needs 1 GPU, and the cluster has 0 GPU"),
@@ -398,7 +398,7 @@ def test_patience_is_the_old_name_of_the_cancel_grace():
 
 def test_a_factory_that_does_not_pickle_is_explained():
     lock = threading.Lock()
-    with pytest.raises(ValueError, match="cannot be told about the factory"):
+    with pytest.raises(ValueError, match="cannot be sent to workers"):
         RayParallelExecutor(lambda: lock)
 
 

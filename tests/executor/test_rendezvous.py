@@ -48,7 +48,7 @@ def test_who_asks_early_waits(stores):
     timer.start()
     assert stores[0].get("late") == b"here"
     stores[0].set_timeout(datetime.timedelta(seconds=0.1))
-    with pytest.raises(torch.distributed.DistStoreError, match="have not told"):
+    with pytest.raises(torch.distributed.DistStoreError, match="have not set"):
         stores[0].get("never")
     timer.join()
 

@@ -218,10 +218,10 @@ def reference(name: str) -> torch.Tensor:
 
 REFUSED: dict[str, tuple[type[Exception], str]] = {
     "refused small": (ValueError, "ranks cannot share 1 rows or 1 columns of latents"),
-    "refused tiling": (ValueError, "without tiling: call disable_tiling"),
-    "refused tiling later": (RuntimeError, "without tiling, which has been turned on"),
-    "refused twice": (ValueError, "this AutoencoderKLWan is parallel already"),
-    "refused bypassed": (RuntimeError, "without calling them as modules"),
+    "refused tiling": (ValueError, "requires tiling to be off: call disable_tiling"),
+    "refused tiling later": (RuntimeError, "requires tiling to be off, but it was turned on since"),
+    "refused twice": (ValueError, "this AutoencoderKLWan is already parallel"),
+    "refused bypassed": (RuntimeError, "computed without calling them as modules"),
 }
 
 
@@ -350,9 +350,7 @@ def test_unknown_code_is_refused_and_left_as_it_is(mode, monkeypatch):
     method = {"tiles": "tiled_encode", "spatial": "_encode"}[mode]
     monkeypatch.setattr(autoencoders.AutoencoderKLWan, method, lambda self, x: x)
     model = ranks.vae()
-    with pytest.raises(
-        RuntimeError, match=f"AutoencoderKLWan.{method}, as it is installed or as something has changed"
-    ):
+    with pytest.raises(RuntimeError, match=f"AutoencoderKLWan.{method} differs from all known versions"):
         parallelize_vae(model, mode=mode)
     assert type(model) is autoencoders.AutoencoderKLWan
     assert not model.use_tiling

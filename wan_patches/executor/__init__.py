@@ -1,4 +1,4 @@
-"""Runs pipelines in this or in other processes, and moves what is big through shared memory."""
+"""Runs pipelines in this process or in workers, which exchange large values through shared memory."""
 
 from __future__ import annotations
 

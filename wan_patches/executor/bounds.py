@@ -1,4 +1,4 @@
-"""How long an executor waits for what, and the checks of the numbers that its users give."""
+"""Time limits of an executor, and validation of numeric options."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import time
 from dataclasses import dataclass, fields
 from typing import Any
 
-LOOK = 1.0  # seconds between two looks at what may have stopped
+LOOK = 1.0  # polling interval in seconds for workers that may have stopped
 
 
 class Default(enum.Enum):
-    """What stands for the executor's own value, where None means none."""
+    """Sentinel for the executor's own value, for options where None means no limit."""
 
     DEFAULT = "the executor's"
 
@@ -23,20 +23,20 @@ DEFAULT = Default.DEFAULT
 
 @dataclass(frozen=True)
 class Bounds:
-    """Seconds that an executor waits for its workers; None waits for ever.
+    """Time limits of an executor for its workers, in seconds; None waits forever.
 
-    A worker that exceeds one is named in the log, ended and started again, and its request fails with `WorkerHung` (or
-    is given to another worker, see `retries`). What lives in this process (layout "inline") cannot be ended and has no
-    bounds.
+    A worker that exceeds a limit is named in the log, ended and started again. Its request fails with `WorkerHung`, or
+    moves to another worker (see `retries`). A pipeline in this process (layout "inline") cannot be ended and has no
+    limits.
 
     Attributes:
-        answer: for a sign of life. Workers give one every few seconds; one that is stopped (SIGSTOP) gives none, nor
-            does one that calls C code which keeps Python's lock. None lets a worker be stopped in a debugger.
-        load: for a worker to start and build its pipeline.
-        first_step: from the start of a request to its first step, in which compilers run.
-        step: from one step to the next, and from the last to the result: autoencoders decode in it.
-        outage: in which no worker serves, until the requests that wait fail with `ExecutorBroken`, as do new ones.
-            Workers are started again for as long as the executor lives, and then requests are taken again.
+        answer: maximum time between heartbeats. Workers send one every few seconds, except when they are stopped
+            (SIGSTOP) or call C code that holds the GIL. None allows stopping a worker in a debugger.
+        load: time for a worker to start and build its pipeline.
+        first_step: time from the start of a request to its first step, which includes compilation.
+        step: time from one step to the next, and from the last step to the result, which includes decoding.
+        outage: time without any serving worker after which waiting and new requests fail with `ExecutorBroken`.
+            Workers are still started again while the executor lives; requests are accepted again once one serves.
     """
 
     answer: float | None = 120.0
@@ -51,7 +51,7 @@ class Bounds:
 
 
 class Stillness:
-    """For how long there was no sign of something, less the time in which this process was stopped itself."""
+    """Measures the time since the last sign, excluding time during which this process itself was stopped."""
 
     def __init__(self) -> None:
         self._seconds = 0.0
@@ -59,11 +59,11 @@ class Stillness:
         self._looked = time.monotonic()
 
     def sign(self) -> None:
-        """There was one. Called by any thread."""
+        """Records a sign. Any thread may call this."""
         self._signed = True
 
     def seconds(self) -> float:
-        """Ask about every `LOOK` seconds, in one thread: of a longer time only as much is counted."""
+        """Returns the time without a sign. Call in one thread every `LOOK` seconds; longer gaps count as `2 * LOOK`."""
         now = time.monotonic()
         signed, self._signed = self._signed, False
         self._seconds = 0.0 if signed else self._seconds + min(now - self._looked, 2 * LOOK)
@@ -72,7 +72,7 @@ class Stillness:
 
 
 def check_seconds(name: str, value: Any) -> None:
-    """Refuses what is no number of seconds above 0, nor None.
+    """Checks that a value is a number of seconds above 0, or None.
 
     Raises:
         ValueError: the message names the argument.
@@ -85,7 +85,7 @@ def check_seconds(name: str, value: Any) -> None:
 
 
 def check_count(name: str, value: Any, least: int) -> None:
-    """Refuses what is no whole number of at least `least`.
+    """Checks that a value is a whole number of at least `least`.
 
     Raises:
         ValueError: the message names the argument.

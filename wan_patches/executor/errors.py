@@ -1,4 +1,4 @@
-"""What a future of the executor can end with, beside what the pipeline itself raises."""
+"""Exceptions that futures of the executor raise, apart from those of the pipeline."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 
 
 class WorkerDied(RuntimeError):
-    """The process that worked on a request ended before its result was there.
+    """A worker process ended before its request was finished.
 
     Attributes:
-        exit_code: of the process; negative: the signal that ended it; None if it could not be learned.
-        rank: the worker's place in the executor's list of devices.
-        request: number of the request that is lost, None if there was none: it loaded the pipeline, or waited.
-        log: the worker's last lines of output, None if they are not at hand.
-        pid: of the process, None if it is not known.
-        node: address of the machine, None if it is this one.
-        doing: what the worker was doing, in words.
+        exit_code: exit code of the process; negative for the signal that ended it; None if unknown.
+        rank: index of the worker in the executor's list of devices.
+        request: number of the lost request; None if the worker was loading its pipeline or idle.
+        log: last lines of the worker's output; None if not available.
+        pid: process id; None if unknown.
+        node: address of the machine; None for this one.
+        doing: description of what the worker was doing.
     """
 
     def __init__(
@@ -37,12 +37,12 @@ class WorkerDied(RuntimeError):
 
     @property
     def worker(self) -> str:
-        """Which one it was, in words."""
+        """A description of the worker."""
         return worker_named(self.rank, self.pid, self.node)
 
     @property
     def summary(self) -> str:
-        """What happened, without the worker's output."""
+        """The message without the worker's output."""
         return f"{self.worker} {_ended(self.exit_code)} {self.doing}"
 
     def __str__(self) -> str:
@@ -53,11 +53,11 @@ class WorkerDied(RuntimeError):
 
 
 class WorkerHung(WorkerDied):
-    """The process that worked on a request gave no sign for longer than the executor's bound, and was ended.
+    """A worker process exceeded a limit of the executor and was ended.
 
     Attributes:
-        bound: which of `Bounds` it exceeded.
-        seconds: that bound.
+        bound: name of the exceeded limit in `Bounds`.
+        seconds: value of that limit.
     """
 
     def __init__(self, bound: str, seconds: float, *of_death: Any) -> None:
@@ -77,15 +77,15 @@ class WorkerHung(WorkerDied):
 
 
 class RemoteError(RuntimeError):
-    """An exception of a worker whose own type could not be brought over; the message names it."""
+    """Stands for a worker's exception that cannot be pickled; the message includes the original type."""
 
 
 class ExecutorBroken(BrokenExecutor):
-    """No worker has served for longer than the executor's bound `outage`; the cause is what the last one failed of."""
+    """No worker has served for longer than the `outage` limit; the cause is the last worker's failure."""
 
 
 class RemoteTraceback(Exception):
-    """The cause of an exception that came from a worker: where it was raised there."""
+    """The cause of an exception from a worker; contains the worker's traceback."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -96,7 +96,7 @@ class RemoteTraceback(Exception):
 
 
 def with_traceback(error: BaseException, text: str) -> BaseException:
-    """`error`, with the traceback that it had in the worker as its cause."""
+    """Sets the worker's traceback as the cause of `error` and returns `error`."""
     error.__cause__ = RemoteTraceback(text)
     return error
 
@@ -110,25 +110,25 @@ def _ended(exit_code: int | None) -> str:
         name = signal.Signals(-exit_code).name
     except ValueError:
         name = f"signal {-exit_code}"
-    hint = " (the system does that when memory runs out)" if name == "SIGKILL" else ""
+    hint = " (sent by the system when memory runs out)" if name == "SIGKILL" else ""
     return f"was ended by {name}{hint}"
 
 
 def worker_named(rank: int, pid: int | None, node: str | None = None) -> str:
-    """A worker in words."""
+    """Returns a description of a worker."""
     where = [text for text in (f"pid {pid}" if pid else "", f"node {node}" if node else "") if text]
     return f"worker {rank} ({', '.join(where)})" if where else f"worker {rank}"
 
 
 def portable(error: BaseException) -> BaseException:
-    """`error` if it survives pickling with its type and message, else a `RemoteError` that tells both."""
+    """Returns `error` if pickling preserves its type and message, or else a `RemoteError` with both."""
     import pickle
 
     try:
         copy = pickle.loads(pickle.dumps(error))
         if type(copy) is type(error) and str(copy) == str(error):
             return error
-    except BaseException:  # anything can go wrong in someone's __reduce__
+    except BaseException:  # a user-defined __reduce__ can raise anything
         pass
     return RemoteError(f"{type(error).__module__}.{type(error).__qualname__}: {_message(error)}")
 

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 class PipelineExecutor(Executor):
-    """The base of all executors of pipelines: takes requests and gives futures of their results."""
+    """Base class of pipeline executors: accepts requests and returns futures of their results."""
 
     def __init__(
         self,
@@ -52,9 +52,9 @@ class PipelineExecutor(Executor):
         progress: bool | Callable[[Request, Progress], None],
         script: bool = False,
     ) -> None:
-        """Starts the groups and waits until each has its pipeline; the rest as in `ParallelExecutor`.
+        """Starts the groups and waits until each has loaded its pipeline. Other arguments as for `ParallelExecutor`.
 
-        script: workers have imported the script, and find what is defined in it.
+        script: whether workers have imported the script, so that requests may refer to definitions in it.
         """
         self._timeout, self._queue_timeout, self._retries = timeout, queue_timeout, retries
         self._on_progress = _progress(progress)
@@ -62,21 +62,21 @@ class PipelineExecutor(Executor):
         self._remote, self._script = groups[0].remote, script
         self._scheduler = Scheduler(groups, bounds, cancel_grace)
         self._scheduler.start()
-        # threads hold the scheduler and not this object, so that it can go out of scope like any executor
+        # threads refer to the scheduler, not to this object, so that it can be garbage-collected like any executor
         weakref.finalize(self, self._scheduler.close).atexit = False
 
     @classmethod
     def from_pretrained(cls, model: str, *, pipeline_class: type | None = None, **options: Any) -> Self:
-        """Makes an executor of a pipeline from the Hub or a folder; works in notebooks and without `__main__` guard.
+        """Creates an executor for a pipeline from the Hub or a folder. Works in notebooks and without `__main__` guard.
 
         Args:
             model: as for `DiffusionPipeline.from_pretrained`.
-            pipeline_class: by default the one that the model names.
-            options: those of the executor; all others go to `from_pretrained`, such as `torch_dtype`.
+            pipeline_class: by default the class named by the model.
+            options: options of the executor; all others, such as `torch_dtype`, are passed to `from_pretrained`.
         """
         known = inspect.signature(cls).parameters
         own = {name: options.pop(name) for name in list(options) if name in known}
-        factory: Any = Pretrained(str(model), pipeline_class, options)  # the first argument of every subclass
+        factory: Any = Pretrained(str(model), pipeline_class, options)  # first argument of every subclass
         return cls(factory, **own)
 
     def submit(  # type: ignore[override]
@@ -88,28 +88,28 @@ class PipelineExecutor(Executor):
         on_frames: Callable[[Request, Chunk], object] | None = None,
         **keywords: Any,
     ) -> Request:
-        """Queues a call of the pipeline with these arguments and returns at once.
+        """Queues a call of the pipeline and returns immediately.
 
-        Workers get the arguments as they are now, with the state that generators have; only the contents of
-        tensors, arrays and images must not change before the request runs. Inline, the pipeline gets the very
-        objects, as if it were called, and draws from the very generator.
+        Workers receive the arguments in their current state, including that of generators; only the contents of
+        tensors, arrays and images must not change until the request runs. Layout "inline" passes the objects
+        themselves, as in a direct call, and advances the caller's generator.
 
         Args:
-            arguments, keywords: what the pipeline takes, as if it were called.
-            timeout, queue_timeout, on_progress: for this request, instead of the executor's; a timeout of None is
-                none.
-            on_frames: called with the request and each `Chunk` of frames, in order, while the autoencoder goes on, as
-                `wan_patches.stream_frames` does it; the frames are not in the result then, whose `frames` are None. In
-                the thread that takes the worker's messages: chunks wait in memory while it is at an earlier one. What
-                it raises is logged. After a retry they begin again, with a chunk whose `start` is 0.
+            arguments, keywords: arguments of the pipeline.
+            timeout, queue_timeout, on_progress: override the executor's options for this request; a timeout of None
+                means no limit.
+            on_frames: called with the request and each `Chunk` of frames, in order, while decoding continues, as by
+                `wan_patches.stream_frames`. The `frames` of the result are then None. Runs in the thread that reads
+                the worker's messages; during a call, further chunks wait in memory. Exceptions are logged. A retry
+                begins again with a chunk whose `start` is 0.
 
         Returns:
-            A `concurrent.futures.Future` of what the pipeline returns. It ends with the pipeline's exception,
-            `TimeoutError`, `WorkerDied` or `ExecutorBroken`; `cancel()` works while it runs, too.
+            A `concurrent.futures.Future` of the pipeline's result. It raises the pipeline's exception, `TimeoutError`,
+            `WorkerDied` or `ExecutorBroken`. `cancel()` also works for running requests.
 
         Raises:
-            ValueError: a timeout is no number of seconds.
-            RuntimeError: the executor was shut down, or (`ExecutorBroken`) no worker has served for long.
+            ValueError: a timeout is not a number of seconds.
+            RuntimeError: the executor was shut down, or (`ExecutorBroken`) no worker has served for too long.
         """
         timeout = self._timeout if timeout is DEFAULT else timeout
         queue_timeout = self._queue_timeout if queue_timeout is DEFAULT else queue_timeout
@@ -131,7 +131,7 @@ class PipelineExecutor(Executor):
             request._patches = chosen_patches()
             try:
                 request._packed = self._pack(arguments, keywords)
-            except Exception as error:  # of this future only
+            except Exception as error:  # fails only this future
                 request._give_up(error)
                 return request
         self._scheduler.add(request)
@@ -141,7 +141,7 @@ class PipelineExecutor(Executor):
         """Pickles the arguments of a request for workers.
 
         Raises:
-            Exception: what pickling raises, with a note that names the argument.
+            Exception: pickling failed; the message names the argument.
         """
 
         def packed(value: Any) -> Packed:
@@ -171,23 +171,23 @@ class PipelineExecutor(Executor):
 
         Args:
             requests: such as `[{"prompt": "a cat"}, {"prompt": "a dog"}]`.
-            timeout: seconds from now until `TimeoutError`, if the next result is not there.
-            buffersize: how many are submitted ahead of the result that is asked for; by default all. With it
-                the results that wait do not fill the memory.
+            timeout: seconds from now after which the iterator raises `TimeoutError` if the next result is not ready.
+            buffersize: number of requests to submit ahead of the next result; by default all. Limits the memory of
+                results that have not been consumed.
         """
         if buffersize is not None and buffersize < 1:
-            raise ValueError(f"buffersize is {buffersize}, below 1")
+            raise ValueError(f"buffersize is {buffersize}; it must be at least 1")
         end = None if timeout is None else time.monotonic() + timeout
         todo = iter(requests)
         futures: deque[Request] = deque()
         try:
             futures.extend(self._submit_all(itertools.islice(todo, buffersize)))
-        except BaseException:  # nobody will ask for these
+        except BaseException:  # their results are not needed
             for future in futures:
                 future.cancel()
             raise
 
-        def results() -> Iterator[Any]:  # a generator of its own: all above happens at once
+        def results() -> Iterator[Any]:  # a nested generator, so that the code above runs immediately
             try:
                 while futures:
                     future = futures.popleft()
@@ -196,7 +196,7 @@ class PipelineExecutor(Executor):
                     except BaseException:
                         future.cancel()
                         raise
-                    del future  # and with it the result, before the next is waited for
+                    del future  # frees the result before waiting for the next one
                     futures.extend(self._submit_all(itertools.islice(todo, 1)))
             finally:
                 for future in futures:
@@ -218,13 +218,13 @@ class PipelineExecutor(Executor):
         return self._scheduler.health()
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False, timeout: float | None = None) -> None:
-        """Takes no more requests; workers end after the last one.
+        """Stops accepting requests; workers end after the last request.
 
         Args:
-            wait: return only then.
-            cancel_futures: cancel the requests that have not started. Those that run go on.
-            timeout: seconds after which all requests are cancelled and the workers ended, whatever they do. A pipeline
-                of this process (layout "inline") leaves its request at the next step.
+            wait: wait until all workers have ended.
+            cancel_futures: cancel requests that have not started. Running requests continue.
+            timeout: seconds after which all requests are cancelled and the workers killed. A pipeline in this process
+                (layout "inline") leaves its request at the next step.
         """
         check_seconds("timeout", timeout)
         self._scheduler.close(cancel_futures)
@@ -239,36 +239,36 @@ class PipelineExecutor(Executor):
                 killer.cancel()
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Waits for all requests; after an exception cancels them first, including running ones."""
+        """Shuts down after all requests are done. After an exception, cancels them first, including running ones."""
         if kind is not None:
             self._scheduler.cancel()
         self.shutdown()
 
 
 class ParallelExecutor(PipelineExecutor):
-    """Runs a diffusers pipeline on one or several devices of this machine and brings the results back.
+    """Runs a diffusers pipeline on one or several devices of this machine.
 
         with ParallelExecutor.from_pretrained("Wan-AI/Wan2.2-T2V-A14B-Diffusers", torch_dtype=torch.bfloat16) as ex:
             future = ex.submit(prompt="a cat", generator=torch.Generator().manual_seed(42))
             video = future.result().frames
 
-    Results are what the pipeline returns, with the same bits; tensors of accelerators arrive on the CPU, PIL
-    images are decoded when they are looked at. Of an output class, `result.timings` holds the seconds of the
-    pipeline's stages. What is enabled in this process when a request is submitted is enabled in its worker.
+    Results are those of the pipeline, with the same bits. Tensors on accelerators arrive on the CPU; PIL images are
+    decoded at first use. For output classes, `result.timings` contains the seconds of the pipeline's stages. A worker
+    runs each request with the patches that were enabled in this process at the time of `submit`.
 
     Layouts:
-        inline: one device; the pipeline lives in this process, on a thread, and nothing is copied.
-        replicas: a pipeline for each device; requests are spread.
-        context: all devices of a group work on one request, by diffusers' `enable_parallelism`.
-        cfg: two devices, one for each branch of classifier-free guidance.
-        sharded: the denoisers' weights are split over the devices of a group (`fully_shard`).
+        inline: one device; the pipeline runs in a thread of this process, without copies.
+        replicas: one pipeline per device; requests are distributed over them.
+        context: all devices of a group work on one request, through diffusers' `enable_parallelism`.
+        cfg: two devices, one per branch of classifier-free guidance.
+        sharded: the denoisers' weights are sharded over the devices of a group (`fully_shard`).
         auto: inline for one device, replicas for several.
 
-    In all but inline, a request without a generator gets a seed drawn from torch's default generator here.
+    Except for inline, a request without a generator gets a seed drawn from torch's default generator in this process.
 
-    A forked child keeps the results that its parent had, as any memory, and makes an executor of its own: its parent's
-    raises RuntimeError there. Forks by C code that does not call Python's hooks are not seen; what such a child holds
-    changes when the parent drops it.
+    A forked child keeps the results of its parent, like any memory. The parent's executor raises RuntimeError there;
+    create a new one. Forks by C code that does not call Python's hooks are not detected: results in such a child change
+    when the parent drops them.
     """
 
     def __init__(
@@ -294,40 +294,38 @@ class ParallelExecutor(PipelineExecutor):
         """Starts the workers and waits until each has built its pipeline.
 
         Args:
-            factory: called without arguments in every worker; returns a pipeline. A function of a module that
-                workers can import; one of the script itself needs `if __name__ == "__main__":` around what
-                starts the executor.
-            devices: "auto" for all accelerators, or else the CPU; a number of them; or a list such as
-                `["cuda:0", "cuda:1"]`. `["cpu", "cpu"]` is two processes on the CPU.
+            factory: called without arguments in every worker; returns a pipeline. Must be defined in a module that
+                workers can import. If it is defined in the script itself, guard the code that starts the executor with
+                `if __name__ == "__main__":`.
+            devices: "auto" for all accelerators, or the CPU if there are none; a number of them; or a list such as
+                `["cuda:0", "cuda:1"]`. `["cpu", "cpu"]` starts two processes on the CPU.
             layout: see the class.
-            group_size: devices that work on one request together: for context and sharded (by default all) and
-                cfg (2).
-            parallel: for context: "ulysses" (also None), "ring" or "tensor", or a configuration of diffusers.
-            vae_parallel: for context, cfg and sharded: True or "tiles" has all devices of a group share the tiles of
-                the VAE, which must be an `AutoencoderKLWan`; turns its tiling on, so results have the bits of stock
-                with `vae.enable_tiling()`. "spatial" divides the picture, and follows stock without tiling but for
-                rounding. See `wan_patches.parallelize_vae`.
-            retries: how often a request is given to another worker after its own has died.
-            timeout: seconds that a request may run, from when it starts; `submit` can set another.
-            queue_timeout: seconds that a request may wait for a worker; `submit` can set another.
-            cancel_grace: seconds that a cancelled or timed out request may take to reach its next step before its
-                worker is ended and started anew.
-            bounds: after how long a worker that stands still is ended and started anew; None: as `Bounds()` says.
-            spares: how many processes have imported torch and diffusers and wait to take the place of a worker that
-                ends. Each takes some 0.3 GB of memory, and nothing of a device. By default as many as work on a
-                request together.
-            progress: True for bars in the terminal, or a function called with the request (its future) and its
-                `Progress` after every step; `submit` can set another.
-            log: called with a worker's rank and a line of its output; by default they go to stderr, prefixed
-                with the rank.
-            threads: CPU threads of each worker; by default the cores are shared out. On CPUs results can depend
-                on it.
-            patience: the old name of `cancel_grace`, until the next release.
+            group_size: number of devices that work on one request together, for context and sharded (by default all)
+                and cfg (2).
+            parallel: for context: "ulysses" (default), "ring" or "tensor", or a configuration of diffusers.
+            vae_parallel: for context, cfg and sharded: True or "tiles" distributes the tiles of the VAE, which must be
+                an `AutoencoderKLWan`, over the devices of a group. It turns tiling on, so results have the same bits
+                as stock with `vae.enable_tiling()`. "spatial" divides the picture and equals stock without tiling up
+                to rounding. See `wan_patches.parallelize_vae`.
+            retries: number of times a request moves to another worker after its worker has died.
+            timeout: maximum run time of a request in seconds, from its start; `submit` can override it.
+            queue_timeout: maximum time in seconds that a request waits for a worker; `submit` can override it.
+            cancel_grace: grace period in seconds for a cancelled or timed out request to reach its next step; after
+                it, the worker is ended and started again.
+            bounds: time limits after which a hung worker is ended and started again; by default `Bounds()`.
+            spares: number of spare processes, with torch and diffusers imported, that replace workers that end. Each
+                uses about 0.3 GB of memory, and no device. By default the number of workers per request.
+            progress: True for progress bars in the terminal, or a function called with the request (its future) and
+                its `Progress` after every step; `submit` can override it.
+            log: called with a worker's rank and a line of its output; by default, lines are printed to stderr with the
+                rank as prefix.
+            threads: CPU threads per worker; by default an equal share of the cores. On CPUs, results can depend on it.
+            patience: deprecated name of `cancel_grace`; will be removed in the next release.
 
         Raises:
-            ValueError: for options that do not go together; the message says which do.
-            WorkerDied: a worker ended while it loaded.
-            Exception: what the factory raises.
+            ValueError: options do not fit together; the message names valid ones.
+            WorkerDied: a worker ended while loading its pipeline.
+            Exception: any exception of the factory.
         """
         cancel_grace = cancel_grace_of(patience, cancel_grace)
         check_options(retries, timeout, queue_timeout, cancel_grace, threads)
@@ -341,7 +339,7 @@ class ParallelExecutor(PipelineExecutor):
             groups = [InlineGroup(functools.partial(Session, factory, placing, chosen[0]), chosen[0])]
         else:
             if not hasattr(socket, "AF_UNIX"):
-                raise RuntimeError('workers need Unix sockets, which this system has not; use layout="inline"')
+                raise RuntimeError('workers need Unix sockets, which this system does not have; use layout="inline"')
             build, setup = _worker_setup(factory, placing, parallel, vae_parallel)
             script = setup["main"] is not None
             environment = {}
@@ -377,26 +375,26 @@ class ParallelExecutor(PipelineExecutor):
 def _worker_setup(
     factory: Callable[[], Any], layout: Layout, parallel: Parallel, vae_parallel: bool | str
 ) -> tuple[Packed, dict[str, Any]]:
-    """Returns the messages from which a worker builds its pipeline: arguments of `Rank.load`, packed, and plain data.
+    """Returns the setup data of a worker: the factory and layout options, packed, and plain data.
 
     Raises:
-        ValueError: the factory cannot be sent, or cannot be found by another process.
+        ValueError: the factory cannot be pickled, or cannot be imported in another process.
     """
     try:
         build = pack((factory, {"layout": layout, "parallel": parallel, "vae_parallel": vae_parallel}))
     except Exception as error:
         raise ValueError(
-            f"workers cannot be told about the factory {factory!r} ({error}); it must be a function at the top of a "
-            "module, or anything else that pickles"
+            f"the factory {factory!r} cannot be sent to workers ({error}); it must be a function at the top of a "
+            "module, or another object that can be pickled"
         ) from error
     return build, {"patches": chosen_patches(), "main": main_module.needed(factory)}
 
 
 def cancel_grace_of(patience: float | Default | None, cancel_grace: float | None) -> float | None:
-    """Returns `cancel_grace`, or `patience`, its old name, with a warning for the caller of the constructor.
+    """Returns `cancel_grace`, or the deprecated `patience` with a warning at the caller of the constructor.
 
     Raises:
-        ValueError: `patience` is no number of seconds.
+        ValueError: `patience` is not a number of seconds.
     """
     if patience is DEFAULT:
         return cancel_grace
@@ -408,7 +406,7 @@ def cancel_grace_of(patience: float | Default | None, cancel_grace: float | None
 def check_options(
     retries: int, timeout: float | None, queue_timeout: float | None, cancel_grace: float | None, threads: int | None
 ) -> None:
-    """Checks options of all executors before anything is started.
+    """Validates options of all executors before any worker starts.
 
     Raises:
         ValueError: the message names the argument.
@@ -422,7 +420,7 @@ def check_options(
 
 
 def _about(argument: object, error: Exception) -> Exception:
-    """Returns an error of the same type, if possible, whose message names the argument of the request."""
+    """Returns an error that names the argument of the request, of the same type if possible."""
     text = f"argument {argument!r} of the request cannot be sent to a worker: {error}"
     try:
         return type(error)(text)
@@ -431,7 +429,7 @@ def _about(argument: object, error: Exception) -> Exception:
 
 
 def _devices(wanted: str | int | Sequence[str | torch.device]) -> list[torch.device]:
-    """Returns the devices that the executor's argument `devices` means."""
+    """Resolves the executor's argument `devices`."""
     if isinstance(wanted, str) and wanted != "auto":
         wanted = [wanted]
     if not isinstance(wanted, (str, int)):
@@ -449,8 +447,8 @@ def _devices(wanted: str | int | Sequence[str | torch.device]) -> list[torch.dev
     if not 1 <= int(wanted) <= len(found):
         names = ", ".join(map(str, found))
         raise ValueError(
-            f"{wanted} devices are wanted, and there are {len(found)}: {names}. For several processes on "
-            'the CPU give a list: ["cpu", "cpu"]'
+            f"{wanted} devices requested, but found {len(found)}: {names}. For several processes on the CPU, pass a "
+            'list: ["cpu", "cpu"]'
         )
     return found[: int(wanted)]
 
@@ -465,7 +463,7 @@ def _check_there(device: torch.device) -> None:
 
 
 def _accelerators() -> list[torch.device]:
-    """Returns all accelerators of the kind that torch uses here, without initialising them in this process."""
+    """Returns all accelerators of the first available kind, without initialising them in this process."""
     for kind in ("cuda", "npu", "xpu"):
         backend = getattr(torch, kind, None)
         if backend is not None and backend.is_available():

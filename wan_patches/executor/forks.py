@@ -1,11 +1,11 @@
-"""What happens to shared memory, sockets and threads when this process forks.
+"""Handles shared memory, sockets and threads when this process forks.
 
-A forked child has all that its parent has, and the parent never learns for how long. So before a fork every object
-registered here parts with memory that would be used again, and in the child gives up what only the parent can use.
-No step takes a lock, which a thread may hold for long, and in the child for ever. Whatever gives memory back asks
-`under_way` first.
+A forked child inherits everything, and the parent never learns for how long the child keeps it. Before a fork, every
+object registered here therefore gives up memory that it would reuse; in the child, it drops the resources that only the
+parent can use. No step takes a lock: another thread may hold it for long, and in the child forever. Code that releases
+memory checks `under_way` first.
 
-Forks by C code that does not call Python's hooks are not seen. A subprocess is no fork: it starts another program.
+Forks by C code that does not call Python's hooks are not detected. A subprocess is not a fork: it runs another program.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from typing import Protocol
 
 
 class Forkable(Protocol):
-    """Neither method may raise, or wait for a thread."""
+    """An object with fork hooks. The hooks must not raise or wait for a thread."""
 
     def before_fork(self) -> None:
-        """Called before a fork, and after it in the parent for what other threads have done meanwhile."""
+        """Called before a fork, and again in the parent afterwards, to cover what other threads did meanwhile."""
 
     def after_fork_in_child(self) -> None:
-        """Called in the child, in which no thread but the current one goes on."""
+        """Called in the child, where only the current thread exists."""
 
 
 _watched: weakref.WeakValueDictionary[int, Forkable] = weakref.WeakValueDictionary()
-_under_way: list[None] = []  # one for each fork; threads may fork at once
+_under_way: list[None] = []  # one entry per fork; threads may fork concurrently
 
 
 def watch(thing: Forkable) -> None:
-    """Tells `thing` of forks for as long as it lives."""
+    """Calls the hooks of `thing` for every fork during its lifetime."""
     _watched[id(thing)] = thing
 
 
 def under_way() -> bool:
-    """Whether there may be a child that `before_fork` has not prepared for."""
+    """Whether a child may exist for which `before_fork` has not run yet."""
     return bool(_under_way)
 
 

@@ -1,4 +1,4 @@
-"""What works on one request at a time: a thread of this process, or the worker processes of a group of devices."""
+"""Groups, which run one request at a time: in this process, or in one worker process per device."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from wan_patches.executor.session import Interrupted, Session
 from wan_patches.executor.transport import Packed
 from wan_patches.pipelines.streaming import Chunk
 
-LOG_LINES = 40  # kept for WorkerDied
-_LONGEST_LINE = 8 << 10  # bytes; longer ones are cut, as a worker may never end one
-BEAT = 5.0  # seconds between two signs of life, at most
-OTHER_RANKS = 30.0  # seconds that ranks have to end a request after one of them has failed
-GOODBYE = 10.0  # seconds that a worker has to end after being told to
+LOG_LINES = 40  # lines of output kept for WorkerDied
+_LONGEST_LINE = 8 << 10  # bytes; longer lines are split, since a worker may never end a line
+BEAT = 5.0  # maximum seconds between heartbeats
+OTHER_RANKS = 30.0  # seconds for other ranks to end a request after one rank has failed
+GOODBYE = 10.0  # grace period in seconds for a worker to exit
 
 Log = Callable[[int, str], None]
 
@@ -39,40 +39,40 @@ def _nothing() -> None:
 
 
 class Unwanted(Exception):
-    """The pipeline that is being built is not wanted any more."""
+    """Loading was cancelled: the pipeline is no longer needed."""
 
 
 class Group(Protocol):
-    """One of these for each pipeline. One thread calls all but `interrupt`, `kill` and `members`, which any may."""
+    """Runs one pipeline. `interrupt`, `kill` and `members` are thread-safe; one thread calls the other methods."""
 
     remote: bool  # requests cross a process boundary
     name: str  # for messages
-    on_death: Callable[[], None]  # called, by any thread, when workers have ended
+    on_death: Callable[[], None]  # called by any thread after a worker has ended
 
     def start(self, wanted: Callable[[], bool]) -> None:
-        """Builds the pipeline, again if need be; raises what keeps it from being built, `Unwanted` if it is not."""
+        """Builds or rebuilds the pipeline. Raises the error that prevents it, or `Unwanted` if `wanted` turns false."""
 
     def run(self, request: Request) -> tuple[Any, dict[str, float]]:
-        """The pipeline's result and seconds by stage; raises what it raised, `Interrupted` or `WorkerDied`."""
+        """Returns the result and seconds per stage. Raises the pipeline's exception, `Interrupted` or `WorkerDied`."""
 
     def interrupt(self, request: int) -> None:
-        """Asks for that request to be left at its next step."""
+        """Stops that request at its next step."""
 
     def kill(self) -> None:
-        """Ends the workers at once, to be started again; a thread cannot be ended, and goes on."""
+        """Kills the workers; `start` starts them again. Has no effect on a thread, which cannot be killed."""
 
     def check(self) -> None:
-        """Raises `WorkerDied` if `run` cannot be called without another `start`. To be asked every `LOOK` seconds."""
+        """Raises `WorkerDied` if `run` requires another `start`. Call every `LOOK` seconds."""
 
     def members(self) -> list[tuple[int, str, int | None]]:
-        """Rank, device and process id of each worker."""
+        """Returns rank, device and process id of each worker."""
 
     def stop(self) -> None:
-        """Ends everything, in peace."""
+        """Shuts the workers down gracefully."""
 
 
 class Progression:
-    """Whether a load, or a request in its ranks, comes on as fast as it must."""
+    """Checks the progress of a load, or of a request, against the time limits."""
 
     def __init__(self, bounds: Bounds, loading: bool) -> None:
         self._bounds = bounds
@@ -80,28 +80,28 @@ class Progression:
         self._still = Stillness()
 
     def step(self) -> None:
-        """There was one."""
+        """Records a step."""
         self._bound = "step"
         self._still.sign()
 
     def exceeded(self) -> tuple[str, float] | None:
-        """The bound that was, and its seconds. To be asked every `LOOK` seconds."""
+        """Returns name and seconds of the exceeded limit, or None. Call every `LOOK` seconds."""
         bound = getattr(self._bounds, self._bound)
         return (self._bound, bound) if self._still.seconds() > (bound or float("inf")) else None
 
 
 class Member(Protocol):
-    """A process of a group, seen from here."""
+    """A process of a group, as seen by the executor."""
 
     rank: int
     silent: Stillness
 
     @property
     def up(self) -> bool:
-        """Whether it gives signs of life."""
+        """Whether the process sends heartbeats."""
 
     def known(self, request: int | None, doing: str = "") -> tuple[Any, ...]:
-        """All that is known of it: the arguments of `WorkerDied`."""
+        """Returns the arguments of `WorkerDied` for this process."""
 
 
 def find_hung(
@@ -111,9 +111,9 @@ def find_hung(
     request: int | None,
     doing: str,
 ) -> WorkerHung | None:
-    """That a process of a group gives no sign of life, or that all together have exceeded a bound.
+    """Returns an error if a process of a group sends no heartbeats or the group has exceeded a limit, or None.
 
-    To be asked every `LOOK` seconds.
+    Call every `LOOK` seconds.
     """
     late = members[0]
     for member in members:
@@ -124,7 +124,7 @@ def find_hung(
 
 
 class InlineGroup:
-    """The pipeline lives in this process; nothing is copied."""
+    """Runs the pipeline in this process, without copies."""
 
     remote = False
     name = "the pipeline"
@@ -172,7 +172,7 @@ class InlineGroup:
 
 
 class WorkerGroup:
-    """Worker processes, one for each device, that work on a request together."""
+    """Runs the pipeline in worker processes, one per device, that work on a request together."""
 
     remote = True
 
@@ -187,7 +187,7 @@ class WorkerGroup:
         bounds: Bounds,
         log: Log,
     ) -> None:
-        """`first_rank`: place of the first device in the executor's list. `setup`: see `worker.py`."""
+        """`first_rank`: index of the first device in the executor's list. `setup`: see `worker.py`."""
         self._build, self._devices, self._first_rank = build, tuple(devices), first_rank
         self._setup, self._launcher, self._bounds = setup, launcher, bounds
         self._log = log
@@ -213,7 +213,7 @@ class WorkerGroup:
             process = self._launcher.take()
             worker = _Worker(process, self._first_rank + rank, device, self._events, self._log, self.on_death)
             self._workers.append(worker)
-            with contextlib.suppress(OSError):  # it has died already: the event tells how
+            with contextlib.suppress(OSError):  # it is dead already; its last event reports how
                 process.channel.send("setup", info=setup, value=self._build)
         try:
             message = self._gather(None, wanted)
@@ -227,14 +227,14 @@ class WorkerGroup:
         for worker in self._workers:
             try:
                 worker.process.channel.send("run", request.id, info, request._packed)
-            except OSError:  # it died while it was idle, or reads no more; its event tells
+            except OSError:  # it died while idle or stopped reading; its last event reports that
                 break
         message = self._gather(request)
         result = message.load()
         return result, message.info["timings"]
 
     def _gather(self, request: Request | None, wanted: Callable[[], bool] = lambda: True) -> Any:
-        """Waits until every rank is done; the message of the first one."""
+        """Waits until every rank is done, and returns the last message of the first rank."""
         done: dict[_Worker, Any] = {}
         deadline = None
         failure: BaseException | None = None
@@ -246,18 +246,18 @@ class WorkerGroup:
                 if not wanted():
                     raise Unwanted from None
                 if deadline is not None and time.monotonic() > deadline:
-                    self._clear()  # one rank failed, the others wait for it in vain
+                    self._clear()  # one rank failed, and the others would wait for it forever
                     break
                 self._look(None if request is None else request.id, progression.exceeded())
                 continue
-            if worker not in self._workers:  # of workers that were ended before
+            if worker not in self._workers:  # from a worker of an earlier start
                 continue
             if message is None:
                 if worker in done and done[worker].kind == "failed":
-                    continue  # it could not load the pipeline, said so and left
+                    continue  # it reported that loading failed, and exited
                 died = worker.died(None if request is None else request.id)
                 self._clear()
-                raise died  # the cause, too, of an exception that another rank met in torch.distributed
+                raise died  # also the cause of errors of torch.distributed in other ranks
             if message.kind == "progress":
                 progression.step()
                 if request is not None and message.request == request.id and worker is self._workers[0]:
@@ -267,7 +267,7 @@ class WorkerGroup:
                 progression.step()
                 if request is not None and message.request == request.id:
                     request._hand_over(message.load, *message.info)
-                del message  # and with it what nobody wanted, before the next is waited for
+                del message  # frees unused frames before the next wait
                 continue
             if message.request != (0 if request is None else request.id):
                 continue
@@ -280,7 +280,7 @@ class WorkerGroup:
         return done[self._workers[0]]
 
     def _look(self, request: int | None, exceeded: tuple[str, float] | None, doing: str = "") -> None:
-        """Raises if a worker gives no sign of life, or if all together have exceeded a bound."""
+        """Raises `WorkerHung` if a worker sends no heartbeats or the group has exceeded a limit."""
         hung = find_hung(self._workers, self._bounds, exceeded, request, doing)
         if hung is not None:
             self._clear()
@@ -330,18 +330,18 @@ class WorkerGroup:
 
 
 def group_name(first_rank: int, ranks: int) -> str:
-    """Of a group, for messages."""
+    """Returns the name of a group for messages."""
     return worker_named(first_rank, None) if ranks == 1 else f"workers {first_rank} to {first_rank + ranks - 1}"
 
 
 class _Rendezvous:
-    """A file by which the ranks of a group find one another. Only processes of this user can open it."""
+    """A file through which the ranks of a group find one another. Only processes of this user can open it."""
 
     def __init__(self) -> None:
         try:
             self._descriptor = os.memfd_create("wan-patches rendezvous")
             self.path, self._folder = f"/proc/{os.getpid()}/fd/{self._descriptor}", None
-        except AttributeError:  # not on this system
+        except AttributeError:  # not available on this system
             self._folder = tempfile.mkdtemp(prefix="wan-patches-")
             self.path = os.path.join(self._folder, "rendezvous")
 
@@ -353,7 +353,7 @@ class _Rendezvous:
 
 
 class _Worker:
-    """A process that has a rank, and the threads that read its messages and its output."""
+    """A worker process, and the threads that read its messages and output."""
 
     def __init__(
         self,
@@ -365,7 +365,7 @@ class _Worker:
         on_death: Callable[[], None],
     ) -> None:
         self.process, self.rank = process, rank
-        self.up = False  # it has said that it will give signs of life
+        self.up = False  # it has announced heartbeats
         self.silent = Stillness()
         self._events, self._log, self._on_death = events, log, on_death
         self._lines: deque[str] = deque(maxlen=LOG_LINES)
@@ -377,8 +377,8 @@ class _Worker:
             thread.start()
 
     def died(self, request: int | None, doing: str = "") -> WorkerDied:
-        """Call after the event that told of it."""
-        self._threads[1].join(1.0)  # the last lines of output; something it started may still hold the pipe
+        """Returns the error for the end of the process. Call after its last event."""
+        self._threads[1].join(1.0)  # for the last lines of output; with a limit, as a subprocess may hold the pipe open
         return WorkerDied(*self.known(request, doing))
 
     def known(self, request: int | None, doing: str = "") -> tuple[Any, ...]:
@@ -389,7 +389,7 @@ class _Worker:
         self.process.popen.kill()
 
     def join(self) -> None:
-        """Ends it, if it lives: nothing of it is left."""
+        """Ends the process if it is running, and releases its resources."""
         self.process.end()
         for thread in self._threads:
             thread.join(1.0)
@@ -411,7 +411,7 @@ class _Worker:
             pass
         try:
             process.popen.wait(GOODBYE)
-        except subprocess.TimeoutExpired:  # it has closed its end, and lives
+        except subprocess.TimeoutExpired:  # it has closed its end of the channel but is still running
             process.end()
         self._events.put((self, None))
         self._on_death()
@@ -420,8 +420,8 @@ class _Worker:
         assert self.process.popen.stdout is not None
         with self.process.popen.stdout as output:
             while raw := output.readline(_LONGEST_LINE):
-                # what a progress bar overwrote was not meant to stay
+                # drops text that a progress bar has overwritten
                 line = raw.decode(errors="replace").rstrip("\r\n").rpartition("\r")[2]
                 self._lines.append(line)
-                with contextlib.suppress(Exception):  # the pipe must be read on, or the worker stands still
+                with contextlib.suppress(Exception):  # without further reads, the worker would block on the full pipe
                     self._log(self.rank, line)

@@ -1,4 +1,4 @@
-"""What an executor says about itself: its workers and its queue."""
+"""Health reports of an executor: its workers and its queue."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ State = Literal["loading", "idle", "running", "down"]
 
 @dataclass(frozen=True)
 class WorkerHealth:
-    """One worker at one moment.
+    """A snapshot of one worker.
 
     Attributes:
-        rank: its place in the executor's list of devices.
+        rank: index of the worker in the executor's list of devices.
         device: such as "cuda:0".
-        state: "loading" its pipeline, "idle", "running" a request, or "down": waiting to be started again.
-        since: seconds that it has been so.
-        pid: of its process, None if there is none.
-        request: number of the request that it runs.
-        restarts: how often it was started again.
-        reason: why it went down last, None if it never did since it last finished a request.
+        state: "loading" the pipeline, "idle", "running" a request, or "down": waiting for a restart.
+        since: seconds spent in this state.
+        pid: process id; None if there is no process.
+        request: number of the running request.
+        restarts: number of restarts.
+        reason: cause of the last failure; None if there was none since the last finished request.
     """
 
     rank: int
@@ -35,12 +35,12 @@ class WorkerHealth:
 
 @dataclass(frozen=True)
 class Health:
-    """An executor at one moment.
+    """A snapshot of an executor.
 
     Attributes:
-        workers: in the order of their ranks. Workers that work on a request together are in the same state.
-        waiting: requests that wait for a worker.
-        running: requests that run.
+        workers: all workers in the order of their ranks. Workers of the same group share their state.
+        waiting: number of requests waiting for a worker.
+        running: number of running requests.
     """
 
     workers: tuple[WorkerHealth, ...]
@@ -49,5 +49,5 @@ class Health:
 
     @property
     def serving(self) -> int:
-        """How many workers are idle or running."""
+        """The number of workers that are idle or running."""
         return sum(worker.state in ("idle", "running") for worker in self.workers)

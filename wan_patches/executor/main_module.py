@@ -1,4 +1,4 @@
-"""The user's script, in workers: a factory that is defined in it can only be found if they import it too."""
+"""Imports the user's script in workers, which need it to unpickle a factory defined there."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _IMPORTING = "WAN_PATCHES_WORKER_IMPORTS_MAIN"
 
 
 def needed(factory: Any) -> dict[str, Any] | None:
-    """What a worker must be told to find the factory and all that it names; None if nothing of it is in the script.
+    """Returns the data with which a worker imports the script; None if the factory's pickle does not refer to it.
 
     Raises:
-        ValueError: it is of an interactive session, which no other process can import.
+        ValueError: the factory is defined in an interactive session, which no other process can import.
     """
     if not _names_main(pickle.dumps(factory)):
         return None
@@ -32,15 +32,15 @@ def needed(factory: Any) -> dict[str, Any] | None:
 
 
 def refuse(stream: bytes) -> None:
-    """Raises if the pickle `stream` of a request names something of the script, which workers have not imported.
+    """Rejects a request whose pickle `stream` refers to the script, which workers have not imported.
 
     Raises:
-        ValueError: it does.
+        ValueError: the pickle refers to the script.
     """
     if b"__main__" in stream and _names_main(stream):
         raise ValueError(
-            "the request holds a function or an object of a class that is defined in the script (or notebook) itself, "
-            "where workers do not find it; move it to a module and import it from there"
+            "the request contains a function, or an object of a class, defined in the script (or notebook) itself, "
+            "where workers cannot find it; move it to a module and import it from there"
         )
 
 
@@ -58,7 +58,7 @@ def load(main: dict[str, Any]) -> None:
 
 
 def refuse_while_loading() -> None:
-    """An executor that a script starts as it is imported would start workers that start workers.
+    """Rejects an executor in a script that a worker is importing: its workers would start workers in turn.
 
     Raises:
         RuntimeError: a worker is importing the script that started it.

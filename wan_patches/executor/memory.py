@@ -1,4 +1,4 @@
-"""Memory that two processes share: files without a name, mapped by both, and slots that are used again and again."""
+"""Shared memory of two processes: anonymous files mapped by both, and reusable slots."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ import torch
 
 from wan_patches.executor import forks
 
-PAGE = mmap.PAGESIZE  # bytes before a slot's data; the first word says which generation the receiver has released
-RETIRED = 2**64 - 1  # in that word: the receiver will never release the slot
-_FAILED = ctypes.c_void_p(-1).value  # what mmap and mremap return then
-_MOVE_TO = 3  # MREMAP_MAYMOVE | MREMAP_FIXED: in one step, others never see a gap
+PAGE = mmap.PAGESIZE  # bytes before a slot's data; its first word is the last generation that the receiver released
+RETIRED = 2**64 - 1  # value of that word if the receiver will never release the slot
+_FAILED = ctypes.c_void_p(-1).value  # error result of mmap and mremap
+_MOVE_TO = 3  # MREMAP_MAYMOVE | MREMAP_FIXED; atomic, so other threads never see a gap
 
 
 @functools.cache
@@ -34,7 +34,7 @@ def _libc() -> Any:
 
 
 def _mapped(descriptor: int, start: int, size: int, private: bool) -> int:
-    """The address of so many bytes of a file."""
+    """Maps `size` bytes of a file and returns their address."""
     flags = mmap.MAP_PRIVATE if private else mmap.MAP_SHARED
     address = _libc().mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, flags, descriptor, start)
     if address in (None, _FAILED):
@@ -44,26 +44,26 @@ def _mapped(descriptor: int, start: int, size: int, private: bool) -> int:
 
 
 class Map:
-    """`size` bytes of a file, mapped for as long as this or an array over them is there.
+    """A mapping of `size` bytes of a file that exists as long as this object or an array over it.
 
-    Not `mmap.mmap`, which (before Python 3.13 always) keeps a descriptor open: a user may keep thousands of results.
+    Not `mmap.mmap`, which keeps a descriptor open (before Python 3.13 always): users may keep thousands of results.
 
     Args:
-        descriptor: of the file.
-        size: bytes.
-        private: what is written stays in this process.
+        descriptor: file descriptor.
+        size: size in bytes.
+        private: writes are visible only in this process.
     """
 
     def __init__(self, descriptor: int, size: int, *, private: bool = False) -> None:
-        if os.fstat(descriptor).st_size < size:  # touching what lies behind the end would kill the process
-            raise ConnectionError("A file is smaller than the message says.")
+        if os.fstat(descriptor).st_size < size:  # access beyond the end would kill the process
+            raise ConnectionError("The file is smaller than stated in the message.")
         self.address, self.size = _mapped(descriptor, 0, size, private), size
         weakref.finalize(self, _libc().munmap, self.address, size).atexit = False
 
     def make_private(self, descriptor: int, start: int) -> None:
-        """What is written from byte `start` on, a multiple of the page size, stays in this process from now on.
+        """Makes writes from byte `start` on, a multiple of the page size, visible only in this process.
 
-        Once only: a second time would undo what was written. Where the system has no room for it, nothing happens.
+        Call only once: a second call would undo the writes. Has no effect if the system is out of memory.
         """
         size = self.size - start
         try:
@@ -74,22 +74,22 @@ class Map:
             _libc().munmap(new, size)
 
     def array(self, start: int, size: int) -> np.ndarray:
-        """A new uint8 array `(size,)`, which is the `.base` of every array and tensor made of it."""
+        """Returns a new uint8 array `(size,)`, the `.base` of every array and tensor derived from it."""
         return np.asarray(_Region(self, start, size))
 
     def give_back(self, start: int) -> None:
-        """Frees the memory from byte `start` on, a multiple of the page size; it reads as zeros then."""
+        """Frees the memory from byte `start` on, a multiple of the page size; it then reads as zeros."""
         if _libc().madvise(self.address + start, self.size - start, mmap.MADV_REMOVE):
             code = ctypes.get_errno()
             raise OSError(code, os.strerror(code))
 
 
 class _Region:
-    """Numpy ends the chain of `.base` here, as this is no array. One view more and a lease would end too early."""
+    """Ends numpy's chain of `.base`, as this is not an array. A `.base` beyond it would let a lease end too early."""
 
     def __init__(self, mapping: Map, start: int, size: int) -> None:
         if not 0 <= start <= start + size <= mapping.size:
-            raise ConnectionError("A buffer lies outside its file.")
+            raise ConnectionError("The buffer is outside its file.")
         self._mapping = mapping
         self.__array_interface__ = {
             "version": 3,
@@ -100,26 +100,25 @@ class _Region:
 
 
 def new_file() -> int:
-    """A file in memory without a name; `OSError` where that cannot be had."""
+    """Creates an anonymous file in memory and returns its descriptor. Raises `OSError` if that is not possible."""
     if not hasattr(os, "memfd_create"):
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
     return os.memfd_create("wan-patches", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
 
 
 def seal(descriptor: int) -> None:
-    """Nobody shrinks it any more: the other end would be killed at the next look."""
-    import fcntl  # not on every system that may import this module
+    """Prevents changes of the file's size: access beyond its end would kill the other process."""
+    import fcntl  # not available on every system that may import this module
 
     fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
 
 
 class Slot:
-    """A file that is used for one message after another: a page with a word in it, then `capacity` bytes.
+    """A file reused for successive messages: a page that starts with a word, then `capacity` bytes.
 
-    The receiver writes the generation that it has released into that word, which needs neither a lock nor a call
-    and so may happen in a garbage collection. The slot is free when that is the last one sent and no tensor of
-    the sender's own lies in it. It is retired, and never free again, when a forked child of either may have
-    what lies in it.
+    The receiver writes the generation that it has released into that word. This takes neither a lock nor a call, so it
+    may happen during garbage collection. The slot is free once that is the last generation sent and no tensor of the
+    sender uses it. It is retired, and never free again, if a forked child of either process may use its contents.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -132,24 +131,24 @@ class Slot:
         except BaseException:
             os.close(self.descriptor)
             raise
-        # once, be it in a child forked in the middle of it: the number may be another file's by then
+        # at most once, even in a child forked during the call: the descriptor may be reused by then
         self.close_file = weakref.finalize(self, os.close, self.descriptor)
         self.close_file.atexit = False
         self.data = self.mapping.array(PAGE, capacity)
         self._released = self.mapping.array(0, 8).view(np.uint64)
         self.generation = 0
-        self.holds: set[object] = set()  # one for each tensor of the sender's own
+        self.holds: set[object] = set()  # one token per tensor of the sender
         self.sent = False
         self.pinned = False
         self._retired = False
         self._trimmed = False
 
     def _allocate(self) -> None:
-        os.posix_fallocate(self.descriptor, 0, PAGE + self.capacity)  # no memory is an error now, a signal later
+        os.posix_fallocate(self.descriptor, 0, PAGE + self.capacity)  # out of memory: error now, not signal later
 
     @property
     def leased(self) -> bool:
-        """Whether the receiver still has what it was sent last."""
+        """Whether the receiver still uses the last message."""
         return int(self._released[0]) != self.generation
 
     @property
@@ -165,7 +164,7 @@ class Slot:
             self._retired = True
 
     def make_ready(self) -> None:
-        """Before it is written to."""
+        """Allocates trimmed memory again. Call before writing."""
         if self._trimmed:
             self._allocate()
             self._trimmed = False
@@ -176,7 +175,7 @@ class Slot:
             self.mapping.give_back(PAGE)
 
     def hold(self, size: int) -> np.ndarray:
-        """Its first bytes, for the sender; not free again before the array (and all made of it) is gone."""
+        """Returns the first `size` bytes to the sender; the slot is not free while the array or a view of it exists."""
         found, token = self.mapping.array(PAGE, size), object()
         self.holds.add(token)
         weakref.finalize(found, self._let_go, token).atexit = False
@@ -188,20 +187,20 @@ class Slot:
         self.holds.discard(token)
 
     def position(self, data: np.ndarray) -> int | None:
-        """Where in the slot the bytes lie, if they do."""
+        """Returns the offset of `data` in the slot, or None if it is elsewhere."""
         position = data.ctypes.data - self.data.ctypes.data
         return position if 0 <= position <= self.capacity - data.nbytes else None
 
     def pin(self) -> None:
-        """Lets a GPU write to it directly; without that it is slower. Not run on hardware."""
+        """Registers the memory with CUDA for direct, faster writes by a GPU. Not tested on hardware."""
         self.pinned = self._cuda("cudaHostRegister", self.mapping.size, 1)
 
     def close(self) -> None:
-        """Lets go of it; the memory stays for as long as somebody has something in it."""
+        """Releases the slot; its memory remains while either process uses its contents."""
         if self.pinned:
             self._cuda("cudaHostUnregister")
             self.pinned = False
-        if self.free:  # the other end has it mapped until it hears of another
+        if self.free:  # the receiver keeps its mapping until another slot replaces this one
             with contextlib.suppress(OSError):
                 self.trim()
         self.close_file()
@@ -214,7 +213,7 @@ class Slot:
 
 
 class Received:
-    """A slot of the other end's, as the receiver has it: what was sent in it last can be taken."""
+    """The receiver's view of a slot of the other process."""
 
     def __init__(self, descriptor: int, size: int) -> None:
         self._mapping = Map(descriptor, size)
@@ -225,21 +224,21 @@ class Received:
         self._lease: Any = None
 
     def take(self, generation: int) -> np.ndarray:
-        """All bytes of the slot, which is the sender's again when the array and all made of it is gone."""
+        """Returns all bytes of the slot, which is released to the sender when the array and its views are gone."""
         found = self._mapping.array(PAGE, self._mapping.size - PAGE)
         self._lease = weakref.finalize(found, _release, os.getpid(), self._word, generation)
         self._lease.atexit = False
         return found
 
     def keep(self) -> bool:
-        """Makes what was taken this process's own, never to be released; False if nobody has it any more."""
-        if self._lease is None or self._lease.detach() is None:  # to one caller only, be it in several threads
+        """Makes the taken bytes private to this process and never releases them. Returns False if unused."""
+        if self._lease is None or self._lease.detach() is None:  # succeeds for one thread only
             return False
         self._mapping.make_private(self._descriptor, PAGE)
         return True
 
     def retire(self) -> None:
-        """Lets go of the slot after `keep`, and tells the sender, which from now on may send another in its place."""
+        """Unmaps the slot after `keep` and marks it as retired, so that the sender may replace it."""
         word = self._word
         del self._mapping, self._word
         self._close()
@@ -247,5 +246,5 @@ class Received:
 
 
 def _release(process: int, word: np.ndarray, generation: int) -> None:
-    if os.getpid() == process:  # a forked child has the same arrays, but they are not its to give back
+    if os.getpid() == process:  # a forked child inherits the arrays but must not release them
         word[0] = RETIRED if forks.under_way() else generation

@@ -1,4 +1,4 @@
-"""Pickling values whose tensors, arrays and images stay where they are until they are sent."""
+"""Pickles values without copying their tensors, arrays and images until they are sent."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from PIL import Image
 
 from wan_patches.executor.images import MODES, Frame
 
-_STAGING = 32 << 20  # bytes of pinned memory through which an NPU's tensors go
+_STAGING = 32 << 20  # bytes of pinned memory for copies of NPU tensors
 
 
 class Payload:
-    """Bytes that a pickle refers to: `nbytes` of them, still where their owner has them."""
+    """A buffer of `nbytes` bytes that a pickle refers to, still in the memory of its owner."""
 
     nbytes: int
 
     def dense(self) -> np.ndarray | None:
-        """The bytes themselves, one-dimensional; None where they do not lie one after another on the CPU."""
+        """Returns the bytes as a one-dimensional view; None if they are not contiguous in CPU memory."""
         return None
 
     def copy_to(self, target: np.ndarray, pinned: bool = False) -> None:
-        """Fills `target`, which a device may write to directly if `pinned` (wait for it afterwards)."""
+        """Fills `target`. If `pinned`, a device may write to it asynchronously; synchronize afterwards."""
         source = self.dense()
         assert source is not None
         np.copyto(target, source)
 
     def bytes(self) -> np.ndarray:
-        """The bytes, copied only if they must be."""
+        """Returns the bytes, copied only if necessary."""
         found = self.dense()
         if found is None:
             found = np.empty(self.nbytes, np.uint8)
@@ -41,7 +41,7 @@ class Payload:
 
 
 class _BufferPayload(Payload):
-    """Of an object that hands out its buffer by itself."""
+    """The buffer of an object that pickles out of band by itself."""
 
     def __init__(self, buffer: pickle.PickleBuffer) -> None:
         self._bytes = np.frombuffer(view, np.uint8) if (view := buffer.raw()).nbytes else np.empty(0, np.uint8)
@@ -52,7 +52,7 @@ class _BufferPayload(Payload):
 
 
 class _ArrayPayload(Payload):
-    """Of a numpy array that arrives in the given order, `C` or `F`."""
+    """The bytes of a numpy array in the given order, `C` or `F`."""
 
     def __init__(self, array: np.ndarray, order: Any) -> None:
         self._array, self._order = array, order
@@ -67,7 +67,7 @@ class _ArrayPayload(Payload):
 
 
 class TensorPayload(Payload):
-    """Of a strided tensor on any device that arrives with the given strides."""
+    """The bytes of a strided tensor, on any device, laid out with the given strides."""
 
     def __init__(self, tensor: torch.Tensor, stride: tuple[int, ...]) -> None:
         self._tensor, self._stride = tensor, stride
@@ -93,14 +93,14 @@ class TensorPayload(Payload):
             make_tensor(target, tensor.dtype, tuple(tensor.shape), self._stride).copy_(tensor, non_blocking=pinned)
 
     def _copy_through_pinned_memory(self, target: np.ndarray) -> None:
-        """Where memory of ours cannot be registered: in pieces, as large as pinned memory may well be."""
+        """Copies in pieces through pinned memory, for devices that cannot register the target. Limits pinned memory."""
         tensor = self._tensor
         if tensor.stride() != self._stride:
             tensor = torch.empty_strided(tensor.shape, self._stride, dtype=tensor.dtype, device=tensor.device)
             tensor.copy_(self._tensor)
         source = tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
         staging = torch.empty(min(_STAGING, self.nbytes), dtype=torch.uint8, device="cpu")
-        with contextlib.suppress(RuntimeError):  # slower without
+        with contextlib.suppress(RuntimeError):  # works without, but slower
             staging = staging.pin_memory()
         for start in range(0, self.nbytes, _STAGING):
             piece = staging[: self.nbytes - start]
@@ -109,7 +109,7 @@ class TensorPayload(Payload):
 
 
 class _ImagePayload(Payload):
-    """Of an image, whose pixels Pillow encodes when they are copied."""
+    """The pixels of an image; Pillow encodes them during the copy."""
 
     def __init__(self, image: Image.Image) -> None:
         self._image = image
@@ -124,9 +124,9 @@ class _ImagePayload(Payload):
 
 
 class _Aside:
-    """The payloads in the order in which the pickle asks for them.
+    """Collects payloads in the order in which the pickle refers to them.
 
-    Not a part of the pickler, which would then refer to itself and keep the payloads until the next collection.
+    Separate from the pickler, which would otherwise refer to itself and keep payloads until a garbage collection.
     """
 
     def __init__(self) -> None:
@@ -134,9 +134,9 @@ class _Aside:
         self._waiting: dict[int, tuple[pickle.PickleBuffer, Payload]] = {}
 
     def put(self, payload: Payload) -> pickle.PickleBuffer:
-        """What stands in the pickle for the payload, whose bytes nobody needs yet."""
+        """Returns a placeholder for the payload in the pickle, without reading its bytes."""
         stand_in = pickle.PickleBuffer(bytearray(1))
-        self._waiting[id(stand_in)] = stand_in, payload  # held, so that no other gets its id
+        self._waiting[id(stand_in)] = stand_in, payload  # keeps the id unique
         return stand_in
 
     def collect(self, buffer: pickle.PickleBuffer) -> None:
@@ -174,19 +174,19 @@ class _Pickler(pickle.Pickler):
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
-    """Whether dtype, shape and bytes are all there is to it."""
+    """Whether dtype, shape and bytes fully describe the tensor."""
     return (
         tensor.layout is torch.strided
         and not tensor.is_quantized
         and not tensor.is_nested
         and tensor.device.type != "meta"
-        and not any(getattr(tensor, "names", ()))  # not in every torch
+        and not any(getattr(tensor, "names", ()))  # not available in every torch version
         and not tensor.__dict__
     )
 
 
 class Packed:
-    """A pickled value. Its tensors, arrays and images are copied when it is sent, as often as that is."""
+    """A pickled value. Its tensors, arrays and images are copied each time it is sent."""
 
     def __init__(self, stream: bytes, payloads: list[Payload]) -> None:
         self.stream = stream
@@ -194,33 +194,33 @@ class Packed:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that sending it moves."""
+        """The number of bytes to send."""
         return len(self.stream) + sum(payload.nbytes for payload in self.payloads)
 
     def parts(self) -> tuple[np.ndarray, list[np.ndarray]]:
-        """The pickle and its buffers as uint8 arrays, to be sent by other means; copied only if need be.
+        """Returns the pickle and its buffers as uint8 arrays for other transports, copied only if necessary.
 
-        A `Message` of `[parts]` loads it, with the buffers in memory that may be written to.
+        A `Message` of `[parts]` loads the value; the buffers must then be writable.
         """
         return np.frombuffer(self.stream, np.uint8), [payload.bytes() for payload in self.payloads]
 
 
 def pack(value: Any) -> Packed:
-    """Pickles a value, leaving the bytes of its tensors, arrays and images where they are until it is sent.
+    """Pickles a value without copying the bytes of its tensors, arrays and images until it is sent.
 
-    Strided tensors of any dtype and device arrive as detached CPU tensors, dense ones with their strides and
-    others contiguous. PIL images of mode L, RGB and RGBA arrive as `Frame`. All arrive writable and independent
-    of one another; the same object twice arrives as one object. Everything else goes as it pickles itself.
+    Strided tensors of any dtype and device arrive as detached CPU tensors: dense ones with their strides, others
+    contiguous. PIL images of modes L, RGB and RGBA arrive as `Frame`. All arrive writable and independent of one
+    another; repeated references to an object arrive as one object. Other objects are pickled as usual.
 
     Raises:
-        Exception: what pickling raises, by default `pickle.PicklingError`, `TypeError` or `AttributeError`.
+        Exception: pickling failed, usually with `pickle.PicklingError`, `TypeError` or `AttributeError`.
     """
     aside, file = _Aside(), io.BytesIO()
     _Pickler(file, aside).dump(value)
     return Packed(file.getvalue(), aside.payloads)
 
 
-# What the pickle calls on the other side, with its buffers in place
+# Called during unpickling, with the buffers in place
 
 
 def make_tensor(

@@ -1,4 +1,4 @@
-"""Starts the processes of workers, and keeps spare ones that have imported what workers import."""
+"""Starts worker processes, and keeps spare processes with the imports of a worker already done."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from collections.abc import Mapping, Sequence
 from wan_patches.executor.requests import logger
 from wan_patches.executor.transport import Channel
 
-ENDS_WITHIN = 10.0  # seconds that the system may take to end a process that was killed
+ENDS_WITHIN = 10.0  # seconds for the system to end a killed process
 
-#: For the collectives of ranks, which are all on this machine: nothing of them on the network.
+#: Keeps collectives off the network: all ranks are on this machine.
 _LOOPBACK = {
     f"{library}_SOCKET_IFNAME": name
     for _, name in (socket.if_nameindex() if hasattr(socket, "if_nameindex") else ())
@@ -24,18 +24,18 @@ _LOOPBACK = {
     for library in ("GLOO", "NCCL")
 }
 
-#: The first thing that a worker does is to look for modules where its parent does, and nowhere else: Python itself
-#: would look in the current directory first. Only built-in modules are imported before.
+#: A worker first adopts its parent's module search path, since Python would search the current directory first. Only
+#: built-in modules are imported before that.
 _PROGRAM = "import sys; sys.path[:] = {path!r}; from wan_patches.executor.worker import main; main({fd}, {parent})"
 
 
 class Process:
-    """A worker's process, and this end of the channel to it."""
+    """A worker process and this end of its channel."""
 
     def __init__(self, path: Sequence[str], environment: Mapping[str, str], send_timeout: float | None) -> None:
-        """`path`: of modules. `environment`: what differs from this process's. `send_timeout`: see `Channel`."""
+        """`path`: module search path. `environment`: additions to `os.environ`. `send_timeout`: see `Channel`."""
         self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        # inputs are small beside results, and need not stay mapped
+        # inputs are small compared to results and need not stay mapped
         self.channel = Channel(self.socket, slots=0, send_timeout=send_timeout)
         program = _PROGRAM.format(path=list(path), fd=theirs.fileno(), parent=os.getpid())
         try:
@@ -52,7 +52,7 @@ class Process:
             raise
         finally:
             theirs.close()
-        # the end of the stream alone does not tell of its death: what it forked may hold the other end open
+        # end of stream does not signal its death reliably: a process forked from it may hold the socket open
         self.pidfd = _pidfd(self.popen.pid)
 
     @property
@@ -60,9 +60,9 @@ class Process:
         return self.popen.pid
 
     def wait_for_message(self, timeout: float | None = None) -> bool:
-        """False once the process has ended and all that it sent is read, or nothing came in `timeout` seconds."""
+        """Waits for a message. Returns False after the end of the process and its last message, or on timeout."""
         if self.pidfd is None and timeout is None:
-            return True  # `recv` tells
+            return True  # `recv` reports the end
         poll = select.poll()
         poll.register(self.socket, select.POLLIN)
         if self.pidfd is not None:
@@ -71,15 +71,15 @@ class Process:
         return self.socket.fileno() in [fd for fd, _ in found]
 
     def end(self) -> None:
-        """Kills it and waits for its end, but not for ever: one that waits for a file server ends when that answers."""
+        """Kills the process and waits for its end, with a limit: a process blocked on a file server ends only later."""
         self.popen.kill()
         try:
             self.popen.wait(ENDS_WITHIN)
         except subprocess.TimeoutExpired:
-            logger.warning("process %d was killed and has not ended after %g s; it is left", self.pid, ENDS_WITHIN)
+            logger.warning("process %d has not ended %g s after SIGKILL; not waiting any longer", self.pid, ENDS_WITHIN)
 
     def close(self) -> None:
-        """After its end, when nobody waits for a message any more."""
+        """Closes the channel. Call after the end of the process, when no thread waits for a message."""
         self.channel.close()
         if self.pidfd is not None:
             os.close(self.pidfd)
@@ -87,12 +87,12 @@ class Process:
 
 
 class Launcher:
-    """Gives processes for workers: spare ones, which only need the pipeline, or new ones."""
+    """Provides processes for workers: spare ones, which only need to load the pipeline, or new ones."""
 
     def __init__(
         self, path: Sequence[str], environment: Mapping[str, str], *, spares: int, send_timeout: float | None
     ) -> None:
-        """`spares`: how many wait for a worker to end; the rest as for `Process`."""
+        """`spares`: number of spare processes; other arguments as for `Process`."""
         self._start = lambda: Process(path, environment, send_timeout)
         self._count = spares
         self._lock = threading.Lock()
@@ -100,17 +100,17 @@ class Launcher:
         self._closed = False
 
     def take(self) -> Process:
-        """A process that waits for its setup."""
+        """Returns a process that waits for its setup."""
         with self._lock:
             for spare in self._spares:
-                # what it has sent is that it is done; one that still imports would be no sooner than a new one
+                # a message means that its imports are done; otherwise it would not be faster than a new one
                 if spare.popen.poll() is None and spare.wait_for_message(0):
                     self._spares.remove(spare)
                     return spare
         return self._start()
 
     def prepare(self, modules: Sequence[str]) -> None:
-        """Has spare processes for the next workers, which import these modules."""
+        """Starts the missing spare processes, which import these modules."""
         with self._lock:
             for spare in [spare for spare in self._spares if spare.popen.poll() is not None]:
                 self._spares.remove(spare)
@@ -118,15 +118,15 @@ class Launcher:
             while not self._closed and len(self._spares) < self._count:
                 try:
                     spare = self._start()
-                except OSError as error:  # the worker that is ready serves without one
+                except OSError as error:  # the ready worker can serve without a spare
                     logger.warning("no spare process could be started: %s", error)
                     return
                 self._spares.append(spare)
-                with contextlib.suppress(OSError):  # it has died already
+                with contextlib.suppress(OSError):  # it is dead already
                     spare.channel.send("import", info=list(modules))
 
     def close(self) -> None:
-        """Ends the spares."""
+        """Ends the spare processes."""
         with self._lock:
             self._closed = True
             spares, self._spares = self._spares, []
@@ -144,7 +144,7 @@ def _discard(spare: Process) -> None:
 
 
 def _flags() -> list[str]:
-    """This interpreter's, such as -O and -W."""
+    """Returns the flags of this interpreter, such as -O and -W."""
     return list(subprocess._args_from_interpreter_flags())  # type: ignore[attr-defined]
 
 

@@ -1,4 +1,4 @@
-"""Progress bars of the requests that run."""
+"""Progress bars of running requests."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from wan_patches.executor.requests import Progress, Request
 
 
 class Bars:
-    """A line in the terminal for every request that runs; used as the executor's `on_progress`."""
+    """Displays a progress bar per running request in the terminal; serves as the executor's `on_progress`."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

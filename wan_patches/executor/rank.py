@@ -1,4 +1,4 @@
-"""A rank: one of the processes of a group that work on a request together, whatever brings its messages."""
+"""Ranks: the processes of a group that work on a request together, independent of the transport of messages."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from wan_patches.executor.transport import Message, Packed, pack
 from wan_patches.pipelines.streaming import Chunk
 
 _BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "npu": "cpu:gloo,npu:hccl", "xpu": "cpu:gloo,xpu:xccl"}
-_SLOWEST_LOAD = datetime.timedelta(hours=1)  # that a rank waits for the others; by itself, a store says 5 minutes
+_SLOWEST_LOAD = datetime.timedelta(hours=1)  # time limit for other ranks to join; a store's default is 5 minutes
 
 
 class Rank:
-    """A session that enables each request's patches; only the first rank returns results, packed.
+    """Runs a session with each request's patches; only the first rank returns results, packed.
 
-    `load`, `run` and `close` are called by one thread, `interrupt` by any.
+    One thread calls `load`, `run` and `close`; any thread may call `interrupt`.
     """
 
     def __init__(self, rank: int, ranks: int, device: torch.device) -> None:
-        """`rank`: place of this process among the `ranks` of its group. `device`: of this process."""
+        """`rank`: index of this process among the `ranks` of its group. `device`: device of this process."""
         self._rank, self._ranks, self._device = rank, ranks, device
         self._session: Session | None = None
         self._patches: dict[str, Any] | None = None
@@ -44,10 +44,10 @@ class Rank:
         """Builds the pipeline.
 
         Args:
-            build: gives the factory, and the arguments `layout`, `parallel` and `vae_parallel` of `Session` by name;
-                called when all that they may need is there.
-            patches: arguments of `enable`; None if nothing is to be enabled.
-            store: of torch.distributed, where the ranks find one another, if there are several.
+            build: returns the factory, and the arguments `layout`, `parallel` and `vae_parallel` of `Session` by name;
+                called after patches and process group are set up, since unpickling may depend on them.
+            patches: arguments of `enable`; None to disable all patches.
+            store: torch.distributed store through which several ranks find one another.
         """
         self._use(patches)
         if self._ranks > 1:
@@ -73,15 +73,15 @@ class Rank:
 
         Args:
             request, seed, report, on_frames: as for `Session.run`; only the first rank reports and has frames.
-            inputs: gives the positional and keyword arguments of the pipeline.
+            inputs: returns the positional and keyword arguments of the pipeline.
             patches: as for `load`.
-            empty_strided: where finished frames go, as in `wan_patches.bindings.output_buffers`.
+            empty_strided: allocates memory for finished frames, as in `wan_patches.bindings.output_buffers`.
 
         Returns:
             The result (None in all but the first rank), and the seconds of the pipeline's stages.
 
         Raises:
-            Interrupted, Exception: as `Session.run`, and what unpickling the inputs or pickling the result raises.
+            Interrupted, Exception: as for `Session.run`, and errors of unpickling the inputs or pickling the result.
         """
         assert self._session is not None
         self._use(patches)
@@ -97,7 +97,7 @@ class Rank:
             return pack(result), timings
 
     def interrupt(self, request: int) -> None:
-        """Ends that request at its next step."""
+        """Stops that request at its next step."""
         if self._session is not None:
             self._session.interrupt(request)
 
@@ -120,9 +120,9 @@ def failed(error: BaseException) -> tuple[str, Packed]:
     """Returns an exception's traceback as text, and the exception packed, without references to the pipeline."""
     try:
         text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-    except BaseException:  # its __str__ can do anything
+    except BaseException:  # its __str__ can raise anything
         text = "".join(traceback.format_tb(error.__traceback__))
-    with contextlib.suppress(RuntimeError):  # frames that still run
+    with contextlib.suppress(RuntimeError):  # some frames are still running
         traceback.clear_frames(error.__traceback__)
     return text, pack(errors.portable(error.with_traceback(None)))
 
@@ -131,7 +131,7 @@ def failure_of(message: Message) -> BaseException:
     """Returns the exception of a message that `failed` made, with the worker's traceback as its cause."""
     try:
         error = message.load()
-    except Exception as problem:  # its own class says no
+    except Exception as problem:  # unpickling can run code of its class
         error = RuntimeError(f"a worker raised an exception that cannot be loaded here: {problem!r}")
     return errors.with_traceback(error, message.info)
 

@@ -1,9 +1,9 @@
 """`RayParallelExecutor`: runs a diffusers pipeline on the devices of a Ray cluster.
 
-A rank is an actor, a group of ranks that work on one request together lies in a placement group. A call of an actor
-streams back what happens: a progress event for every step, and last what came of it. A result's tensors travel as
-buffers beside its pickle, so that Ray's object store takes and gives them without looking inside; what the store
-gives is read-only and ends with Ray, so each result is copied into memory of its own once.
+A rank is an actor; a group of ranks that work on one request together occupies a placement group. A call of an actor
+streams events: progress after every step, and finally the outcome. Tensors of a result are buffers next to its pickle,
+so that Ray's object store transfers them without pickling. Memory of the store is read-only and ends with Ray, so each
+result is copied once into memory of its own.
 """
 
 from __future__ import annotations
@@ -46,30 +46,30 @@ from wan_patches.executor.session import Interrupted
 from wan_patches.executor.transport import Message, aligned, pack
 from wan_patches.pipelines.streaming import Chunk
 
-_UNTOLD = 20.0  # seconds that workers wait for a place in the cluster before the log says so
-_LATE_OUTPUT = 1.0  # seconds in which Ray brings the last lines of one that has ended
+_UNTOLD = 20.0  # seconds of waiting for a place in the cluster before a warning is logged
+_LATE_OUTPUT = 1.0  # seconds for Ray to deliver the last lines of an ended worker
 _FOLLOWED = 1000  # workers whose last lines are kept
-_THREADS = 5  # of an actor: one runs, one waits for its end, the others take interrupts and give signs of life
+_THREADS = 5  # threads of an actor: one runs, one waits for its end, the others handle interrupts and heartbeats
 
 #: A pickle and its buffers.
 Parts = tuple[np.ndarray, list[np.ndarray]]
 
 
 class RayParallelExecutor(PipelineExecutor):
-    """Runs a diffusers pipeline on the devices of a Ray cluster: what `ParallelExecutor` is on one machine.
+    """Runs a diffusers pipeline on the devices of a Ray cluster, like `ParallelExecutor` on one machine.
 
         with RayParallelExecutor.from_pretrained("Wan-AI/Wan2.2-T2V-A14B-Diffusers", torch_dtype=torch.bfloat16) as ex:
             future = ex.submit(prompt="a cat", generator=torch.Generator().manual_seed(42))
             video = future.result().frames
 
-    Requests, results, progress, cancelling, errors and layouts are those of `ParallelExecutor`, but for the layout
-    "inline", which needs no Ray. Results are copied out of Ray's object store: they can be written to, and outlive
-    the executor and Ray. Output of workers goes where Ray brings it; a `WorkerDied` names the node, its log is what
-    of that comes to this program (by default all), and its cause (`__cause__`) is what Ray says about the end.
+    Requests, results, progress, cancellation, errors and layouts are those of `ParallelExecutor`, except for the layout
+    "inline", which does not need Ray. Results are copied out of Ray's object store: they are writable, and outlive the
+    executor and Ray. Ray handles the output of workers. A `WorkerDied` names the node; its log consists of the output
+    that Ray delivers to this program (by default all), and its cause (`__cause__`) is Ray's error.
 
-    Uses the Ray that the program is connected to, or else connects to the cluster that `address` names, or starts
-    one on this machine, and leaves that again when the last executor is shut down. Ray Client (`ray://`) will not do:
-    run the program in the cluster, such as by `ray job submit`. Every node needs this package and the model.
+    Uses the program's connection to Ray, if there is one. Otherwise, connects to the cluster at `address`, or starts
+    one on this machine, and disconnects when the last executor is shut down. Ray Client (`ray://`) is not supported:
+    run the program in the cluster, for example with `ray job submit`. Every node needs this package and the model.
     """
 
     def __init__(
@@ -93,29 +93,29 @@ class RayParallelExecutor(PipelineExecutor):
         address: str | None = None,
         patience: float | Default | None = DEFAULT,
     ) -> None:
-        """Starts the workers: waits until Ray has room for them, and then until each has built its pipeline.
+        """Starts the workers: waits until Ray has placed them, and then until each has built its pipeline.
 
         Args:
-            factory: called without arguments in every worker; returns a pipeline. Ray pickles it: functions of the
-                script, of a notebook and lambdas will do.
-            devices: the number of workers; "auto" for as many as the cluster has `resources` for.
+            factory: called without arguments in every worker; returns a pipeline. Pickled by Ray, so functions of the
+                script or a notebook and lambdas are allowed.
+            devices: number of workers; "auto" for as many as the cluster has `resources` for.
             layout: "replicas" (also "auto"), "context", "cfg" or "sharded"; see `ParallelExecutor`.
             group_size, parallel, vae_parallel, retries, timeout, queue_timeout, cancel_grace, patience, bounds,
-                progress: see `ParallelExecutor`. A load begins when Ray has given a place to the workers; until then
-                they wait.
-            threads: CPU threads of each worker; by default the cluster's are shared out among as many workers as it
-                has room for. On CPUs results can depend on it.
-            resources: of Ray's, for each worker. By default `{"GPU": 1}` or `{"NPU": 1}`, whichever the cluster has,
-                or else `{"CPU": 1}`. Without "GPU" and "NPU" workers use the CPU.
-            strategy: how the workers of a group lie on the nodes of the cluster, as in
-                `ray.util.placement_group`: "PACK" for as few as possible, "STRICT_PACK" for one.
-            address: of the cluster, as for `ray.init`, if the program is not connected to one.
+                progress: see `ParallelExecutor`. The limit for loading starts once Ray has placed the workers; waiting
+                for a place is not limited.
+            threads: CPU threads per worker; by default the cluster's CPUs divided by the number of workers that fit in
+                it. On CPUs, results can depend on it.
+            resources: Ray resources of each worker. By default `{"GPU": 1}` or `{"NPU": 1}` if the cluster has them, or
+                else `{"CPU": 1}`. Without "GPU" and "NPU", workers use the CPU.
+            strategy: placement of a group's workers on the nodes of the cluster, as for `ray.util.placement_group`:
+                "PACK" for as few nodes as possible, "STRICT_PACK" for one.
+            address: address of the cluster, as for `ray.init`, if the program is not connected to one.
 
         Raises:
             ImportError: Ray is not installed.
-            ValueError: for options that do not go together; the message says which do.
-            WorkerDied: a worker ended while it loaded.
-            Exception: what the factory raises.
+            ValueError: options do not fit together; the message names valid ones.
+            WorkerDied: a worker ended while loading its pipeline.
+            Exception: any exception of the factory.
         """
         cancel_grace = cancel_grace_of(patience, cancel_grace)
         check_options(retries, timeout, queue_timeout, cancel_grace, threads)
@@ -167,11 +167,11 @@ class RayParallelExecutor(PipelineExecutor):
                 progress=progress,
             )
         finally:
-            _connection.leave()  # the groups have entered themselves
+            _connection.leave()  # the groups hold the connection from now on
 
 
 class RayGroup:
-    """Actors, one for each rank, that work on a request together."""
+    """Runs the pipeline in actors, one per rank, that work on a request together."""
 
     remote = True
 
@@ -185,7 +185,7 @@ class RayGroup:
         strategy: str,
         bounds: Bounds,
     ) -> None:
-        """`first_rank`: number of the first rank among all workers. `setup`: see `RayParallelExecutor`."""
+        """`first_rank`: index of the first rank among all workers. `setup`: see `RayParallelExecutor`."""
         self._build, self._ranks, self._first_rank = build, ranks, first_rank
         self._setup, self._strategy, self._bounds = setup, strategy, bounds
         self.name = group_name(first_rank, ranks)
@@ -198,8 +198,8 @@ class RayGroup:
         import ray
 
         self._clear()
-        if not ray.is_initialized():  # the calls below would start one
-            raise RuntimeError("Ray was shut down; make another executor")
+        if not ray.is_initialized():  # the calls below would start a cluster
+            raise RuntimeError("Ray was shut down; create another executor")
         try:
             options = _options(self._setup["resources"])
             if self._ranks > 1:
@@ -231,7 +231,7 @@ class RayGroup:
 
         value: Any = request._packed.parts()
         if self._ranks > 1:
-            value = ray.put(value)  # once for all
+            value = ray.put(value)  # once for all ranks
         info = request.id, request._seed, request._patches, request._streams
         with self._deaths(self._actors[0], request.id):
             streams = [actor.handle.run.options(num_returns="streaming").remote(*info, value) for actor in self._actors]
@@ -242,7 +242,7 @@ class RayGroup:
     def _gather(
         self, request: Request | None, streams: Sequence[Any], wanted: Callable[[], bool] = lambda: True
     ) -> Message:
-        """Waits until every rank is done and returns the first one's last event."""
+        """Waits until every rank is done, and returns the last event of the first rank."""
         import ray
 
         waiting = dict(zip(streams, self._actors))
@@ -258,7 +258,7 @@ class RayGroup:
                 if not wanted():
                     raise Unwanted
                 if deadline is not None and time.monotonic() > deadline:
-                    self._clear()  # one rank failed, the others wait for it in vain
+                    self._clear()  # one rank failed, and the others would wait for it forever
                     break
                 self._look(number or None, progression.exceeded())
                 continue
@@ -288,7 +288,7 @@ class RayGroup:
         return first
 
     def _get(self, actor: _Actor, what: Any, request: int = 0) -> Any:
-        """Returns the value of a reference, or of the next one of a stream."""
+        """Returns the value of a reference, or the next value of a stream."""
         import ray
 
         if not isinstance(what, ray.ObjectRef):
@@ -300,25 +300,25 @@ class RayGroup:
 
     @contextlib.contextmanager
     def _deaths(self, actor: _Actor, request: int) -> Iterator[None]:
-        """Turns what Ray raises inside after the end of an actor into `WorkerDied`."""
+        """Converts Ray's exceptions about the end of an actor into `WorkerDied`, inside the block."""
         import ray
 
         try:
-            if not _initialized():  # Ray's functions would start another one
+            if not _initialized():  # Ray's functions would start another cluster
                 raise RuntimeError("Ray was shut down")
             yield
         except BaseException as error:
-            # one of our own code in the actor is no death; the program's own ray.shutdown() raises SystemExit here
+            # an error of our code in the actor is not a death; ray.shutdown() by the program raises SystemExit here
             deadly = isinstance(error, (ray.exceptions.RayError, StopIteration))
             if _initialized() and (not deadly or isinstance(error, ray.exceptions.RayTaskError)):
                 raise
-            # the cause, too, of an exception that another rank met in torch.distributed
+            # also the cause of errors of torch.distributed in other ranks
             died = WorkerDied(*actor.known(request or None))
             self._clear()
             raise died from error
 
     def _look(self, request: int | None, exceeded: tuple[str, float] | None, doing: str = "") -> None:
-        """Raises `WorkerHung` if a worker gives no sign of life, or the group has exceeded a bound."""
+        """Raises `WorkerHung` if a worker sends no heartbeats or the group has exceeded a limit."""
         for actor in self._actors:
             actor.ask()
         hung = find_hung(self._actors, self._bounds, exceeded, request, doing)
@@ -341,8 +341,8 @@ class RayGroup:
                 continue
             told = True
             logger.warning(
-                "workers wait for a place in the Ray cluster: each of %d needs %s%s; it has %s on %d nodes, of which "
-                "%s are free",
+                "workers are waiting for a place in the Ray cluster: each of %d needs %s%s; the cluster has %s on %d "
+                "nodes, of which %s are free",
                 self._ranks,
                 _told(needed, needed),
                 f" (strategy {self._strategy})" if self._placement is not None else "",
@@ -355,7 +355,7 @@ class RayGroup:
 
     def interrupt(self, request: int) -> None:
         for actor in list(self._actors):
-            with contextlib.suppress(Exception):  # it is gone, or Ray is
+            with contextlib.suppress(Exception):  # the actor or Ray is gone
                 if _initialized():
                     actor.handle.interrupt.remote(request)
 
@@ -414,7 +414,7 @@ class RayGroup:
 
 
 class _Actor:
-    """An actor, seen from the executor: its handle, its end and its signs of life."""
+    """An actor, as seen by the executor: its handle, its end and its heartbeats."""
 
     def __init__(self, rank: int, handle: Any, on_death: Callable[[], None]) -> None:
         self.rank, self.handle = rank, handle
@@ -424,16 +424,16 @@ class _Actor:
         self.silent = Stillness()
         self._asked, self._answered = 0.0, True
         self._on_death = on_death
-        # a call that never returns: it ends with the actor
+        # a call that ends only with the actor
         handle.wait.remote().future().add_done_callback(self._end)
 
     @property
     def up(self) -> bool:
-        """Whether the actor has a place in the cluster, and can answer."""
+        """Whether the actor has a place in the cluster and can respond."""
         return self.pid is not None
 
     def ask(self) -> None:
-        """Asks for a sign of life, unless an answer is due or the last question was just now."""
+        """Requests a heartbeat, unless one is pending or the last request is less than `BEAT` seconds old."""
         if self.up and self._answered and time.monotonic() - self._asked > BEAT:
             self._asked, self._answered = time.monotonic(), False
             self.handle.answer.remote().future().add_done_callback(self._answer)
@@ -462,7 +462,7 @@ class _Actor:
 
 
 class PipelineWorker:
-    """The actor's class. Ray calls methods in several threads; one thread does all work of torch."""
+    """The class of the actors. Ray calls methods in several threads; a single thread does all torch work."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, "pipeline")
@@ -470,10 +470,10 @@ class PipelineWorker:
         self._notes = Notes()
 
     def prepare(self, path: Sequence[str]) -> tuple[int, str]:
-        """Extends the module search path, before the factory is unpickled.
+        """Extends the module search path before the factory is unpickled.
 
         Returns:
-            This process, and the address of its machine.
+            The process id, and the address of the node.
         """
         import ray
 
@@ -484,15 +484,15 @@ class PipelineWorker:
         """Returns at once."""
 
     def rendezvous(self, method: Callable[..., Any], *arguments: Any) -> Any:
-        """Calls a method of `Notes` on those that the first rank of a group keeps for all."""
+        """Calls a method of `Notes` on the notes that the first rank keeps for its group."""
         return method(self._notes, *arguments)
 
     def load(self, *arguments: Any) -> Iterator[Any]:
-        """Builds the pipeline and yields one event, "ready" or "failed"."""
+        """Builds the pipeline and yields one event: "ready" or "failed"."""
         yield from self._events(lambda _: self._load(*arguments))
 
     def run(self, *arguments: Any) -> Iterator[Any]:
-        """Yields a request's events: "progress" and "frames", and last "done", "failed" or "interrupted"."""
+        """Runs a request and yields events: "progress" and "frames", and finally "done", "failed" or "interrupted"."""
         yield from self._events(lambda put: self._run(put, *arguments))
 
     def interrupt(self, request: int) -> None:
@@ -508,7 +508,7 @@ class PipelineWorker:
             self._thread.submit(self._rank.close).result()
 
     def _events(self, work: Callable[[Callable[[Any], None]], Any]) -> Iterator[Any]:
-        """Yields the events that `work` puts, and last its result or its failure."""
+        """Yields the events that `work` puts, and finally its result or failure."""
         events: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
         def guarded() -> None:
@@ -529,11 +529,11 @@ class PipelineWorker:
     def _load(self, build: bytes, setup: dict[str, Any], rank: int, ranks: int, first: Any) -> Any:
         import ray
 
-        torch.set_num_threads(setup["threads"])  # Ray has set one, if the actor has no CPUs of its own
+        torch.set_num_threads(setup["threads"])  # Ray sets 1 for actors without CPUs
         store = None
         if ranks > 1:
             store = Rendezvous(lambda *call: ray.get(first.rendezvous.remote(*call)))
-            # by itself gloo takes the address of the host's name, which many systems map to the loopback
+            # by default, gloo uses the address of the host name, which many systems map to the loopback interface
             if interface := _interface(ray.util.get_node_ip_address()):
                 os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         self._rank = Rank(rank, ranks, _device(setup["resources"]))
@@ -571,7 +571,7 @@ def _empty_strided(shape: Sequence[int], stride: Sequence[int], dtype: torch.dty
 
 
 def _device(resources: Mapping[str, float]) -> torch.device:
-    """Returns the device of this actor, which is the first: Ray hides the others."""
+    """Returns the device of this actor: always the first one, since Ray hides all others."""
     if "NPU" in resources:
         import torch_npu  # noqa: F401
 
@@ -581,12 +581,12 @@ def _device(resources: Mapping[str, float]) -> torch.device:
             backend = getattr(torch, kind, None)
             if backend is not None and backend.is_available():
                 return torch.device(kind, 0)
-        raise RuntimeError(f"Ray has given a GPU to this worker, but its torch {torch.__version__} can use none")
+        raise RuntimeError(f"Ray assigned a GPU to this worker, but its torch {torch.__version__} cannot use it")
     return torch.device("cpu")
 
 
 def _interface(address: str) -> str | None:
-    """Returns the network interface with that address; None if there is none."""
+    """Returns the network interface with that address, or None."""
     import psutil
 
     found = psutil.net_if_addrs().items()
@@ -599,7 +599,7 @@ def _interface(address: str) -> str | None:
 def _owned(parts: Parts) -> Parts:
     """Copies a pickle and its buffers out of the object store, whose memory is read-only.
 
-    In one block, for which numpy asks for huge pages: page faults of fresh memory cost more than the copy.
+    Uses a single block, for which numpy requests huge pages: page faults of new memory cost more than the copy.
     """
     stream, buffers = parts
     starts = list(itertools.accumulate((aligned(len(buffer)) for buffer in buffers), initial=0))
@@ -619,7 +619,7 @@ def _import_ray() -> Any:
         import ray.util.scheduling_strategies
     except ImportError as error:
         raise ImportError('RayParallelExecutor needs Ray: pip install "wan-patches[ray]"') from error
-    # Ray ends at the end of Python, but not before the requests are done: last registered is first called
+    # requests must finish before Ray's own exit handler; handlers registered last run first
     atexit.unregister(scheduler.finish_all)
     atexit.register(scheduler.finish_all)
     return ray
@@ -635,11 +635,11 @@ def _pickled(ray: Any, value: Any) -> bytes:
     try:
         return bytes(ray.cloudpickle.dumps(value))
     except Exception as error:
-        raise ValueError(f"workers cannot be told about the factory {value[0]!r} ({error})") from error
+        raise ValueError(f"the factory {value[0]!r} cannot be sent to workers ({error})") from error
 
 
 def _options(resources: Mapping[str, float]) -> dict[str, Any]:
-    """Returns the resources as options of an actor, some of which have names of their own."""
+    """Converts resources to options of an actor, which have special names for some resources."""
     others = dict(resources)
     options: dict[str, Any] = {"num_cpus": others.pop("CPU", 0), "num_gpus": others.pop("GPU", 0)}
     if "memory" in others:
@@ -648,8 +648,8 @@ def _options(resources: Mapping[str, float]) -> dict[str, Any]:
 
 
 def _room(total: Mapping[str, float], resources: Mapping[str, float]) -> int:
-    """Returns how many workers with these resources the cluster has room for."""
-    return int(min(total.get(kind, 0.0) / amount + 1e-6 for kind, amount in resources.items()))  # 1 / 0.1: ten
+    """Returns the number of workers with these resources that fit in the cluster."""
+    return int(min(total.get(kind, 0.0) / amount + 1e-6 for kind, amount in resources.items()))  # 1 / 0.1 gives 10
 
 
 def _told(amounts: Mapping[str, float], kinds: Iterable[str]) -> str:
@@ -657,13 +657,13 @@ def _told(amounts: Mapping[str, float], kinds: Iterable[str]) -> str:
 
 
 class _Output:
-    """The last lines of output of each worker of this program."""
+    """Stores the last lines of output of each worker of this program."""
 
     def __init__(self) -> None:
         self._lines: OrderedDict[tuple[str, int], deque[str]] = OrderedDict()
 
     def follow(self) -> None:
-        """Registers for Ray's lines of output; without Ray's undocumented dispatcher there are none."""
+        """Subscribes to the output that Ray delivers; has no effect without Ray's undocumented dispatcher."""
         with contextlib.suppress(Exception):
             from ray._private.ray_logging import global_worker_stdstream_dispatcher
 
@@ -671,7 +671,7 @@ class _Output:
             global_worker_stdstream_dispatcher.add_handler(__name__, self)
 
     def __call__(self, data: Mapping[str, Any]) -> None:
-        with contextlib.suppress(Exception):  # in Ray's thread, which goes on
+        with contextlib.suppress(Exception):  # called in Ray's thread, which must continue
             worker = data["ip"], int(data["pid"])
             lines = self._lines.setdefault(worker, deque(maxlen=LOG_LINES))
             lines.extend(str(line) for line in data["lines"])
@@ -680,7 +680,7 @@ class _Output:
                 self._lines.popitem(last=False)
 
     def of(self, node: str | None, pid: int | None) -> tuple[str, ...] | None:
-        """Returns a worker's lines; None if none came: no output, or Ray keeps it there (`log_to_driver=False`)."""
+        """Returns a worker's lines; None without output or if Ray does not deliver it (`log_to_driver=False`)."""
         found = self._lines.get((node or "", pid or 0))
         return None if found is None else tuple(found)
 
@@ -689,7 +689,7 @@ _output = _Output()
 
 
 class _Connection:
-    """The program's connection to Ray: made by the first executor if there is none, and then ended by the last."""
+    """The connection to Ray. If the program has none, the first executor opens one and the last one closes it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

@@ -1,4 +1,4 @@
-"""A store of torch.distributed for the ranks of a group, without a port that others could connect to."""
+"""A torch.distributed store for the ranks of a group that opens no port to which others could connect."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-_EVERY = 0.01  # seconds between two questions for what another rank has not told yet
+_EVERY = 0.01  # polling interval in seconds for keys that another rank has not set yet
 
 
 class Notes:
-    """The values that the ranks have set, by key. Any thread may call; nothing waits."""
+    """Values set by the ranks, by key. Thread-safe; no method blocks until a key is set."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -54,10 +54,10 @@ class Notes:
 
 
 class Rendezvous(torch.distributed.Store):
-    """A store of torch.distributed over `Notes` that are somewhere else."""
+    """A torch.distributed store backed by remote `Notes`."""
 
     def __init__(self, ask: Callable[..., Any]) -> None:
-        """`ask`: calls its first argument, a method of `Notes`, on the notes and with the other arguments."""
+        """`ask`: calls its first argument, a method of `Notes`, on the remote notes with the remaining arguments."""
         super().__init__()
         self._ask = ask
 
@@ -87,7 +87,7 @@ class Rendezvous(torch.distributed.Store):
         end = time.monotonic() + (timeout or self.timeout).total_seconds()  # type: ignore[attr-defined]
         while not self.check(keys):
             if time.monotonic() > end:
-                raise torch.distributed.DistStoreError(f"the other ranks have not told {list(keys)} in time")
+                raise torch.distributed.DistStoreError(f"the other ranks have not set {list(keys)} in time")
             time.sleep(_EVERY)
 
 

@@ -1,4 +1,4 @@
-"""A request: what `submit` gives back, and what the executor and its workers tell about it."""
+"""Requests: the futures that `submit` returns, and their progress."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ logger = logging.getLogger("wan_patches")
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a request is.
+    """The progress of a request.
 
-    step: denoising steps done, of the pipeline's current progress bar.
-    total: its number of steps; None if the pipeline does not know.
-    bar: which progress bar of the pipeline it is, from 1: Helios has one for each chunk of frames.
+    step: denoising steps done in the pipeline's current progress bar.
+    total: number of steps of that bar; None if the pipeline does not report it.
+    bar: number of the pipeline's progress bar, from 1; Helios has one per chunk of frames.
     """
 
     step: int
@@ -34,9 +34,9 @@ class Request(Future):  # type: ignore[type-arg]
     """A `concurrent.futures.Future` of a pipeline's output.
 
     Attributes:
-        id: its number in the executor, from 1.
-        progress: the newest `Progress`, None before the first step.
-        timings: seconds of the pipeline's stages by name, once the result is there.
+        id: number of the request in the executor, from 1.
+        progress: latest `Progress`; None before the first step.
+        timings: seconds of the pipeline's stages by name; filled in with the result.
     """
 
     def __init__(
@@ -66,14 +66,14 @@ class Request(Future):  # type: ignore[type-arg]
         self._timer: threading.Timer | None = None
 
     def cancel(self) -> bool:
-        """Cancels the request, also when it runs: its worker leaves the pipeline after the current step.
+        """Cancels the request, even if it is running; its worker then leaves the pipeline after the current step.
 
         Returns:
-            Whether nothing will come of it; False if it was done already.
+            True if the request is cancelled; False if it was already done.
         """
         if super().cancel():
             return True
-        # what Future does for one that waits, for one that runs
+        # as Future does for a pending request, here for a running one
         with self._condition:
             if self._state != "RUNNING":
                 return False
@@ -84,16 +84,16 @@ class Request(Future):  # type: ignore[type-arg]
         self._leave()
         return True
 
-    # What the executor calls
+    # Called by the executor
 
     def _wait(self) -> None:
-        """Now it waits for a worker."""
+        """Starts to wait for a worker."""
         if self._queue_timeout is not None:
             self._start_timer(self._queue_timeout, self._expire_waiting)
 
     def _begin(self, interrupt: Callable[[], None]) -> bool:
-        """Now it runs, and `interrupt` stops it; False if it was cancelled or has timed out before."""
-        self._interrupt = interrupt  # before the looks below: who cancels after them finds it
+        """Starts to run; `interrupt` stops the run. Returns False if it was cancelled or timed out before."""
+        self._interrupt = interrupt  # set before the checks below, for a cancellation after them
         if not self._claim():
             return False
         if self._timeout is not None:
@@ -101,14 +101,14 @@ class Request(Future):  # type: ignore[type-arg]
         return True
 
     def _give_up(self, error: BaseException) -> None:
-        """It will not run any more, or never."""
+        """Fails a request that will not run, or not again."""
         if self._claim():
             self._fail(error)
 
     def _claim(self) -> bool:
-        """It waits no longer; False if it is done already, or was cancelled."""
-        with self._condition:  # one of those who want it gets it
-            if self._begun:  # this is another try
+        """Ends the wait. Returns False if the request is already done or was cancelled."""
+        with self._condition:  # only one thread may claim it
+            if self._begun:  # this is a retry
                 return not self.done()
             if self._state == "FINISHED" or not self.set_running_or_notify_cancel():
                 return False
@@ -130,7 +130,7 @@ class Request(Future):  # type: ignore[type-arg]
         self._stop_timer()
 
     def _expire_waiting(self) -> None:
-        with self._condition:  # no worker takes it between the look and the claim
+        with self._condition:  # so that no worker takes it between check and claim
             if self._begun or not self._claim():
                 return
         bound = f"its queue_timeout of {self._queue_timeout} s"
@@ -166,10 +166,10 @@ class Request(Future):  # type: ignore[type-arg]
 
     def _succeed(self, result: Any, timings: dict[str, float]) -> None:
         self.timings = timings
-        if isinstance(result, OrderedDict):  # as every output class of diffusers is
+        if isinstance(result, OrderedDict):  # as all output classes of diffusers are
             result.timings = timings  # type: ignore[attr-defined]
         self._forget_inputs()
-        with contextlib.suppress(InvalidStateError):  # it was cancelled or has timed out meanwhile
+        with contextlib.suppress(InvalidStateError):  # cancelled or timed out meanwhile
             self.set_result(result)
 
     def _fail(self, error: BaseException) -> bool:
@@ -181,12 +181,12 @@ class Request(Future):  # type: ignore[type-arg]
         return True
 
     def _abandon(self) -> None:
-        """In a forked child, where nobody works on it: whoever asks is told. Nothing of the parent's is called."""
-        self._condition = threading.Condition()  # a thread of the parent's may hold the other
+        """Fails the request in a forked child, where no worker runs it, without calling the parent's callbacks."""
+        self._condition = threading.Condition()  # a thread of the parent may hold the inherited one
         self._waiters = []
         self._done_callbacks: list[Any] = []
         self._interrupt = self._timer = None
-        self._fail(RuntimeError(f"request {self.id} runs in the parent of this process, which alone gets its result"))
+        self._fail(RuntimeError(f"request {self.id} runs in the parent process, which alone receives its result"))
 
     def _forget_inputs(self) -> None:
         self._arguments, self._keywords, self._packed = (), {}, None

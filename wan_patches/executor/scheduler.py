@@ -1,4 +1,4 @@
-"""Gives requests to groups of devices: a queue, and a thread for each group that takes from it."""
+"""Schedules requests on groups of devices: a queue, and a thread per group that takes requests from it."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from wan_patches.executor.health import Health, State, WorkerHealth
 from wan_patches.executor.requests import Request, logger
 from wan_patches.executor.session import Interrupted
 
-_LONGEST_PAUSE = 60.0  # seconds between two attempts to start a group
-_STABLE = 60.0  # seconds after which a group that dies is started again at once
+_LONGEST_PAUSE = 60.0  # maximum backoff in seconds between attempts to start a group
+_STABLE = 60.0  # seconds of service after which a failed group restarts without backoff
 
 
 @dataclass(eq=False)
 class _Duty:
-    """A group and its current state; changed by the group's own thread."""
+    """A group and its current state, which only the group's own thread changes."""
 
     group: Group
     state: State = "loading"
     since: float = field(default_factory=time.monotonic)
     request: Request | None = None
     restarts: int = 0
-    failures: int = 0  # deaths and failed starts since a request was done
+    failures: int = 0  # deaths and failed starts since the last finished request
     error: BaseException | None = None
 
     @property
@@ -42,12 +42,12 @@ class _Duty:
         return self.state in ("idle", "running")
 
     def pause(self) -> float:
-        """Returns the seconds until the next attempt to start the group: none after the first failure."""
+        """Returns the backoff in seconds before the next start of the group: 0 after the first failure."""
         return 0.0 if self.failures < 2 else min(_LONGEST_PAUSE, 2.0 ** (self.failures - 2))
 
 
 class Scheduler:
-    """The groups of an executor, their threads and the requests that wait."""
+    """Runs the groups of an executor in threads, and queues requests for them."""
 
     def __init__(self, groups: Sequence[Group], bounds: Bounds, cancel_grace: float | None) -> None:
         """`cancel_grace`: see `ParallelExecutor`."""
@@ -56,11 +56,11 @@ class Scheduler:
         self._changed = threading.Condition()
         self._waiting: deque[Request] = deque()
         self._duties = [_Duty(group) for group in self.groups]
-        self._begun = False  # every group has had its pipeline
-        self._closed = False  # no more requests are taken
-        self._ended = False  # and those there were are not wanted any more
+        self._begun = False  # every group has loaded its pipeline once
+        self._closed = False  # no more requests are accepted
+        self._ended = False  # and all earlier ones are cancelled
         self._inherited = False
-        self._is_broken = False  # no group has served for long
+        self._is_broken = False  # the outage limit is exceeded
         self._outage: threading.Timer | None = None
         for group in self.groups:
             group.on_death = self._look_again
@@ -70,7 +70,7 @@ class Scheduler:
         ]
 
     def start(self) -> None:
-        """Waits until every group has its pipeline; if one fails, ends all and raises its exception."""
+        """Waits until every group has loaded its pipeline. If one fails, ends all and raises its exception."""
         _schedulers.add(self)
         forks.watch(self)
         try:
@@ -88,11 +88,11 @@ class Scheduler:
             raise
 
     def check(self) -> None:
-        """Raises if no request can be taken now: after the end, in a forked child, or in an outage."""
+        """Raises if requests cannot be accepted: after shutdown, in a forked child, or during an outage."""
         if self._inherited:
-            raise RuntimeError("this executor belongs to the parent of this process; make another one here")
+            raise RuntimeError("this executor belongs to the parent process; create another one here")
         if self._closed:
-            raise RuntimeError("this executor was shut down; make another one")
+            raise RuntimeError("this executor was shut down; create another one")
         if self._is_broken:
             raise self._broken()
 
@@ -120,19 +120,19 @@ class Scheduler:
             return Health(tuple(workers), waiting, sum(duty.request is not None for duty in self._duties))
 
     def _look_again(self) -> None:
-        """Wakes the threads of idle groups after the end of a worker, so that each checks its own."""
+        """Wakes the threads of idle groups after a worker has ended, so that each checks its group."""
         with self._changed:
             self._changed.notify_all()
 
     def close(self, cancel_waiting: bool = False) -> None:
-        """Takes no more requests; groups end after the last one."""
+        """Stops accepting requests; groups end after the last one."""
         with self._changed:
             self._closed = True
             cancelled = self._take_waiting() if cancel_waiting else []
             self._changed.notify_all()
         for request in cancelled:
             request.cancel()
-            request._give_up(CancelledError())  # tells those who wait
+            request._give_up(CancelledError())  # wakes waiting threads
 
     def cancel(self) -> None:
         """Cancels all requests, including running ones."""
@@ -142,7 +142,7 @@ class Scheduler:
             request.cancel()
 
     def end(self) -> None:
-        """Cancels all requests and ends the workers at once; a thread of this process goes on."""
+        """Cancels all requests and kills the workers; a pipeline in this process continues to its next step."""
         self._ended = True
         self.close(cancel_waiting=True)
         self.cancel()
@@ -152,7 +152,7 @@ class Scheduler:
     def join(self) -> None:
         """Waits until all groups have ended."""
         for thread in self._threads:
-            if thread is not threading.current_thread():  # a callback of a future may shut down
+            if thread is not threading.current_thread():  # a callback of a future may call shutdown
                 thread.join()
 
     # Forks
@@ -161,16 +161,16 @@ class Scheduler:
         pass
 
     def after_fork_in_child(self) -> None:
-        """Forgets groups and threads, which are the parent's: nothing is left to close, join or wait for."""
+        """Drops groups and threads, which belong to the parent: the child must not close, join or wait for them."""
         self._inherited = self._closed = True
-        self._changed = threading.Condition()  # a thread of the parent's may hold the other
+        self._changed = threading.Condition()  # a thread of the parent may hold the inherited one
         for request in self._requests():
             request._abandon()
         self._outage = None
         for theirs in (self.groups, self._threads, self._waiting, self._duties):
             theirs.clear()
 
-    # With the lock
+    # Called with the lock held
 
     def _requests(self) -> list[Request]:
         """Returns waiting and running requests."""
@@ -181,7 +181,7 @@ class Scheduler:
         taken, self._waiting = list(self._waiting), deque()
         return taken
 
-    # In the thread of a group
+    # Called in the thread of a group
 
     def _serve(self, duty: _Duty) -> None:
         try:
@@ -189,9 +189,9 @@ class Scheduler:
             if duty.serving:
                 while (request := self._next(duty)) is not None:
                     self._run(duty, request)
-                    del request  # this thread may wait long for another, and must not hold the result
+                    del request  # do not hold the result while waiting for the next request
         finally:
-            if duty in self._duties:  # not in a child that was forked in this thread, by a callback
+            if duty in self._duties:  # false in a child forked by a callback in this thread
                 self._set(duty, "down")
                 with contextlib.suppress(Exception):
                     duty.group.stop()
@@ -200,7 +200,7 @@ class Scheduler:
         with self._changed:
             duty.state, duty.since, duty.request = state, time.monotonic(), request
             self._watch_for_outage()
-            if not self._begun:  # the constructor waits
+            if not self._begun:  # the constructor is waiting
                 self._changed.notify_all()
 
     def _is_over(self) -> bool:
@@ -217,7 +217,7 @@ class Scheduler:
         else:
             self._set(duty, "idle")
             if duty.restarts:
-                logger.warning("started again: %s; %s", duty.group.name, self._capacity())
+                logger.warning("%s restarted; %s", duty.group.name, self._capacity())
 
     def _failed(self, duty: _Duty, error: BaseException, what: str = "") -> None:
         with self._changed:
@@ -229,18 +229,18 @@ class Scheduler:
             told, over, pause = self._begun and not self._ended, self._is_over(), duty.pause()
         if told:
             what += _told(error)
-            again = f"; started again {f'in {pause:g} s' if pause else 'now'}, {self._capacity()}"
+            again = f"; restarting {f'in {pause:g} s' if pause else 'now'}; {self._capacity()}"
             logger.warning("%s%s", what, "" if over else again)
 
     def _capacity(self) -> str:
-        return f"{sum(duty.serving for duty in self._duties)} of {len(self._duties)} serve"
+        return f"{sum(duty.serving for duty in self._duties)} of {len(self._duties)} groups serving"
 
     def _next(self, duty: _Duty) -> Request | None:
-        """Returns the next request once the group can serve it; None after the end."""
+        """Returns the next request once the group can serve it; None after shutdown."""
         while not self._is_over():
             if duty.serving:
                 try:
-                    duty.group.check()  # without the lock, as it ends what has hung
+                    duty.group.check()  # without the lock, since it ends hung workers
                 except WorkerDied as error:
                     self._failed(duty, error)
             with self._changed:
@@ -263,7 +263,7 @@ class Scheduler:
 
         def interrupt() -> None:
             with self._changed:
-                if duty.request is not request:  # it has just ended
+                if duty.request is not request:  # it has just finished
                     return
                 if self._cancel_grace is not None:
                     timer = threading.Timer(self._cancel_grace, overdue)
@@ -274,7 +274,7 @@ class Scheduler:
 
         def overdue() -> None:
             logger.warning(
-                "request %d is not wanted any more, and %s has not left it for %g s: it is ended and started again",
+                "request %d was cancelled or timed out, but %s did not stop it within %g s; ending and restarting it",
                 request.id,
                 group.name,
                 self._cancel_grace,
@@ -287,7 +287,7 @@ class Scheduler:
         try:
             if request._begin(interrupt):
                 deliver = functools.partial(request._succeed, *group.run(request))
-        except Interrupted:  # it was cancelled or has timed out, and nothing comes of this
+        except Interrupted:  # cancelled or timed out; the future already has an outcome, and this has no effect
             deliver = functools.partial(request._fail, CancelledError())
         except WorkerDied as error:
             death = error
@@ -308,8 +308,8 @@ class Scheduler:
                 duty.failures, duty.error = 0, None
                 self._set(duty, "idle")
         if death is not None:
-            self._failed(duty, death, f"request {request.id} is tried again: " if again else "")
-        del death  # it refers to this frame
+            self._failed(duty, death, f"retrying request {request.id}: " if again else "")
+        del death  # its traceback refers to this frame
         if deliver is not None:
             deliver()  # last, so that callbacks find the executor in its new state
         del deliver
@@ -317,7 +317,7 @@ class Scheduler:
     # Outages
 
     def _watch_for_outage(self) -> None:
-        """Starts or stops the timer of an outage; called with the lock after a group's change of state."""
+        """Starts or stops the outage timer. Called with the lock held after a group has changed state."""
         if not self._begun:
             return
         if self._is_over() or any(duty.serving for duty in self._duties):
@@ -330,22 +330,22 @@ class Scheduler:
             self._outage.start()
 
     def _break(self) -> None:
-        """Fails waiting requests, and new ones until a group serves again: the outage has exceeded its bound."""
+        """Fails waiting requests, and new ones until a group serves again, after the outage limit."""
         with self._changed:
             if self._outage is None or any(duty.serving for duty in self._duties):
                 return
             self._is_broken = True
             abandoned = self._take_waiting()
             self._changed.notify_all()
-        logger.error("%s; %d requests are given up", self._broken(), len(abandoned))
+        logger.error("%s; %d waiting requests fail", self._broken(), len(abandoned))
         for request in abandoned:
             request._give_up(self._broken())
 
     def _broken(self) -> ExecutorBroken:
         causes = [duty.error for duty in self._duties if duty.error is not None]
         error = ExecutorBroken(
-            f"no worker has served for {self._bounds.outage:g} s; they are started again, and requests are taken when "
-            "one serves"
+            f"no worker has served for {self._bounds.outage:g} s; workers are being restarted, and requests are "
+            "accepted again once one serves"
         )
         error.__cause__ = causes[-1] if causes else None
         return error
@@ -360,7 +360,7 @@ _schedulers: weakref.WeakSet[Scheduler] = weakref.WeakSet()
 
 @atexit.register
 def finish_all() -> None:
-    """Finishes all submitted requests before Python ends, as the standard library's executors do."""
+    """Finishes all submitted requests before Python exits, as the standard library's executors do."""
     schedulers = list(_schedulers)
     for scheduler in schedulers:
         scheduler.close()

@@ -1,4 +1,4 @@
-"""Sessions: a pipeline on its device, in this process or in a worker, and its requests one after another."""
+"""Sessions: a pipeline on its device, in this process or in a worker, that runs requests one at a time."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ Report = Callable[[int, "int | None", int], None]
 class Interrupted(BaseException):
     """Raised at the end of a step to leave the pipeline of a cancelled request.
 
-    Not an `Exception`: nothing in a pipeline that catches those may hold it up.
+    Not an `Exception`, so that handlers in a pipeline do not catch it.
     """
 
 
 @dataclass(frozen=True)
 class Pretrained:
-    """Builds a pipeline from a name on the Hub or a folder; pickles, so that workers can call it."""
+    """Builds a pipeline from a name on the Hub or a folder. Can be pickled, so that workers can call it."""
 
     model: str
     pipeline_class: type | None = None
@@ -39,7 +39,7 @@ class Pretrained:
 
 
 class Session:
-    """A pipeline that is placed and ready. `run` is called by one thread, `interrupt` by any."""
+    """A pipeline that is placed and ready. One thread calls `run`; any thread may call `interrupt`."""
 
     def __init__(
         self,
@@ -51,25 +51,25 @@ class Session:
         vae_parallel: bool | str = False,
         ranks: int = 1,
     ) -> None:
-        """Builds the pipeline and places it as the layout says.
+        """Builds the pipeline and places it according to the layout.
 
         Args:
-            build: gives the pipeline.
+            build: returns the pipeline.
             layout: a value of `LAYOUTS`.
-            parallel, vae_parallel: as in `ParallelExecutor`.
-            device: of this process.
-            ranks: how many processes work on each request; above one torch.distributed must be initialised.
+            device: device of this process.
+            parallel, vae_parallel: as for `ParallelExecutor`.
+            ranks: number of processes that work on each request; if above 1, torch.distributed must be initialised.
 
         Raises:
-            TypeError: `build` gives something that cannot be called.
+            TypeError: `build` returns an object that is not callable.
         """
         if device.index is not None and hasattr(getattr(torch, device.type, None), "set_device"):
             getattr(torch, device.type).set_device(device)
-        # what a user's factory does with its models after loading is unknown: the layout takes part in our own only
+        # a user's factory may process its models after loading: the layout only takes part in loading of `Pretrained`
         with layout.loading(device) if isinstance(build, Pretrained) else contextlib.nullcontext():
             pipe = build()
         if not callable(pipe):
-            raise TypeError(f"the factory gave {type(pipe).__name__!r}, which cannot be called; return a pipeline")
+            raise TypeError(f"the factory returned {type(pipe).__name__!r}, which is not callable; return a pipeline")
         place(pipe, layout, device, parallel, vae_parallel)
         if hasattr(pipe, "progress_bar"):
             pipe.progress_bar = self._progress_bar
@@ -92,19 +92,19 @@ class Session:
         """Calls the pipeline.
 
         Args:
-            request: its number, by which it can be interrupted; before it starts too.
-            arguments, keywords: what the pipeline is given.
-            seed: of torch's default generators, for what the pipeline draws without a generator of its own.
-            report: called after every step with the steps done, their number (None: unknown) and which of
-                the pipeline's progress bars that is, from 1 (Helios has one for each chunk of frames).
-            on_frames: as for `stream_frames`; None for frames in the result.
+            request: number of the request, for `interrupt`, which may be called even before the request starts.
+            arguments, keywords: arguments of the pipeline.
+            seed: seed of torch's default generators, which the pipeline uses if it is given no generator.
+            report: called after every step with the steps done, the total (None if unknown), and the number of the
+                pipeline's progress bar, from 1 (Helios has one per chunk of frames).
+            on_frames: as for `stream_frames`; None to return frames in the result.
 
         Returns:
-            What the pipeline returned, and the seconds of its stages.
+            The pipeline's result, and the seconds of its stages.
 
         Raises:
-            Interrupted: after the step, or the frames, in which `interrupt` was called.
-            Exception: what the pipeline raises.
+            Interrupted: `interrupt` was called; raised after the current step or chunk of frames.
+            Exception: any exception of the pipeline.
         """
         self._running, self._report, self._bars = request, report, 0
         try:
@@ -126,7 +126,7 @@ class Session:
             self._unwanted.clear()
 
     def interrupt(self, request: int) -> None:
-        """Ends `request`, if it runs or is the next one, at its next step."""
+        """Stops `request` at its next step, if it is running or is the next one."""
         self._unwanted.add(request)
 
     def _progress_bar(self, iterable: Iterable[Any] | None = None, total: int | None = None) -> _StepBar:
@@ -140,12 +140,12 @@ class Session:
 
     def _hand_over(self, on_frames: Callable[[Chunk], object], chunk: Chunk) -> None:
         on_frames(chunk)
-        if self._ranks == 1:  # the others do not stop here
+        if self._ranks == 1:  # other ranks have no check here
             self._leave_if_unwanted()
 
     def _leave_if_unwanted(self) -> None:
         unwanted = self._running in self._unwanted
-        if self._ranks > 1:  # all ranks leave at the same step, or the next collective waits for ever
+        if self._ranks > 1:  # all ranks must leave at the same step, or the next collective would hang
             flag = torch.tensor(unwanted, dtype=torch.int32, device="cpu")
             torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
             unwanted = bool(flag)
@@ -153,7 +153,7 @@ class Session:
             raise Interrupted
 
     def _tidy_up(self, error: BaseException) -> None:
-        """Frees what a pipeline frees at the end of a successful call."""
+        """Frees the memory that a pipeline frees at the end of a successful call."""
         if hasattr(self._pipe, "maybe_free_model_hooks"):
             self._pipe.maybe_free_model_hooks()
         if isinstance(error, torch.cuda.OutOfMemoryError) and self._device.type != "cpu":
@@ -161,7 +161,7 @@ class Session:
 
 
 class _StepBar:
-    """A stand-in for the pipeline's tqdm bar; every update is a step."""
+    """Replaces the pipeline's tqdm bar; every update counts as a step."""
 
     def __init__(self, iterable: Iterable[Any] | None, total: int | None, step: Callable[[int, int | None], None]):
         if total is None and hasattr(iterable, "__len__"):
@@ -191,7 +191,7 @@ class _StepBar:
 
 
 def _seed(seed: int, device: torch.device) -> None:
-    """Seeds the default generators that a pipeline on `device` draws from; seeding all takes longer."""
+    """Seeds the default generators that a pipeline on `device` uses; seeding all takes longer."""
     if device.type == "cpu":
         torch.default_generator.manual_seed(seed)
     else:
@@ -199,7 +199,7 @@ def _seed(seed: int, device: torch.device) -> None:
 
 
 def _on_device(value: Any, device: torch.device) -> Any:
-    """Copies generators of another device of the same kind to this one, with their state."""
+    """Copies generators, with their state, from another device of the same kind to `device`."""
     if isinstance(value, (list, tuple)) and value and all(isinstance(item, torch.Generator) for item in value):
         return type(value)(_on_device(item, device) for item in value)
     if not isinstance(value, torch.Generator) or value.device.type != device.type or value.device == device:

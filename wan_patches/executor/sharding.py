@@ -1,7 +1,7 @@
-"""Weights divided among ranks by FSDP2, block by block: of a model in memory, or while its checkpoint is read.
+"""Shards weights over ranks with FSDP2, block by block: of a model in memory, or while its checkpoint is read.
 
-Each rank holds its rows of every parameter. A block's weights are gathered when it is their turn, those of the next
-while it computes, and let go after it. Buffers, such as tables of rotary embeddings, are whole in every rank.
+Each rank holds its rows of every parameter. FSDP2 gathers the weights of a block before it runs, prefetches those of
+the next block meanwhile, and frees them afterwards. Buffers, such as tables of rotary embeddings, are replicated.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ __all__ = ["is_sharded", "make_mesh", "shard", "sharding_on_load"]
 
 logger = logging.getLogger("wan_patches")
 
-_SHOWN = 10  # names in an error
+_SHOWN = 10  # maximum number of names in an error message
 _DENOISERS = ("diffusers.models.transformers.", "diffusers.models.unets.")
 
 
 def make_mesh(device: torch.device, world: int) -> DeviceMesh:
-    """All ranks, as FSDP2 wants them; RuntimeError where torch has no FSDP2."""
+    """Returns a mesh of all ranks for FSDP2. Raises RuntimeError if torch has no FSDP2."""
     try:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard  # noqa: F401
@@ -42,30 +42,30 @@ def make_mesh(device: torch.device, world: int) -> DeviceMesh:
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether FSDP2 has divided it."""
+    """Whether FSDP2 has sharded the module."""
     from torch.distributed.fsdp import FSDPModule
 
     return isinstance(module, FSDPModule)
 
 
 def shard(model: nn.Module, mesh: DeviceMesh, device: torch.device) -> None:
-    """Divides the model among the ranks of `mesh`, for inference; what is on the meta device stays there.
+    """Shards the model over the ranks of `mesh` for inference; parameters on the meta device stay there.
 
     Raises ValueError for a model without lists of blocks.
     """
     from torch.distributed.fsdp import fully_shard
 
     lists = _blocks(model)
-    model.requires_grad_(False)  # groups with gradients must be of one dtype, and diffusers keeps some in fp32
+    model.requires_grad_(False)  # gradients need one dtype per FSDP group, but diffusers keeps some weights in fp32
     ignored = set()
     for parameter in model.parameters():
-        if parameter.ndim == 0:  # refused by FSDP
+        if parameter.ndim == 0:  # rejected by FSDP
             if not parameter.is_meta:
                 parameter.data = parameter.data.to(device)
             ignored.add(parameter)
         elif not parameter.is_contiguous():
             parameter.data = parameter.data.contiguous()
-    options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": True}  # the root, too, between requests
+    options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": True}  # the root too, between requests
     if ignored:
         options["ignored_params"] = ignored
     for block in itertools.chain(*lists):
@@ -74,28 +74,28 @@ def shard(model: nn.Module, mesh: DeviceMesh, device: torch.device) -> None:
     for blocks in lists:
         for block, following in itertools.pairwise(blocks):
             block.set_modules_to_forward_prefetch([following])  # type: ignore[operator]
-    if len(lists) == 1:  # of several, nobody knows which comes first
+    if len(lists) == 1:  # with several lists, the order is unknown
         model.set_modules_to_forward_prefetch([lists[0][0]])  # type: ignore[operator]
 
 
 def _blocks(model: nn.Module) -> list[list[nn.Module]]:
-    """Returns the transformer blocks, list by list; raises ValueError for a model without any."""
+    """Returns the model's lists of transformer blocks. Raises ValueError if there are none."""
     chosen = [list(blocks.values()) for blocks in block_lists(model)]
     if not chosen:
-        raise ValueError(f"{type(model).__name__} has no list of blocks that layout 'sharded' could divide by")
+        raise ValueError(f"{type(model).__name__} has no list of blocks for layout 'sharded' to shard")
     return chosen
 
 
-# While the checkpoint is read
+# Sharding during loading
 
 
 @contextmanager
 def sharding_on_load(mesh: DeviceMesh, device: torch.device) -> Iterator[None]:
-    """Inside, `from_pretrained` of transformers and UNets of diffusers gives models that are divided already.
+    """Makes `from_pretrained` of diffusers' transformers and UNets return sharded models, during the block.
 
-    All that comes before the weights is diffusers' own (files, variants, revisions, dtypes, the model itself with its
-    parameters on the meta device and its buffers made), and so are the warnings about unexpected keys. Only the step
-    that fills in the weights is another: one method of `ModelMixin`, for all threads.
+    Replaces only the step that fills in the weights: one method of `ModelMixin`, for all threads. Everything else
+    remains diffusers' own: files, variants, revisions, dtypes, the model itself with parameters on the meta device and
+    initialised buffers, and warnings about unexpected keys.
     """
     import diffusers
 
@@ -103,7 +103,7 @@ def sharding_on_load(mesh: DeviceMesh, device: torch.device) -> Iterator[None]:
     stock: Any = vars(base).get("_load_pretrained_model")
     taken = {"model", "state_dict", "resolved_model_file", "loaded_keys", "dtype", "keep_in_fp32_modules"}
     if stock is None or not taken <= {*inspect.signature(stock.__func__).parameters}:
-        logger.warning("every rank loads all weights before they are divided: this diffusers loads in a way not known")
+        logger.warning("every rank loads all weights before they are sharded: unknown loader of this diffusers version")
         yield
         return
     signature = inspect.signature(stock.__func__)
@@ -115,14 +115,14 @@ def sharding_on_load(mesh: DeviceMesh, device: torch.device) -> Iterator[None]:
             return stock.__func__(*bound.args, **bound.kwargs)
         model, files = given["model"], [str(file) for file in given["resolved_model_file"]]
         if reason := _obstacle(model, files, given):
-            logger.warning("every rank loads all of %s before it is divided: %s", cls.__name__, reason)
+            logger.warning("every rank loads all weights of %s before they are sharded: %s", cls.__name__, reason)
             return stock.__func__(*bound.args, **bound.kwargs)
         stored = _stored(model, files)
         _check(model, stored, files)
         given.update(state_dict=None, resolved_model_file=[])
-        if "is_parallel_loading_enabled" in given:  # by a thread for each file, and there is none
+        if "is_parallel_loading_enabled" in given:  # parallel loading over files, but the list is empty now
             given["is_parallel_loading_enabled"] = False
-        result = stock.__func__(*bound.args, **bound.kwargs)  # warns about keys, and loads nothing
+        result = stock.__func__(*bound.args, **bound.kwargs)  # warns about keys but loads nothing
         _fill(model, stored, _dtypes(model, stored, given), mesh, device)
         return result
 
@@ -134,7 +134,7 @@ def sharding_on_load(mesh: DeviceMesh, device: torch.device) -> Iterator[None]:
 
 
 def _obstacle(model: nn.Module, files: Sequence[str], given: Mapping[str, Any]) -> str | None:
-    """Why the model cannot be divided while it is read, or None."""
+    """Returns the reason why the model cannot be sharded during loading, or None."""
     if given.get("hf_quantizer") is not None:
         return "it is quantised"
     if given.get("device_map") is not None:
@@ -146,7 +146,7 @@ def _obstacle(model: nn.Module, files: Sequence[str], given: Mapping[str, Any]) 
     if not files or not all(file.endswith(".safetensors") for file in files):
         return "its weights are not in safetensors files"
     if not all(parameter.is_meta for parameter in model.parameters()):
-        return "it is made with memory for all weights (without `accelerate`, or with low_cpu_mem_usage=False)"
+        return "it is created with memory for all weights (without `accelerate`, or with low_cpu_mem_usage=False)"
     if given["dtype"] is not None and given["dtype"].itemsize < 2:
         return f"diffusers casts it to {given['dtype']} after loading"
     try:
@@ -158,7 +158,7 @@ def _obstacle(model: nn.Module, files: Sequence[str], given: Mapping[str, Any]) 
 
 @dataclass(frozen=True)
 class _Stored:
-    """A tensor in a file; `floating` is its own dtype, not the model's."""
+    """A tensor in a file. `floating` refers to the dtype in the file, not in the model."""
 
     file: str
     key: str
@@ -167,13 +167,13 @@ class _Stored:
 
 
 def _stored(model: Any, files: Sequence[str]) -> dict[str, _Stored]:
-    """What the files have, under the names that the model has for it."""
+    """Returns the tensors in the files by their names in the model."""
     found = {}
     for file in files:
         with _opened(file) as tensors:
             names = {key: key for key in tensors.keys()}  # noqa: SIM118
             if len(files) == 1:
-                model._fix_state_dict_keys_on_load(names)  # as stock does; it moves values to other keys
+                model._fix_state_dict_keys_on_load(names)  # as stock does; renames keys
             for name, key in names.items():
                 part = tensors.get_slice(key)
                 found[name] = _Stored(file, key, tuple(part.get_shape()), part.get_dtype().startswith(("F", "BF")))
@@ -188,14 +188,14 @@ def _opened(file: str) -> Iterator[Any]:
         opened = safe_open(file, framework="pt")
     except SafetensorError as error:
         raise OSError(
-            f"{file} is no safetensors file ({error}); if it came by git, run `git lfs install` and `git lfs pull`"
+            f"{file} is not a safetensors file ({error}); for a git clone, run `git lfs install` and `git lfs pull`"
         ) from error
     with opened as tensors:
         yield tensors
 
 
 def _check(model: nn.Module, stored: Mapping[str, _Stored], files: Sequence[str]) -> None:
-    """Raises ValueError for parameters that are not stored, or not with their shape."""
+    """Raises ValueError if parameters are missing from the files or have another shape there."""
     cls, at = type(model).__name__, f"{Path(files[0]).parent} ({_some(sorted(Path(file).name for file in files))})"
     missing = sorted(name for name, _ in model.named_parameters() if name not in stored)
     if missing:
@@ -215,7 +215,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _dtypes(model: nn.Module, stored: Mapping[str, _Stored], given: Mapping[str, Any]) -> dict[str, torch.dtype]:
-    """What stock's loader makes of each tensor that is stored."""
+    """Returns the dtypes that stock's loader gives to the stored tensors."""
     kept = {*(given["keep_in_fp32_modules"] or ())}
     found = {}
     for name, tensor in model.state_dict().items():
@@ -235,7 +235,7 @@ def _fill(
     mesh: DeviceMesh,
     device: torch.device,
 ) -> None:
-    """Divides the model, whose parameters have no memory yet, and reads this rank's part of it."""
+    """Shards a model on the meta device and reads this rank's part of its weights."""
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(dtypes[name])
     shard(model, mesh, device)
@@ -245,9 +245,9 @@ def _fill(
 
 
 def _read(stored: _Stored, like: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """The stored tensor, or this rank's rows of it if `like` is divided.
+    """Reads the stored tensor, or only this rank's rows if `like` is sharded.
 
-    The file is opened anew for each: what has been read of an open one counts as memory of the process.
+    Opens the file for each tensor: pages read from an open file count as memory of the process.
     """
     from torch.distributed.tensor import DTensor
 
@@ -256,7 +256,7 @@ def _read(stored: _Stored, like: torch.Tensor, dtype: torch.dtype, device: torch
             return tensors.get_tensor(stored.key).to(device, dtype, copy=True)
     local = torch.empty(like.to_local().shape, dtype=dtype, device=device)
     if len(local):
-        first = like.device_mesh.get_local_rank() * -(-len(like) // like.device_mesh.size())  # rows as in torch.chunk
+        first = like.device_mesh.get_local_rank() * -(-len(like) // like.device_mesh.size())  # rows as by torch.chunk
         with _opened(stored.file) as tensors:
             local.copy_(tensors.get_slice(stored.key)[first : first + len(local)])
     return DTensor.from_local(

@@ -1,4 +1,4 @@
-"""What belongs to the whole process, and must be after a request what it was before."""
+"""Restores process-wide state after a request."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-#: Those that programs set; looking at all 64 takes longer than a small request.
+#: The signals that programs commonly handle; checking all 64 takes longer than a small request.
 _SIGNALS = [
     getattr(signal, name)
     for name in ("SIGHUP", "SIGINT", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGPIPE", "SIGALRM", "SIGTERM", "SIGCHLD")
@@ -21,10 +21,10 @@ _SIGNALS = [
 
 @contextlib.contextmanager
 def unchanged() -> Iterator[None]:
-    """Puts back what a pipeline has changed, or the next request would find it.
+    """Restores process-wide state that a pipeline has changed, so that it does not affect the next request.
 
-    That is: the current directory, the environment, signal handlers (in the main thread), and torch's default dtype,
-    grad mode, number of threads and deterministic algorithms. Modules, and what they keep, are the pipeline's.
+    Covers the current directory, the environment, signal handlers (in the main thread), and torch's default dtype, grad
+    mode, number of threads and deterministic mode. Does not cover modules and their state.
     """
     directory, environment, handlers = _directory(), dict(os.environ), _handlers()
     dtype, grad, threads = torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads()
@@ -33,7 +33,7 @@ def unchanged() -> Iterator[None]:
         yield
     finally:
         if directory is not None and _directory() != directory:
-            with contextlib.suppress(OSError):  # it is gone
+            with contextlib.suppress(OSError):  # the directory was deleted
                 os.chdir(directory)
         if os.environ != environment:
             for name in set(os.environ) - set(environment):
@@ -55,12 +55,12 @@ def unchanged() -> Iterator[None]:
 def _directory() -> str | None:
     try:
         return os.getcwd()
-    except OSError:  # it is gone
+    except OSError:  # the directory was deleted
         return None
 
 
 def _handlers() -> dict[int, Any]:
-    """Those that Python can put back."""
+    """Returns the signal handlers that Python can restore."""
     if threading.current_thread() is not threading.main_thread():
         return {}
     found = {number: signal.getsignal(number) for number in _SIGNALS}

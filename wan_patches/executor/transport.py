@@ -1,14 +1,13 @@
-"""Values between two processes: a socket for what is small, memory that both have mapped for what is large.
+"""Transfers values between two processes: small ones through a socket, large ones through shared memory.
 
-Where a new segment is mapped for every result, page faults cost several times the copy. A channel keeps its
-*slots*: files in memory (memfd), mapped once on both ends and used again when the receiver has dropped what it
-got. What the receiver gets lies in the slot; nothing is copied a second time. With every slot taken, a file of
-its own carries the value; where there are no such files, the socket does. The socket works wherever the channel
-does, so nothing comes after it.
+Mapping a new segment for every result causes page faults that cost several times the copy. A channel therefore keeps
+*slots*: files in memory (memfd), mapped once on both ends and reused once the receiver has dropped the value. Received
+values lie in the slot, without a second copy. If all slots are in use, a separate file carries the value; if such files
+are not available, the socket does. No further fallback is needed, since every channel has a socket.
 
-On the wire a message is a header (lengths), an envelope (plain data: what it is, where its buffers lie), a
-pickle, and bytes that came without a file. Files have no names, so nothing is left when processes die. Only
-what came through the socket is ever unpickled.
+A message on the wire consists of a header (lengths), an envelope (plain data: kind of message and positions of its
+buffers), a pickle, and the bytes that no file carries. Files have no names, so nothing remains when processes die. Only
+data from the socket is ever unpickled.
 """
 
 from __future__ import annotations
@@ -34,11 +33,11 @@ from wan_patches.executor.packing import Packed, Payload, TensorPayload, make_te
 
 __all__ = ["Channel", "Message", "Packed", "pack"]
 
-INLINE = 96 << 10  # bytes of payload up to which the socket is faster than a slot
-LARGEST_SLOT = 4 << 30  # bytes; larger values get files of their own, whose memory goes back at once
-_ALIGN = 64  # bytes: a cache line, and more than any dtype asks for
+INLINE = 96 << 10  # payload in bytes up to which the socket is faster than a slot
+LARGEST_SLOT = 4 << 30  # bytes; larger values use separate files, whose memory is freed at once
+_ALIGN = 64  # bytes: a cache line, and more than any dtype requires
 _MAGIC = b"wpm1"
-_HEADER = struct.Struct("<4sIQQQ")  # magic, descriptors, bytes of envelope, of pickle, of payload on the wire
+_HEADER = struct.Struct("<4sIQQQ")  # magic, number of descriptors, bytes of envelope, pickle and payload on the wire
 _MAX_DESCRIPTORS = 64
 
 
@@ -47,7 +46,7 @@ _MAX_DESCRIPTORS = 64
 
 @dataclass(frozen=True)
 class Message:
-    """What the other end sent: `kind`, `request` and `info` as given to `send`; the value by `load`."""
+    """A received message: `kind`, `request` and `info` as passed to `send`; `load` returns the value."""
 
     kind: str
     request: int
@@ -57,17 +56,17 @@ class Message:
     )
 
     def load(self) -> Any:
-        """Unpickles the value, None if there was none. Once: the second value would be made of the same memory.
+        """Unpickles the value; None if there is none. Call only once: a second value would share the same memory.
 
         Raises:
-            Exception: what unpickling raises; `OSError` if this end had no memory or descriptors left for it.
-                The channel goes on.
-            RuntimeError: it has been loaded before.
+            Exception: unpickling failed; `OSError` if this end had no memory or descriptors left for the value. The
+                channel remains usable.
+            RuntimeError: the value has been loaded before.
         """
         try:
             found = self._value.pop()
         except IndexError:
-            raise RuntimeError("A message is loaded once.") from None
+            raise RuntimeError("A message can be loaded only once.") from None
         if isinstance(found, Exception):
             raise found
         stream, buffers = found
@@ -76,24 +75,24 @@ class Message:
 
 class _PlainPickler(pickle.Pickler):
     def reducer_override(self, value: Any) -> Any:
-        raise TypeError(f"Only plain data goes beside a value, not {type(value).__name__}.")
+        raise TypeError(f"`info` must be plain data, not {type(value).__name__}.")
 
 
 class _PlainUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError("Only plain data may be here.")
+        raise pickle.UnpicklingError("The envelope must be plain data.")
 
 
 class _Layout:
-    """Where the buffers of a message lie: `blocks` of memory, and `(block, start, bytes)` for every buffer.
+    """The layout of a message's buffers: `blocks` of memory, and `(block, start, bytes)` for every buffer.
 
-    A block is `("slot", index, generation, nth descriptor or None, bytes of the file)`, `("file", nth descriptor,
+    A block is `("slot", index, generation, index of descriptor or None, bytes of file)`, `("file", index of descriptor,
     bytes)` or `("wire", bytes)`.
     """
 
     def __init__(self, count: int) -> None:
         self.blocks: list[tuple[Any, ...]] = []
-        self.spans: list[tuple[int, int, int]] = [(-1, 0, 0)] * count  # -1: nothing in it
+        self.spans: list[tuple[int, int, int]] = [(-1, 0, 0)] * count  # -1: empty
         self.descriptors: list[int] = []
         self.wire: list[Any] = []
         self.leased: list[Slot] = []
@@ -104,27 +103,27 @@ class _Layout:
         return len(self.descriptors) - 1
 
     def close(self) -> None:
-        """Ours no longer: the other end has descriptors of its own."""
+        """Closes files of this message alone; the other end has its own descriptors of them."""
         while self.own_files:
             os.close(self.own_files.pop())
 
 
 class Channel:
-    """One end of a connection between two processes, the same on both.
+    """One end of a symmetric connection between two processes.
 
     Args:
-        sock: A connected stream socket of family `AF_UNIX`, the channel's own from now on.
-        slots: How many slots this end sends through, at most. Their memory stays until `trim` or `close`.
-        memfd: False sends everything through the socket, as on a system without memfd.
-        send_timeout: Seconds that the other end may read nothing of what is sent before the connection is given up;
-            None: any time.
-        device: Of the tensors that will be sent. For a CUDA device slots are registered with the driver, so that
-            it writes to them directly, and NPU tensors go through pinned memory; neither has been run on hardware.
+        sock: connected stream socket of family `AF_UNIX`; the channel takes ownership.
+        slots: maximum number of slots for sending. Their memory stays allocated until `trim` or `close`.
+        memfd: False sends everything through the socket, as on systems without memfd.
+        send_timeout: seconds without any read by the other end after which sending fails and the connection closes;
+            None for no limit.
+        device: device of the tensors to send. For a CUDA device, slots are registered with the driver for direct
+            writes; NPU tensors are copied through pinned memory. Neither has been tested on hardware.
 
-    Any thread may send, one receives. What was received stays valid when the channel is closed and when the
-    other process dies. A forked child has what its parent had received, and each writes to its own, as with any
-    memory; the channel is closed in the child. Forks by C code that does not call Python's hooks are not seen: such a
-    child sees what is written later, be it by the next message.
+    Any thread may send; one thread receives. Received values stay valid after the channel is closed or the other
+    process dies. A forked child inherits received values copy-on-write, like any memory; the channel is closed in the
+    child. Forks by C code that does not call Python's hooks are not detected: such a child sees later writes, including
+    the next message.
     """
 
     def __init__(
@@ -142,20 +141,22 @@ class Channel:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(seconds), int(rest * 1e6)))
         self._limit = slots if memfd else 0
         self._memfd = memfd
-        self.device = device  # may be set later, before anything is sent
+        self.device = device  # may be set later, before the first send
         self._lock = threading.Lock()
-        self._slots: list[Slot | None] = []  # None: could not be made
+        self._slots: list[Slot | None] = []  # None: could not be created
         self._theirs: dict[int, Received] = {}
-        self._lost = False  # the connection, though there may be bytes of it to read
+        self._lost = False  # the connection is lost, though unread bytes may remain
         self._closed = False
         forks.watch(self)
 
     @staticmethod
     def pair(**options: Any) -> tuple[Channel, socket.socket]:
-        """This process's end, and the socket of the other's, which a child inherits (`pass_fds`) and then closes here.
+        """Returns this process's end and the socket of the other end.
+
+        A child inherits the socket (`pass_fds`); the caller closes it afterwards.
 
         Args:
-            options: As for `Channel`.
+            options: as for `Channel`.
         """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         return Channel(ours, **options), theirs
@@ -163,17 +164,17 @@ class Channel:
     # Sending
 
     def send(self, kind: str, request: int = 0, info: Any = None, value: Packed | None = None) -> None:
-        """Sends a message; returns when the bytes are where the other end finds them, whether it looks or not.
+        """Sends a message. Returns once all bytes are available to the other end, even if it has not read them.
 
         Args:
-            kind: What the message is, in the language of the two ends.
-            request: The number of what it belongs to.
-            info: Plain data (None, numbers, strings, bytes, and containers of them), small.
-            value: By `pack`. What of it lies in memory from `empty_strided` is not copied: from now on it belongs
-                to the other end, which may write to it.
+            kind: kind of message, as agreed between both ends.
+            request: number of the request that the message belongs to.
+            info: small plain data (None, numbers, strings, bytes, and containers of them).
+            value: result of `pack`. Memory from `empty_strided` is not copied: it then belongs to the other end, which
+                may write to it.
 
         Raises:
-            ConnectionError: The other end is gone or reads no more, or this one closed.
+            ConnectionError: the other end is closed or has stopped reading, or this end is closed.
             TypeError: `info` is not plain data.
         """
         payloads = value.payloads if value else []
@@ -188,20 +189,20 @@ class Channel:
                 stream = value.stream if value else b""
                 wire = sum(len(part) for part in layout.wire)
                 header = _HEADER.pack(_MAGIC, len(layout.descriptors), len(envelope.getbuffer()), len(stream), wire)
-                # from here on it is taken, as part of it may have arrived
+                # the slots count as leased from here on, since part of the message may arrive
                 for slot in layout.leased:
                     slot.generation += 1
                     slot.sent = True
                 try:
                     self._write([header, envelope.getbuffer(), stream, *layout.wire], layout.descriptors)
                 except BaseException:
-                    self._hang_up()  # half a message, and the other end would take the next for the rest of it
+                    self._hang_up()  # after a partial message, the other end would misread the next one
                     raise
             finally:
                 layout.close()
 
     def _place(self, payloads: Sequence[Payload], layout: _Layout) -> None:
-        """Copies the payloads to where the other end can see them."""
+        """Places the payloads in memory that the other end can read."""
         rest = self._place_in_place(payloads, layout)
         size = _packed_size(payloads[nth].nbytes for nth in rest)
         if size > INLINE and self._memfd:
@@ -213,7 +214,7 @@ class Channel:
         self._place_on_wire(payloads, rest, layout)
 
     def _place_in_place(self, payloads: Sequence[Payload], layout: _Layout) -> list[int]:
-        """Finds those that lie in a slot already; returns which do not."""
+        """Places payloads that are already in a slot; returns the indices of all others."""
         held = [slot for slot in self._slots if slot and slot.holds and not slot.leased and not slot.retired]
         rest: list[int] = []
         blocks: dict[int, int] = {}
@@ -229,7 +230,7 @@ class Channel:
                     continue
                 end, block = start + payload.nbytes, blocks.get(id(slot))
                 if any(block == other and start < begin + size and begin < end for other, begin, size in layout.spans):
-                    continue  # two views of the same memory arrive as two tensors
+                    continue  # overlapping views must arrive as independent tensors
                 if block is None:
                     block = blocks[id(slot)] = self._lease(slot, layout)
                 layout.spans[nth] = block, start, payload.nbytes
@@ -241,7 +242,7 @@ class Channel:
     def _place_in_slot(self, slot: Slot, payloads: Sequence[Payload], which: list[int], layout: _Layout) -> bool:
         try:
             slot.make_ready()
-        except OSError:  # no memory
+        except OSError:  # out of memory
             return False
         block, start, devices = len(layout.blocks), 0, set()
         for nth in which:
@@ -264,7 +265,7 @@ class Channel:
         return len(layout.blocks) - 1
 
     def _place_in_file(self, payloads: Sequence[Payload], which: list[int], size: int, layout: _Layout) -> bool:
-        """A file for this message alone. Written, not mapped: the pages of a new map cost more than the copy."""
+        """Writes the payloads to a file of their own; page faults of a new mapping would cost more than the copy."""
         try:
             descriptor = new_file()
         except OSError:
@@ -278,7 +279,7 @@ class Channel:
                 layout.spans[nth] = block, start, payloads[nth].nbytes
                 start = aligned(start + payloads[nth].nbytes)
             seal(descriptor)
-        except OSError:  # no memory
+        except OSError:  # out of memory
             return False
         layout.blocks.append(("file", layout.add_descriptor(descriptor), size))
         return True
@@ -294,7 +295,7 @@ class Channel:
             layout.blocks.append(("wire", start))
 
     def _free_slot(self, size: int) -> Slot | None:
-        """The smallest free slot that is large enough, or a new one, in place of a smaller if there must be."""
+        """Returns the smallest sufficient free slot, or a new one that replaces a smaller one if necessary, or None."""
         if size > LARGEST_SLOT or self._closed:
             return None
         self._drop_retired()
@@ -309,7 +310,7 @@ class Channel:
             self._slots.append(None)
         elif free:
             number = self._slots.index(free[0])
-            free[0].close()  # before the new one is there: memory for both may be more than there is
+            free[0].close()  # before allocation of the new slot: memory may not suffice for both
             self._slots[number] = None
         else:
             return None
@@ -338,17 +339,17 @@ class Channel:
             try:
                 written = self._socket.sendmsg(left[:64], ancillary, flags)
             except BlockingIOError:
-                raise ConnectionError("The other end reads no more.") from None
-            ancillary = []  # they have gone with the first byte
+                raise ConnectionError("The other end has stopped reading.") from None
+            ancillary = []  # sent with the first byte
             while left and written >= len(left[0]):
                 written -= len(left.pop(0))
             if written:
                 left[0] = left[0][written:]
 
     def empty_strided(self, shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """A tensor of `shape` and `stride` on the CPU, its values whatever is there, in a free slot if there is one.
+        """Returns an uninitialised CPU tensor of `shape` and `stride`, in a free slot if possible.
 
-        Sent by a later `send`, it is not copied. The slot is taken while the tensor or a view of it is there.
+        A later `send` does not copy it. The slot is in use while the tensor or a view of it exists.
         """
         last = sum((size - 1) * step for size, step in zip(shape, stride))
         nbytes = 0 if 0 in shape else (last + 1) * dtype.itemsize
@@ -359,12 +360,12 @@ class Channel:
                     if slot is not None:
                         slot.make_ready()
                         return make_tensor(slot.hold(nbytes), dtype, tuple(shape), tuple(stride))
-                except OSError:  # no memory
+                except OSError:  # out of memory
                     pass
         return torch.empty_strided(tuple(shape), tuple(stride), dtype=dtype, device="cpu")
 
     def trim(self) -> None:
-        """Gives the memory of free slots back to the system. The next value that goes through one takes it again."""
+        """Returns the memory of free slots to the system; the next value sent through a slot allocates it again."""
         with self._lock:
             self._drop_retired()
             for slot in self._slots:
@@ -377,21 +378,21 @@ class Channel:
     # Receiving
 
     def recv(self) -> Message:
-        """Waits for the next message, which one thread at a time may do.
+        """Waits for the next message and returns it. Only one thread at a time may call this.
 
         Raises:
-            EOFError: The other end is gone, or this one closed, be it in the middle of a message.
-            ConnectionError: What came is no message. The channel is of no use any more.
+            EOFError: the other end or this end is closed, possibly in the middle of a message.
+            ConnectionError: the received bytes are not a message. The channel is unusable afterwards.
         """
         if self._lost:
-            raise EOFError("The other end is gone.")
+            raise EOFError("The connection is closed.")
         descriptors: list[int] = []
         try:
             header = self._read_header(descriptors)
             try:
                 magic, count, envelope, stream, wire = _HEADER.unpack(header)
                 if magic != _MAGIC:
-                    raise ConnectionError("Its first bytes are wrong.")
+                    raise ConnectionError("Its magic bytes are wrong.")
                 content = self._read(envelope + stream)
                 payload = self._read(wire)
                 plain = _PlainUnpickler(io.BytesIO(content[:envelope].data)).load()
@@ -399,10 +400,10 @@ class Channel:
                 value = self._take(content[envelope:], blocks, spans, payload, descriptors, count)
                 return Message(kind, request, info, [value])
             except BaseException as error:
-                self._hang_up()  # the rest of it would be taken for a message
+                self._hang_up()  # the remaining bytes would be misread as a message
                 if isinstance(error, EOFError) or not isinstance(error, Exception):
                     raise
-                raise ConnectionError(f"What came is no message: {error}") from error
+                raise ConnectionError(f"The received bytes are not a message: {error}") from error
         finally:
             for descriptor in descriptors:
                 os.close(descriptor)
@@ -416,9 +417,9 @@ class Channel:
         descriptors: list[int],
         count: int,
     ) -> tuple[np.ndarray, list[np.ndarray]] | Exception:
-        """The value with its buffers in place, or why they cannot be had."""
+        """Returns pickle and buffers of the value, or the error that prevented mapping them."""
         try:
-            if len(descriptors) < count:  # the kernel drops those for which this process has no room
+            if len(descriptors) < count:  # the kernel drops descriptors beyond this process's limit
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
             found = [self._block(block, payload, descriptors) for block in blocks]
         except ConnectionError:
@@ -429,7 +430,7 @@ class Channel:
         for block, start, size in spans:
             memory = found[block] if block >= 0 else np.empty(0, np.uint8)
             if not 0 <= start <= start + size <= len(memory):
-                raise ConnectionError("A buffer lies outside its block.")
+                raise ConnectionError("The buffer is outside its block.")
             buffers.append(memory[start : start + size])
         return stream, buffers
 
@@ -437,7 +438,7 @@ class Channel:
         match block:
             case ("wire", size):
                 if size != len(payload):
-                    raise ConnectionError("A block has another size than the message says.")
+                    raise ConnectionError("The size of a block differs from the size stated in the message.")
                 return payload
             case ("file", nth, size):
                 return Map(descriptors[nth], size, private=True).array(0, size)
@@ -447,9 +448,9 @@ class Channel:
                         old.keep()
                     self._theirs[number] = Received(descriptors[nth], size)
                 elif number not in self._theirs:
-                    raise OSError(errno.ENOMEM, "The slot could not be mapped when it came.")
+                    raise OSError(errno.ENOMEM, "The slot could not be mapped when it was received.")
                 return self._theirs[number].take(generation)
-        raise ConnectionError("A message has a block of an unknown kind.")
+        raise ConnectionError("The message contains a block of unknown kind.")
 
     def _read_header(self, descriptors: list[int]) -> bytes:
         found = b""
@@ -459,30 +460,30 @@ class Channel:
             try:
                 data, ancillary, _, _ = self._socket.recvmsg(_HEADER.size - len(found), room, flags)
             except OSError as error:
-                raise EOFError("The other end is gone.") from error
+                raise EOFError("The connection is closed.") from error
             for level, kind, content in ancillary:
                 if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
                     descriptors += struct.unpack(f"{len(content) // 4}i", content[: len(content) // 4 * 4])
             if not data:
-                raise EOFError("The other end is gone.")
+                raise EOFError("The connection is closed.")
             found += data
         return found
 
     def _read(self, size: int) -> np.ndarray:
-        """So many bytes in an array of their own."""
+        """Reads `size` bytes into a new array."""
         found = np.empty(size, np.uint8)
         left = found.data
         while len(left):
             try:
                 count = self._socket.recv_into(left)
             except OSError as error:
-                raise EOFError("The other end is gone.") from error
+                raise EOFError("The connection is closed.") from error
             if not count:
-                raise EOFError("The other end is gone.")
+                raise EOFError("The connection is closed.")
             left = left[count:]
         return found
 
-    # The end
+    # Closing
 
     def _hang_up(self) -> None:
         self._lost = True
@@ -490,8 +491,8 @@ class Channel:
             self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """Ends the connection; `recv` on both ends raises `EOFError`. What was received stays valid."""
-        self._hang_up()  # first, as another thread may be sending with the lock
+        """Closes the connection; `recv` on both ends raises `EOFError`. Received values stay valid."""
+        self._hang_up()  # first, since another thread may hold the lock while sending
         with self._lock:
             if self._closed:
                 return
@@ -507,7 +508,7 @@ class Channel:
     # Forks
 
     def before_fork(self) -> None:
-        """What lies in slots now may get a second holder: the slots are not used again."""
+        """Retires slots in use, since the child may share their contents."""
         for slot in list(self._slots):
             if slot:
                 slot.retire_if_held()
@@ -519,8 +520,8 @@ class Channel:
                 slot.retire()
 
     def after_fork_in_child(self) -> None:
-        """The connection is the parent's alone; open here too, it would hide the parent's death from the other end."""
-        self._lock = threading.Lock()  # a thread of the parent's may hold the other
+        """Closes the child's copy of the connection, which would hide the parent's death from the other end."""
+        self._lock = threading.Lock()  # a thread of the parent may hold the inherited lock
         self._lost = self._closed = True
         self._socket.close()
         for slot in self._slots:
@@ -528,12 +529,12 @@ class Channel:
                 slot.close_file()
         self._slots.clear()
         for theirs in self._theirs.values():
-            theirs.keep()  # came while the fork was under way; the parent tells the sender
+            theirs.keep()  # received during the fork; the parent notifies the sender
         self._theirs.clear()
 
 
 def aligned(size: int) -> int:
-    """Where the next buffer may start after one of `size` bytes."""
+    """Rounds `size` up to the alignment of buffers."""
     return -(-size // _ALIGN) * _ALIGN
 
 

@@ -1,7 +1,7 @@
-"""A worker process, which runs `main`.
+"""The worker process, which runs `main`.
 
-Reads from a socket, its parent's: first a `setup` message, then requests, one at a time. A spare one gets an `import`
-message before. Runs nothing but the pipeline it is given, and ends when the socket or its parent does.
+A worker reads messages from its parent's socket: first `setup`, then requests, one at a time. A spare process receives
+`import` before that. A worker runs only its pipeline, and exits when the socket is closed or its parent exits.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from wan_patches.executor.session import Interrupted
 from wan_patches.executor.transport import Channel, Message, pack
 from wan_patches.pipelines.streaming import Chunk
 
-#: Packages of which a worker that is started later will need what one has loaded. Not the user's: importing those
-#: may do anything.
+#: Packages that spare processes import in advance, as far as a worker has imported them. Excludes the user's packages,
+#: whose import may have side effects.
 _SLOW_TO_IMPORT = frozenset({"torch", "diffusers", "transformers", "accelerate", "peft", "wan_patches"})
-_IDLE = 30.0  # seconds without a request after which memory that results used is given back
+_IDLE = 30.0  # seconds without a request after which memory of results is freed
 
 
 class Worker:
-    """Loads a pipeline and runs requests, as the messages of `channel` say."""
+    """Loads a pipeline and runs requests from the messages of `channel`."""
 
     def __init__(self, channel: Channel, setup: Message) -> None:
         self._channel, self._setup = channel, setup
@@ -43,7 +43,7 @@ class Worker:
         self._inbox: queue.Queue[Message] = queue.Queue()
 
     def run(self) -> None:
-        """Serves until the parent's "stop"."""
+        """Serves requests until the parent sends "stop"."""
         threading.Thread(target=self._read, name="messages", daemon=True).start()
         if self._setup.info["beat"] is not None:
             self._channel.send("up")
@@ -56,7 +56,7 @@ class Worker:
         self._channel.send("ready", info={"modules": _slow_to_import()})
         while (message := self._next()).kind != "stop":
             self._serve(message)
-            del message  # with it the inputs, which may lie in the parent's memory
+            del message  # frees the inputs, which may be in the parent's memory
         self._rank.close()
 
     def _read(self) -> None:
@@ -69,7 +69,7 @@ class Worker:
                     self._inbox.put(message)
                 del message
         except (EOFError, OSError):
-            os._exit(1)  # the parent is gone: nobody waits for what runs
+            os._exit(1)  # the parent is gone, so the running request is not needed
 
     def _beat(self) -> None:
         with contextlib.suppress(OSError):  # the parent is gone
@@ -119,29 +119,29 @@ class Worker:
 
 
 def _slow_to_import() -> list[str]:
-    """Returns the modules for spare processes to import, in the order in which this process imported them."""
+    """Returns the modules that spare processes should import, in the order of their import here."""
     return [name for name in list(sys.modules) if name.partition(".")[0] in _SLOW_TO_IMPORT]
 
 
 def _import(names: list[str]) -> None:
     for name in names:
         if name not in sys.modules:
-            with contextlib.suppress(BaseException):  # the pipeline will say if it needs it
+            with contextlib.suppress(BaseException):  # the pipeline will raise the error if it needs the module
                 importlib.import_module(name)
 
 
 def _end_with(parent: int) -> None:
-    """Ends this process after the end of the process `parent`.
+    """Exits this process when the process `parent` ends.
 
-    The socket alone does not tell: what the parent has forked may hold the other end open.
+    The socket does not signal that reliably: a process forked from the parent may hold the other end open.
     """
     try:
         descriptor = os.pidfd_open(parent)
-    except (AttributeError, OSError):  # not on this system, or it has ended already
+    except (AttributeError, OSError):  # not available on this system, or the parent has already ended
         while os.getppid() == parent:
             time.sleep(1.0)
     else:
-        if os.getppid() == parent:  # else that process is another one by now
+        if os.getppid() == parent:  # otherwise, the pid may belong to another process by now
             poll = select.poll()
             poll.register(descriptor, select.POLLIN)
             poll.poll()
@@ -149,8 +149,8 @@ def _end_with(parent: int) -> None:
 
 
 def main(fd: int, parent: int) -> None:
-    """Reads messages from the socket `fd` and serves them until "stop", or the end of the process `parent`."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, and it decides
+    """Serves messages from the socket `fd` until "stop" or until the process `parent` ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C also reaches the parent, which handles it
     faulthandler.enable(all_threads=False)
     threading.Thread(target=_end_with, args=(parent,), name="parent", daemon=True).start()
     channel = Channel(socket.socket(fileno=fd))

@@ -32,8 +32,8 @@ def require_known(cls: type, method: str, name: str) -> None:
     if is_known(getattr(cls, method, None), AUTOENCODER, f"{name}.{method}"):
         return
     raise RuntimeError(
-        f"{cls.__name__}.{method}, as it is installed or as something has changed it, is not known here, so the VAE "
-        "cannot be made parallel"
+        f"{cls.__name__}.{method} differs from all known versions (new in diffusers, or replaced by other code), so "
+        "the VAE cannot be made parallel"
     )
 
 

@@ -73,6 +73,6 @@ def parallelize_vae(vae: Any, group: dist.ProcessGroup | None = None, mode: str 
     if not is_wan_vae(vae):
         raise ValueError(f"{type(vae).__name__} cannot be made parallel; AutoencoderKLWan can")
     if hasattr(type(vae), "_wan_patches_parallel"):
-        raise ValueError(f"this {type(vae).__name__} is parallel already")
+        raise ValueError(f"this {type(vae).__name__} is already parallel")
     share = share_tiles if mode == "tiles" else share_slabs
     return ParallelVAE(share(vae, Ranks(group)))

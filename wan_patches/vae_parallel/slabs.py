@@ -44,7 +44,7 @@ def share_slabs(vae: Any, ranks: Ranks) -> list[Callable[[], None]]:
     """
     cls = type(vae)
     if vae.use_tiling:
-        raise ValueError('"spatial" follows the VAE without tiling: call disable_tiling() first, or use "tiles"')
+        raise ValueError('"spatial" requires tiling to be off: call disable_tiling() first, or use "tiles"')
     slabs = _Slabs(ranks)
     exchanges: list[tuple[Any, dict[str, Any]]] = []
     members: dict[str, Any] = {"_wan_patches_parallel": True}
@@ -120,13 +120,13 @@ def _divided_slabs(method: Callable[..., Any], part: str, unit: int, slabs: _Sla
         if odd or is_recorded(vae, x):  # stock rejects sizes that it cannot halve; every rank must raise
             return method(vae, x, *args, **kwargs)
         if vae.use_tiling:
-            raise RuntimeError('"spatial" follows the VAE without tiling, which has been turned on: disable_tiling()')
+            raise RuntimeError('"spatial" requires tiling to be off, but it was turned on since: call disable_tiling()')
         with slabs.of(x, unit) as slab:
             result = method(vae, slab, *args, **kwargs)
             whole = slabs.whole(result if isinstance(result, torch.Tensor) else result[0])
         modules = getattr(vae, part).modules()
         if any(hasattr(type(module), "_wan_patches_slabs") and id(module) not in slabs.asked for module in modules):
-            raise RuntimeError(f"something computes convolutions of the VAE's {part} without calling them as modules")
+            raise RuntimeError(f"convolutions of the VAE's {part} were computed without calling them as modules")
         if isinstance(result, torch.Tensor):
             return whole
         return (whole,) if isinstance(result, tuple) else type(result)(sample=whole)

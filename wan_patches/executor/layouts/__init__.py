@@ -1,13 +1,13 @@
-"""How a pipeline lies on the devices of its group of processes.
+"""Layouts: placements of a pipeline on the devices of a group of processes.
 
-    inline, replicas   whole, on one device
-    context            every device works on a part of each sequence: diffusers' own parallel modes
-    cfg                two devices, one for each branch of classifier-free guidance
-    sharded            every device holds a part of the denoiser's weights and gathers them block by block (FSDP2)
+    inline, replicas   the whole pipeline on one device
+    context            each device works on a part of every sequence, in diffusers' own parallel modes
+    cfg                two devices, one per branch of classifier-free guidance
+    sharded            each device holds a shard of the denoiser's weights and gathers them block by block (FSDP2)
 
 In the last three, every rank of the group makes the same call with the same arguments, and rank 0 has the result.
 
-A layout is a module of this package with a subclass of `Layout`, and its line in the table `LAYOUTS`.
+A layout consists of a module of this package with a subclass of `Layout`, and an entry in the table `LAYOUTS`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from wan_patches.executor.layouts.sharded import Sharded, loading_sharded
 
 __all__ = ["LAYOUTS", "Layout", "Parallel", "device_named", "loading_sharded", "named", "place", "resolve"]
 
-#: All layouts by name, in the order in which messages list them.
+#: All layouts by name, in the order of messages.
 LAYOUTS: dict[str, Layout] = {
     Inline.name: Inline(),
     Replicas.name: Replicas(),
@@ -39,10 +39,10 @@ LAYOUTS: dict[str, Layout] = {
 
 
 def named(name: str, auto: Layout | None = None) -> Layout:
-    """Returns the layout of that name; "auto" is `auto` where that is given.
+    """Returns the layout of that name. If `auto` is given, the name "auto" stands for it.
 
     Raises:
-        ValueError: there is no such layout; the message lists those there are.
+        ValueError: there is no such layout; the message lists the known names.
     """
     known = LAYOUTS if auto is None else {"auto": auto, **LAYOUTS}
     if name not in known:
@@ -57,15 +57,15 @@ def resolve(
     parallel: Parallel,
     vae_parallel: bool | str = False,
 ) -> tuple[Layout, int]:
-    """Returns the layout that the options of an executor mean, and how many devices work on a request.
+    """Resolves an executor's options to the layout and the number of devices that work on a request together.
 
     Args:
         layout: a name of `LAYOUTS`, or "auto": "inline" for one device, "replicas" for several.
         devices: all devices of the executor.
-        group_size, parallel, vae_parallel: as in `ParallelExecutor`.
+        group_size, parallel, vae_parallel: as for `ParallelExecutor`.
 
     Raises:
-        ValueError: the options do not go together; the message says which do.
+        ValueError: the options do not fit together; the message names valid ones.
     """
     chosen = named(layout, auto=LAYOUTS[Inline.name if len(devices) == 1 else Replicas.name])
     if parallel is not None and not chosen.takes_parallel:
@@ -84,29 +84,29 @@ def place(
     parallel: Parallel = None,
     vae_parallel: bool | str = False,
 ) -> None:
-    """Puts a pipeline on its device or devices, once, in every rank of its group.
+    """Places a pipeline on its device or devices. Call once in every rank of the group.
 
-    With more than one rank, `torch.distributed` must be initialised, with this group as its world and a backend
-    for `device.type`. A pipeline that is offloaded or has a device map is not moved, nor is one that is there, nor a
-    part that bitsandbytes has quantised. What has no `to` is left alone by "inline" and "replicas".
+    With more than one rank, `torch.distributed` must be initialised, with this group as its world and a backend for
+    `device.type`. Does not move pipelines that are offloaded, have a device map or are already on the device, nor parts
+    quantised by bitsandbytes. "inline" and "replicas" leave objects without `to` unchanged.
 
-    "sharded" and "cfg" compute what one device would, in the same order: the bits are the same wherever a kernel's
-    are from call to call. The modes of "context" are diffusers' own: Ulysses runs the same kernels on fewer heads and
-    tokens, ring and tensor parallelism add up in another order.
+    "sharded" and "cfg" compute in the same order as one device: the bits are equal wherever kernels are deterministic
+    from call to call. The modes of "context" are diffusers' own: Ulysses runs the same kernels on fewer heads and
+    tokens; ring and tensor parallelism sum in another order.
 
     Args:
         pipe: the pipeline.
         layout: a name of `LAYOUTS`, or a layout.
-        device: of this rank; it becomes the current one.
-        parallel: for "context": "ulysses" (None means that), "ring" or "tensor" over all ranks of the group, or a
+        device: device of this rank; becomes the current device.
+        parallel: for "context": "ulysses" (default), "ring" or "tensor" over all ranks of the group, or a
             `ParallelConfig`, `ContextParallelConfig` or `TensorParallelConfig` of diffusers.
-        vae_parallel: for "context", "cfg" and "sharded": True or "tiles", or "spatial", has all ranks of the group
-            share the work of the VAE; see `wan_patches.parallelize_vae`. "tiles" turns its tiling on.
+        vae_parallel: for "context", "cfg" and "sharded": True or "tiles", or "spatial", distributes the work of the
+            VAE over all ranks of the group; see `wan_patches.parallelize_vae`. "tiles" turns tiling on.
 
     Raises:
-        ValueError: the pipeline cannot be laid out so; the message says why.
-        RuntimeError: the installed torch or diffusers is too old. Under "cfg", a pipeline that does not use guidance
-            as expected raises it when it is called, in both ranks.
+        ValueError: the layout does not support the pipeline; the message states the reason.
+        RuntimeError: the installed torch or diffusers is too old. With "cfg", calls of a pipeline that does not use
+            guidance as expected raise it too, in both ranks.
     """
     layout = named(layout) if isinstance(layout, str) else layout
     if parallel is not None and not layout.takes_parallel:
@@ -132,7 +132,7 @@ def _vae_mode(layout: Layout, vae_parallel: bool | str) -> str | None:
 
 
 def _one_device(layout: Layout, option: str) -> ValueError:
-    """The error for an option of groups that was given to a layout without them."""
+    """Returns the error for an option of groups given to a layout without groups."""
     *others, last = _names(lambda each: not each.one_device)
     return ValueError(
         f"in layout {layout.name!r} one device works on a request; {option} is for {', '.join(others)} and {last}"

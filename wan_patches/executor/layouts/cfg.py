@@ -1,7 +1,7 @@
-"""Layout "cfg": classifier-free guidance on two devices, one for each branch.
+"""Layout "cfg": classifier-free guidance on two devices, one per branch.
 
-Both ranks make the same call; the conditional branch is computed by rank 0, the unconditional one by rank 1. The
-arithmetic is that of one device in the same order: the bits are the same wherever a kernel's are from call to call.
+Both ranks make the same call; rank 0 computes the conditional branch, rank 1 the unconditional one. The arithmetic has
+the same order as on one device: the bits are equal wherever kernels are deterministic from call to call.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from wan_patches.executor.layouts.placement import denoisers_of, move, ranks_in_
 from wan_patches.executor.layouts.protocol import Layout, Parallel
 from wan_patches.patching.objects import exchange_class
 
-KNOWN = 1024  # kinds of inputs
-BRANCHES = ("cond", "uncond")  # computed by rank 0, by rank 1; diffusers' names of the cache contexts
+KNOWN = 1024  # maximum number of remembered kinds of inputs
+BRANCHES = ("cond", "uncond")  # computed by ranks 0 and 1; names of diffusers' cache contexts
 
 
 class Cfg(Layout):
-    """A branch of classifier-free guidance on each of two devices.
+    """Runs each branch of classifier-free guidance on one of two devices.
 
-    A pipeline that does not use guidance as expected raises RuntimeError when it is called, in both ranks.
+    Calls of a pipeline that does not use guidance as expected raise RuntimeError in both ranks.
     """
 
     name = "cfg"
@@ -49,24 +49,23 @@ class Cfg(Layout):
 
 
 class _Guidance:
-    """Guidance divided between two ranks: computes one branch here and receives the other.
+    """Divides guidance between two ranks: computes one branch and receives the other.
 
-    The pipelines call their denoiser under `cache_context("cond")` and then under `cache_context("uncond")`. The rank
-    that does not compute a branch returns tensors full of NaN from the first call; both branches are exchanged at the
-    end of the second call, in place. For inputs of new shapes both ranks compute once, which tells the shapes of the
-    output.
+    Pipelines call their denoiser under `cache_context("cond")` and then under `cache_context("uncond")`. For a branch
+    of the other rank, the denoiser allocates tensors full of NaN; at the end of the second call, both branches are
+    exchanged in place. For inputs of new shapes, both ranks compute both branches once to learn the output's shapes.
     """
 
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
         self.rank = dist.get_rank()
         self.reset()
-        self.known: dict[Any, tuple[list[Any], Any]] = {}  # outputs by what the inputs are like
+        self.known: dict[Any, tuple[list[Any], Any]] = {}  # outputs by kind of inputs
 
     def reset(self) -> None:
         self.branch: str | None = None
-        self.pending: list[torch.Tensor] | None = None  # of "cond", not exchanged yet
-        self.exchanged: list[torch.Tensor] | None = None  # of both, not yet seen by the scheduler
+        self.pending: list[torch.Tensor] | None = None  # outputs of "cond", not exchanged yet
+        self.exchanged: list[torch.Tensor] | None = None  # outputs of both branches, not passed to the scheduler yet
 
     def install(self, denoisers: Sequence[nn.Module]) -> None:
         self._wrap_pipeline()
@@ -79,7 +78,7 @@ class _Guidance:
 
         @functools.wraps(cls.__call__)
         def call(pipe: Any, *args: Any, **kwargs: Any) -> Any:
-            self.reset()  # the last request may have failed
+            self.reset()  # the previous request may have failed
             try:
                 result = cls.__call__(pipe, *args, **kwargs)
                 self.check(None)
@@ -91,7 +90,7 @@ class _Guidance:
 
     def _wrap_denoiser(self, denoiser: nn.Module) -> None:
         cls = type(denoiser)
-        cache_context: Any = denoiser.cache_context  # a compiled module has it from the one inside
+        cache_context: Any = denoiser.cache_context  # a compiled module delegates it to the original module
 
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             return self.call(functools.partial(cls.__call__, module), id(module), args, kwargs)
@@ -121,7 +120,7 @@ class _Guidance:
         exchange_class(scheduler, {"step": step, "_wan_patches_checked": True})
 
     def call(self, compute: Callable[..., Any], module: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Returns the denoiser's output for these inputs: computed here, or memory for what the other rank computes."""
+        """Returns the denoiser's output, computed here or allocated for the result of the other rank."""
         branch = self.branch
         guided = branch in BRANCHES and self.pipe.do_classifier_free_guidance
         if branch == "cond" or not guided:
@@ -146,7 +145,7 @@ class _Guidance:
         if not all(tensor.is_floating_point() for tensor in tensors):
             raise RuntimeError(self._unlike("has a denoiser whose output is not floating-point"))
         if branch == "cond":
-            self._wrap_scheduler()  # the user may have given the pipeline another
+            self._wrap_scheduler()  # the user may have replaced the scheduler
             self.pending = tensors
         else:
             assert self.pending is not None
@@ -158,7 +157,7 @@ class _Guidance:
         return output
 
     def check(self, model_output: Any) -> None:
-        """Raises in both ranks if the scheduler's input cannot contain both branches."""
+        """Raises RuntimeError in both ranks if the scheduler's input cannot contain both branches."""
         if self.pending is not None:
             raise RuntimeError(self._unlike("takes a step without the unconditional branch"))
         if self.exchanged is None or not isinstance(model_output, torch.Tensor):
@@ -166,7 +165,7 @@ class _Guidance:
         exchanged, self.exchanged = self.exchanged, None
         bad = model_output.isnan().any()
         if bad and not all(tensor.isfinite().all() for tensor in exchanged):
-            bad = torch.zeros_like(bad)  # the model's own
+            bad = torch.zeros_like(bad)  # NaN from the model itself
         flag = bad.to(torch.int32).reshape(1)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         if flag.item():
@@ -180,16 +179,16 @@ def _check_guidance(pipe: Any, denoisers: Sequence[nn.Module]) -> None:
     name = type(pipe).__name__
     reason = None
     if not all(hasattr(denoiser, "cache_context") for denoiser in denoisers):
-        reason = "its denoiser has no `cache_context`, by which the branches of guidance are told apart"
+        reason = "its denoiser has no `cache_context`, which identifies the branches of guidance"
     elif not hasattr(type(pipe), "do_classifier_free_guidance"):
-        reason = "it has no `do_classifier_free_guidance`, which says whether a second branch follows"
+        reason = "it has no `do_classifier_free_guidance`, which determines whether a second branch follows"
     else:
         try:
             source = inspect.getsource(type(pipe).__call__)
         except (OSError, TypeError):
             source = ""
         if source and not all(f'cache_context("{branch}"' in source for branch in BRANCHES):
-            reason = "it does not call its denoiser once for each branch, under a `cache_context` of its own"
+            reason = "it does not call its denoiser once for each branch, each under its own `cache_context`"
     if reason:
         raise ValueError(f"layout 'cfg' cannot divide {name}: {reason}; use another layout")
 
@@ -208,7 +207,7 @@ def _like(leaf: object) -> Any:
 
 
 def _kind(leaf: object) -> Any:
-    """Returns what the output's shape may depend on: not a floating-point number, such as the time or a scale."""
+    """Returns the features of an input that may determine output shapes; not floats, such as a time or scale."""
     return _like(leaf) if isinstance(leaf, (torch.Tensor, int, str)) else type(leaf)
 
 

@@ -1,6 +1,6 @@
-"""Layout "context": every device works on a part of each sequence, by diffusers' own parallel modes.
+"""Layout "context": each device works on a part of every sequence, in diffusers' own parallel modes.
 
-Ulysses runs the same kernels on fewer heads and tokens; ring and tensor parallelism add up in another order, so bits
+Ulysses runs the same kernels on fewer heads and tokens; ring and tensor parallelism sum in another order, so bits
 differ from those of one device.
 """
 
@@ -18,11 +18,11 @@ from wan_patches.executor.layouts.placement import denoisers_of, move, ranks_in_
 from wan_patches.executor.layouts.protocol import Layout, Parallel
 
 MODES = ("ulysses", "ring", "tensor")
-WITHOUT_LSE = ("native", "_native_npu")  # in all versions from 0.36 to 0.42; stock raises in the first step
+WITHOUT_LSE = ("native", "_native_npu")  # in diffusers 0.36 to 0.42; stock raises only in the first step
 
 
 class Context(Layout):
-    """Context parallelism, or tensor parallelism, by diffusers' `enable_parallelism`."""
+    """Context or tensor parallelism through diffusers' `enable_parallelism`."""
 
     name = "context"
     takes_parallel = True
@@ -36,7 +36,7 @@ class Context(Layout):
 
 
 def _parallel_config(denoisers: Sequence[nn.Module], parallel: Parallel, world: int) -> Any:
-    """Returns the configuration for `enable_parallelism`, checked as far as it can be before a call."""
+    """Returns the configuration for `enable_parallelism`, checked as far as possible before a call."""
     import diffusers
 
     parallel = "ulysses" if parallel is None else parallel
@@ -69,7 +69,7 @@ def _parallel_config(denoisers: Sequence[nn.Module], parallel: Parallel, world: 
         for denoiser in denoisers:
             _check_context(denoiser, context, world)
     given_mesh = getattr(getattr(parallel, "tensor_parallel_config", None) or context, "mesh", None)
-    return parallel if given_mesh is not None else copy.deepcopy(parallel)  # diffusers writes into it
+    return parallel if given_mesh is not None else copy.deepcopy(parallel)  # diffusers modifies it
 
 
 def _check_context(denoiser: nn.Module, context: Any, world: int) -> None:
@@ -91,9 +91,9 @@ def _check_context(denoiser: nn.Module, context: Any, world: int) -> None:
         )
     if context.ring_degree > 1 and (backend := _attention_backend(denoiser)) in WITHOUT_LSE:
         raise ValueError(
-            f"diffusers' attention backend {backend!r} gives no log-sum-exp, which ring attention needs: use "
-            "parallel='ulysses', or make the pipeline with pipe.transformer.set_attention_backend('_native_flash'), "
-            "'_native_cudnn', 'flash' or another that has it"
+            f"diffusers' attention backend {backend!r} returns no log-sum-exp, which ring attention needs: use "
+            "parallel='ulysses', or set a backend that returns it: pipe.transformer.set_attention_backend() with "
+            "'_native_flash', '_native_cudnn' or 'flash', for example"
         )
 
 
@@ -130,15 +130,15 @@ def _enable_parallelism(denoiser: nn.Module, config: Any, device: torch.device) 
         if part is not None:
             part._device = device  # diffusers' guess is right only for a group that starts at device 0
             if hasattr(part, "mesh"):
-                part.mesh = part._mesh  # the next denoiser needs no process groups of its own
+                part.mesh = part._mesh  # lets the next denoiser reuse the process groups
 
 
 @contextmanager
 def _only_accelerator(device: torch.device) -> Iterator[None]:
-    """Has torch report, inside, this kind of device as the accelerator, and at least one of it.
+    """Makes torch report this kind of device as the accelerator, with at least one device, during the block.
 
-    `enable_parallelism` asks for both. It would divide by zero on a CPU (since 0.42), and build a CUDA mesh
-    for a group of CPUs on a machine with a GPU. Not for several threads at once.
+    `enable_parallelism` queries both. It would otherwise divide by zero on a CPU (since 0.42), and build a CUDA mesh
+    for a group of CPUs on a machine with a GPU. Not thread-safe.
     """
     asked: list[tuple[Any, str, Any]] = [(torch._C, "_get_accelerator", lambda *_: torch.device(device.type))]
     if device.type == "cpu" and hasattr(torch, "accelerator"):

@@ -12,7 +12,7 @@ from wan_patches.executor.layouts.protocol import Layout, Parallel
 
 
 class Inline(Layout):
-    """One pipeline in this process, on a thread; nothing is copied."""
+    """Runs one pipeline in a thread of this process, without copies."""
 
     name = "inline"
     in_process = True
@@ -21,7 +21,7 @@ class Inline(Layout):
     def group_size(self, devices: Sequence[torch.device], wanted: int | None) -> int:
         if len(devices) > 1:
             raise ValueError(
-                f'layout "inline" uses one device, and there are {len(devices)}; name one (devices='
+                f'layout "inline" uses one device, and there are {len(devices)}; pass one (devices='
                 f'"{devices[0]}"), or use "replicas"'
             )
         return 1

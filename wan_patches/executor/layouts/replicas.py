@@ -1,4 +1,4 @@
-"""Layout "replicas": a whole pipeline on every device, each in a worker of its own; requests are spread."""
+"""Layout "replicas": a whole pipeline per device, each in its own worker; requests are distributed over them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from wan_patches.executor.layouts.protocol import Layout, Parallel
 
 
 class Replicas(Layout):
-    """As many pipelines as devices; a single device works on a request."""
+    """Runs one pipeline per device; a single device works on a request."""
 
     name = "replicas"
     one_device = True

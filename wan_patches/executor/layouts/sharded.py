@@ -1,6 +1,7 @@
-"""Layout "sharded": every device holds a part of the denoisers' weights and gathers them block by block (FSDP2).
+"""Layout "sharded": each device holds a shard of the denoisers' weights and gathers them block by block (FSDP2).
 
-The arithmetic is that of one device in the same order: the bits are the same wherever a kernel's are from call to call.
+The arithmetic has the same order as on one device: the bits are equal wherever kernels are deterministic from call to
+call.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from wan_patches.pipelines.components import (
 
 
 class Sharded(Layout):
-    """Weights divided among the ranks, from the reading of the checkpoint on where the executor loads it."""
+    """Shards weights over the ranks; during loading, if the executor loads the checkpoint."""
 
     name = "sharded"
 
@@ -38,32 +39,31 @@ class Sharded(Layout):
 
 @contextmanager
 def loading_sharded(device: torch.device) -> Iterator[None]:
-    """Divides the transformers and UNets that diffusers loads inside among the ranks, while they are read.
+    """Shards transformers and UNets over the ranks while diffusers loads them, inside the block.
 
         with loading_sharded(device):
             pipe = DiffusionPipeline.from_pretrained("Wan-AI/Wan2.2-T2V-A14B-Diffusers", torch_dtype=torch.bfloat16)
         place(pipe, "sharded", device)
 
-    Without it, each rank has all weights in memory before `place` divides them. With it, a rank reads and holds only
-    its rows of each parameter, from safetensors files in one or many parts, with the dtypes and values of stock; it
-    does not matter whether the pipeline or the model's own `from_pretrained` loads. What else a pipeline has (text
-    encoders, VAE) is loaded as usual, whole in every rank. A model that is quantised, has a device map, is stored in
-    another format, or is made with `low_cpu_mem_usage=False` or without `accelerate` is loaded whole, and a warning of
-    the logger "wan_patches" says why.
+    Without this context manager, each rank holds all weights in memory until `place` shards them. With it, a rank reads
+    and holds only its rows of each parameter, with the dtypes and values of stock. Weights must be in one or several
+    safetensors files. The `from_pretrained` of the pipeline and of the model both work. Other components (text
+    encoders, VAE) are loaded as usual, whole in every rank. A model is loaded whole, with a warning of the logger
+    "wan_patches" that states the reason, if it is quantised, has a device map, is stored in another format, or is
+    created with `low_cpu_mem_usage=False` or without `accelerate`.
 
-    On a CPU, stock leaves weights that keep their dtype in the mapped file, at any address, where kernels may round
-    otherwise (by 3e-6 in a small float32 model); from weights in memory of their own come the same bits as here.
+    On a CPU, stock leaves weights that keep their dtype in the mapped file, at any alignment, where kernels may round
+    differently (by 3e-6 in a small float32 model). Stock with weights in allocated memory gives the same bits as this.
 
-    This affects loading in all threads of the process. LoRA weights must be fused into a model that was loaded
-    without it.
+    Affects loading in all threads of the process. LoRA weights must be fused into a model that was loaded without it.
 
     Args:
-        device: of this rank, as for `place`; `torch.distributed` must be initialised in the same way. All ranks load
-            the same models in the same order.
+        device: device of this rank, as for `place`; `torch.distributed` must be initialised in the same way. All ranks
+            must load the same models in the same order.
 
     Raises:
         RuntimeError: torch has no FSDP2.
-        ValueError: there are fewer than two ranks. Loading raises it for weights that are missing or have another
+        ValueError: there are fewer than two ranks. Loading also raises it for missing weights and weights of another
             shape; the message names them.
     """
     device, world = make_current(torch.device(device)), ranks_in_group(Sharded.name)
@@ -74,8 +74,8 @@ def loading_sharded(device: torch.device) -> Iterator[None]:
 def _shard(pipe: Any, denoisers: Sequence[nn.Module], device: torch.device, world: int) -> None:
     mesh = make_mesh(device, world)
     if is_managed(pipe):
-        raise ValueError("layout 'sharded' cannot be combined with offloading or a device map: leave those out")
-    whole = [denoiser for denoiser in denoisers if not is_sharded(denoiser)]  # the others were, when they were loaded
+        raise ValueError("layout 'sharded' cannot be combined with offloading or a device map: remove them")
+    whole = [denoiser for denoiser in denoisers if not is_sharded(denoiser)]  # the others were sharded during loading
     for denoiser in whole:
         _check_shardable(denoiser)
     for denoiser in whole:

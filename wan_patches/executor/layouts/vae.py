@@ -1,15 +1,15 @@
-"""The option `vae_parallel` of layouts with several devices: all ranks of a group share the work of the VAE."""
+"""The option `vae_parallel`: distributes the work of the VAE over all ranks of a group."""
 
 from __future__ import annotations
 
 from typing import Any
 
-# `wan_patches.vae_parallel` brings torch's compiler along, which is half of the start of a worker: it is imported only
-# where the option is used
+# `wan_patches.vae_parallel` imports torch's compiler, which takes half of the start time of a worker, so it is imported
+# only if the option is used.
 
 
 def mode_of(vae_parallel: bool | str) -> str | None:
-    """Returns the mode of `parallelize_vae` that the option means; None for none.
+    """Returns the mode of `parallelize_vae` for the option, or None if it is off.
 
     Raises:
         ValueError: there is no such mode.
@@ -25,10 +25,10 @@ def mode_of(vae_parallel: bool | str) -> str | None:
 
 
 def check(pipe: Any) -> None:
-    """Refuses a pipeline whose VAE cannot be shared.
+    """Checks that the work of the pipeline's VAE can be distributed.
 
     Raises:
-        ValueError: the message names the VAE.
+        ValueError: it cannot; the message names the VAE.
     """
     from wan_patches.vae_parallel import is_wan_vae
 
@@ -41,7 +41,7 @@ def check(pipe: Any) -> None:
 
 
 def share(pipe: Any, mode: str) -> None:
-    """Has all ranks of the default process group share the work of the pipeline's VAE."""
+    """Distributes the work of the pipeline's VAE over all ranks of the default process group."""
     from wan_patches.vae_parallel import parallelize_vae
 
     parallelize_vae(pipe.vae, mode=mode)
