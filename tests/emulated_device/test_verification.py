@@ -38,7 +38,9 @@ def test_what_the_gate_keeps_away_is_told(pipe, monkeypatch):
     monkeypatch.setattr(rope.by_stacking, "function", wrong)
     found = verify(pipe, repeat=0, **inputs())
     assert found.exact
-    assert any("keeps a form away, stack + flatten of rotary embedding: differs" in note for note in found.notes)
+    assert any(
+        "disables the form stack + flatten of rotary embedding on this device: differs" in note for note in found.notes
+    )
 
 
 def test_what_passes_the_gate_and_then_differs_is_named(pipe, monkeypatch):
