@@ -44,11 +44,11 @@ def html(*renderables: object, width: int = 140) -> str:
 def _print(console: Console, renderables: tuple[object, ...]) -> None:
     for renderable in renderables:
         if isinstance(renderable, Table):
-            unbounded = console.options.update(max_width=100_000)
-            is_wide = console.measure(renderable, options=unbounded).minimum > console.width
+            whole = [column for column in renderable.columns if column.no_wrap]
+            needed = sum(3 + max((len(str(cell)) for cell in column.cells), default=0) for column in whole)
             for column in renderable.columns:
                 column.overflow = "fold"
-                column.no_wrap = column.no_wrap and not is_wide
+                column.no_wrap = column.no_wrap and needed <= console.width
         console.print(renderable)
 
 

@@ -119,7 +119,7 @@ def test_frames_of_a_pipeline_that_is_not_known_come_at_the_end():
         request = executor.submit("big", 3, on_frames=lambda request, chunk: chunks.append(chunk))
         assert request.result(60).frames is None
     (chunk,) = chunks
-    assert "a Fake may do more" in chunk.reason
+    assert "a Fake may process the decoded video further" in chunk.reason
     assert bool((chunk.frames == 3).all())
 
 

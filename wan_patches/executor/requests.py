@@ -62,6 +62,7 @@ class Request(Future):  # type: ignore[type-arg]
         self._packed: Any = None
         self._retries = 0
         self._begun = False
+        self._has_expired = False
         self._interrupt: Callable[[], None] | None = None
         self._timer: threading.Timer | None = None
 
@@ -109,7 +110,7 @@ class Request(Future):  # type: ignore[type-arg]
         """Ends the wait. Returns False if the request is already done or was cancelled."""
         with self._condition:  # only one thread may claim it
             if self._begun:  # this is a retry
-                return not self.done()
+                return not (self._has_expired or self.done())
             if self._state == "FINISHED" or not self.set_running_or_notify_cancel():
                 return False
             self._begun = True
@@ -133,6 +134,7 @@ class Request(Future):  # type: ignore[type-arg]
         with self._condition:  # so that no worker takes it between check and claim
             if self._begun or not self._claim():
                 return
+            self._has_expired = True  # until the failure below, it looks like a request that is retried
         bound = f"its queue_timeout of {self._queue_timeout} s"
         self._fail(TimeoutError(f"request {self.id} waited longer for a worker than {bound}"))
 

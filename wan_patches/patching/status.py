@@ -133,7 +133,7 @@ def summary(status: Status, width: int) -> list[object]:
     off = dict.fromkeys(report.name for report in status.reports)
     for name in groups:
         off.pop(name.removesuffix(" (close)"), None)
-    if off and groups:
+    if off:
         lines.append(f"Off: {', '.join(off)}")
     lines.append("Each function: wan_patches.status(verbose=True), or `wan-patches status --all`.")
     return [rows if groups else "No patch is enabled.", *lines]
