@@ -98,6 +98,11 @@ def test_the_front_page_is_short():
     assert len(FRONT.read_text().split()) <= 1500
 
 
+@pytest.mark.parametrize("name", ["adding-a-family", "adding-an-op", "adding-a-layout"])
+def test_a_walk_for_contributors_has_at_most_60_lines(name):
+    assert len((ROOT / ".github" / f"{name}.md").read_text().splitlines()) <= 60
+
+
 @pytest.mark.parametrize("name", ["demo", "tests"])
 def test_the_front_page_has_the_commands_that_are_run_from_it(name):
     assert re.search(rf"^<!-- command: {name} -->\n```bash\n.+\n```$", FRONT.read_text(), flags=re.M)
