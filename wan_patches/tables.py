@@ -14,6 +14,11 @@ _FRAGMENT = """
 >{code}</pre>"""
 
 
+def terminal_width(otherwise: int) -> int:
+    """Returns the columns of the terminal, or `otherwise` where there is none."""
+    return shutil.get_terminal_size((otherwise, 24)).columns
+
+
 def text(*renderables: object, width: int | None = None) -> str:
     """Returns the renderables as `rich` prints them, as plain text. Strings are taken literally; nothing is cut.
 
@@ -21,7 +26,7 @@ def text(*renderables: object, width: int | None = None) -> str:
         renderables: strings, tables and anything else that `rich` prints.
         width: columns of text; by default those of the terminal, or 140 where there is none.
     """
-    console = _console(width or shutil.get_terminal_size((140, 24)).columns)
+    console = _console(width or terminal_width(140))
     _print(console, renderables)
     return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
 

@@ -81,3 +81,19 @@ def test_json_has_every_report():
         {"module": "diffusers.a", "entry": "m:f", "op": "op", "form": "chunks", "reason": "", "calls": 2}
     ]
     assert found["gate"] == found["advice"] == []
+
+
+def test_the_summary_fits_where_every_patch_was_called_in_many_modules(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    way = Way("diffusers.a", "m:f", "op", "", "a reason that is as long as most of those that forms give for stock")
+    called = [
+        Report(f"patch_{patch}", f"diffusers.pipelines.pipeline_of_family_{n}", ("f",), "active", ways={way: 1})
+        for patch in range(11)
+        for n in range(16)
+    ]
+    off = [Report(f"a_patch_that_is_off_{n}", "diffusers.b", ("f",), "off") for n in range(12)]
+    lines = str(Status((*called, *off))).splitlines()
+    assert len(lines) <= 40
+    assert max(map(len, lines)) <= 80
+    assert any("13 more" in line for line in lines)
+    assert lines[-1].startswith("Each function: ")

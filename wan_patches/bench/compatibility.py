@@ -2,8 +2,8 @@
 
 Models have few layers and videos are small. The minimum sizes of forms, below which stock's operations are faster, are
 therefore ignored: a form computes every call that it supports. With `production`, minimum sizes apply, and models and
-videos are larger. The matrix of diffusers versions (`tox`) writes one record per version; the README's table is made
-from these records.
+videos are larger. The matrix of diffusers versions (`tox`) writes one record per version; the table of
+versions is made from these records.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ def markdown(records: Mapping[str, Collection[Row]]) -> str:
             slow.update({(patch, reason): calls for reason, calls in why.items()})
     notes += [f"- {patch}, {calls} calls in stock's operations: {reason}" for (patch, reason), calls in slow.items()]
     notes = [note.replace("_", r"\_") for note in notes]  # __call__ would be bold
-    return "\n".join([f"| {' | '.join(line)} |" for line in lines] + [""] * bool(notes) + notes)
+    return _page(lines, notes)
 
 
 def shares(rows: Iterable[Row]) -> str:
@@ -179,7 +179,7 @@ def shares(rows: Iterable[Row]) -> str:
             for reason, calls in row.reasons.get(patch, {}).items():
                 slow.setdefault((patch, reason), []).append(f"{row.family} {calls}")
     notes = [f"- {patch}, {reason}: {', '.join(where)}" for (patch, reason), where in slow.items()]
-    return "\n".join([f"| {' | '.join(line)} |" for line in lines] + [""] * bool(notes) + notes)
+    return _page(lines, notes)
 
 
 #: Patches that must make nearly all of their calls fast at production sizes, in every family that has them.
@@ -209,6 +209,11 @@ _LONGER: dict[str, dict[str, Any]] = {
     **{name: {"size": (480, 480)} for name in ("anyflow_far", "anyflow_far_i2v")},  # chunks of one latent frame
 }
 _TEXT = "max_sequence_length"  # the published pipelines pad prompts to 512 tokens
+
+
+def _page(lines: Iterable[Iterable[str]], notes: list[str]) -> str:
+    """Returns a table in Markdown, with the notes below it."""
+    return "\n".join([f"| {' | '.join(line)} |" for line in lines] + [""] * bool(notes) + notes)
 
 
 def _row(family: Family, production: bool) -> Row:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,10 +40,7 @@ Patches = Annotated[
         autocompletion=lambda: list(PATCHES),
     ),
 ]
-Fidelity = Annotated[
-    str,
-    _one_of(FIDELITIES, "`close` also allows patches that change rounding."),
-]
+Fidelity = Annotated[str, _one_of(FIDELITIES, "`close` also allows patches that change rounding.")]
 Gate = Annotated[
     bool, typer.Option("--gate/--no-gate", help="On accelerators, compare each operation with stock the first time.")
 ]
@@ -63,13 +59,6 @@ Dtype = Annotated[str, _one_of(DTYPES, "Data type.")]
 Shape = Annotated[str, _one_of(SHAPES, "Model, and the size of its video.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Number of torch threads on the CPU.")]
 Chart = Annotated[Path | None, typer.Option(help="PNG file to draw a chart of the result to.")]
-
-
-def names(patches: Iterable[str] | None) -> list[str] | None:
-    """Splits the values of `Patches` into names; None stands for all patches."""
-    if patches is None:
-        return None
-    return [name.strip() for value in patches for name in value.split(",") if name.strip()]
 
 
 def size(text: str | None) -> tuple[int, int] | None:

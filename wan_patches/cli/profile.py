@@ -37,7 +37,7 @@ def profile(
 
     if wrong := obstacle(chart, json, trace):
         shared.fail(wrong)
-    shared.enable([] if stock else options.names(patches), fidelity, gate)
+    shared.enable([] if stock else patches, fidelity, gate)
     shared.require("torch")
     given: dict[str, Any] = {"json": json, "chart": chart, "trace": trace, "copies": copies}
     raise shared.Outside(lambda: run_script(script, arguments or (), module=module, **given))

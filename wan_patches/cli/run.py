@@ -22,5 +22,5 @@ def run(
     """
     from wan_patches.diagnostics.script_runner import run as run_script
 
-    shared.enable(options.names(patches), fidelity, gate)
+    shared.enable(patches, fidelity, gate)
     raise shared.Outside(lambda: run_script(script, arguments or (), module=module))

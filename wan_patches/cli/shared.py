@@ -68,21 +68,18 @@ def require(*modules: str) -> None:
             fail(f"{module.partition('.')[0]} cannot be imported: {reason}; run `wan-patches doctor`")
 
 
-def enable(names: list[str] | None, fidelity: str, gate: bool) -> None:
+def enable(patches: list[str] | None, fidelity: str, gate: bool) -> None:
     """Enables patches; ends the command if a name or the fidelity is unknown."""
     try:
-        wan_patches.enable(names, fidelity=fidelity, gate=gate)
+        wan_patches.enable(patches, fidelity=fidelity, gate=gate)
     except ValueError as error:
         fail(str(error))
 
 
-def check_patches(names: list[str] | None, fidelity: str) -> None:
+def check_patches(patches: list[str] | None, fidelity: str) -> None:
     """Ends the command if a name or the fidelity is unknown; imports neither torch nor diffusers."""
-    try:
-        with wan_patches.enabled(names, fidelity=fidelity):
-            pass
-    except ValueError as error:
-        fail(str(error))
+    with wan_patches.enabled(()):  # so that nothing remains enabled
+        enable(patches, fidelity, gate=True)
 
 
 @contextlib.contextmanager

@@ -35,9 +35,9 @@ def verify(
     Exits with status 0 if every bit is the same, and 1 if not; then it names the patch.
     Exits with status 2 if no conclusion is possible: an error, stock runs that differ, or no active patch.
     """
-    width_height, names = options.size(size), options.names(patches)
+    width_height = options.size(size)
     shared.preflight(check_file, json, report)
-    shared.check_patches(names, fidelity)
+    shared.check_patches(patches, fidelity)
     with shared.errors("verify"):
         from wan_patches.bench.demo import open_image
         from wan_patches.bench.measure import device_of, dtype_of
@@ -50,7 +50,7 @@ def verify(
             found = subject(model, photo, on, precision, seed=seed, **choice)
             try:
                 verification = wan_patches.verify(
-                    found.pipe, patches=names, fidelity=fidelity, repeat=repeat,
+                    found.pipe, patches=patches, fidelity=fidelity, repeat=repeat,
                     on_run=tell, **found.arguments(),
                 )  # fmt: skip
             except Exception as error:  # raised by the pipeline itself with stock code

@@ -25,6 +25,7 @@ from typing import Any
 import wan_patches
 from wan_patches.patching import tally
 from wan_patches.patching.registry import Choice
+from wan_patches.patching.status import counted
 
 logger = logging.getLogger("wan_patches")
 
@@ -69,12 +70,12 @@ def summary() -> str:
     if counts := wan_patches._registry.calls({}):
         fast, calls = tally.total(counts.values())
         names = ", ".join(f"{name} {taken} of {every}" for name, (taken, every) in sorted(counts.items()))
-        parts = [f"fast in {fast} of {_counted(calls, 'call')}: {names}"]
+        parts = [f"fast in {fast} of {counted(calls, 'call')}: {names}"]
     elif places:
         functions = len({id(place.function) for place in places})
         count = Counter(place.patch.name for place in places)
         names = ", ".join(f"{name} ({n})" for name, n in sorted(count.items()))
-        parts = [f"active in {_counted(functions, 'function')}: {names}"]
+        parts = [f"active in {counted(functions, 'function')}: {names}"]
     if skipped := status.skipped():
         more = f" (and {len(skipped) - 1} more; see `wan-patches status --import`)" if len(skipped) > 1 else ""
         parts.append(f"skipped: {skipped[0].name} in {skipped[0].module}: {skipped[0].reason}{more}")
@@ -181,7 +182,3 @@ def _tell_at_exit() -> None:
                 print(summary(), file=sys.stderr, flush=True)
 
     atexit.register(tell)
-
-
-def _counted(n: int, what: str) -> str:
-    return f"{n} {what}" if n == 1 else f"{n} {what}s"

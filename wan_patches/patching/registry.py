@@ -111,6 +111,12 @@ class Choice:
         return (self.names is None or patch.name in self.names) and self.fidelity.allows(patch.fidelity)
 
 
+def split_names(names: str | Iterable[object]) -> list[str]:
+    """Splits a text, or several, into names of patches at their commas."""
+    texts = [names] if isinstance(names, str) else names
+    return [name.strip() for text in texts for name in str(text).split(",") if name.strip()]
+
+
 class _Frame:
     """One level of `with enabled(...)`; the bottom one belongs to `enable` and `disable`."""
 
@@ -265,8 +271,7 @@ class Registry:
             known = ", ".join(repr(f.value) for f in Fidelity)
             raise ValueError(f"unknown fidelity {fidelity!r}; known: {known}") from None
         if names is not None:
-            given = [names] if isinstance(names, str) else names
-            names = frozenset(name.strip() for text in given for name in str(text).split(",") if name.strip())
+            names = frozenset(split_names(names))
             known_names = {report.name for report in self._status().reports}
             if unknown := sorted(names - known_names):
                 raise ValueError(f"unknown patch {', '.join(unknown)}; known: {', '.join(sorted(known_names))}")

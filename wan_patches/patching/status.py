@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import shutil
 import sys
 import textwrap
 from collections import Counter
@@ -15,6 +14,11 @@ from wan_patches.patching.fidelity import Fidelity, Verdict
 from wan_patches.patching.tally import Way
 
 ACTIVE, WAITING, SKIPPED, OFF = "active", "waiting for import", "skipped", "off"
+
+
+def counted(number: int, thing: str) -> str:
+    """Returns a number with its noun, in the plural unless the number is one."""
+    return f"{number} {thing}" + "s" * (number != 1)
 
 
 @dataclass(frozen=True)
@@ -87,11 +91,11 @@ class Status:
         return json.dumps({"patches": reports, "gate": verdicts, "advice": self.advice}, indent=2)
 
     def __str__(self) -> str:
-        from wan_patches.tables import text
+        from wan_patches.tables import terminal_width, text
 
         if self.verbose:
             return text(*details(self))
-        width = shutil.get_terminal_size((80, 24)).columns
+        width = terminal_width(80)
         return text(*summary(self, width), width=width)
 
     def _repr_html_(self) -> str:
@@ -101,12 +105,15 @@ class Status:
 
 
 _LINES = 40  # that the summary has at most
+_FEW = 3  # modules that a line of it names
 
 
 def summary(status: Status, width: int) -> list[object]:
     """Returns the status as at most 40 lines of `width` columns: a line per patch, then reasons, each once."""
     from rich import box
     from rich.table import Table
+
+    from wan_patches.tables import text
 
     groups: dict[str, list[Report]] = {}
     for report in status.reports:
@@ -117,26 +124,26 @@ def summary(status: Status, width: int) -> list[object]:
     rows.add_column("patch", no_wrap=True)
     rows.add_column("active in", justify="right", no_wrap=True)
     rows.add_column("fast calls", justify="right", no_wrap=True)
-    rows.add_column("called in", overflow="fold")
+    rows.add_column("called in")
     for name, reports in sorted(groups.items()):
         loaded = [report for report in reports if report.state != WAITING]
-        active = f"{sum(report.state == ACTIVE for report in loaded)} of {_counted(len(loaded), 'module')}"
+        active = f"{sum(report.state == ACTIVE for report in loaded)} of {counted(len(loaded), 'module')}"
         fast, calls = (sum(getattr(report, kind) for report in reports) for kind in ("fast", "calls"))
-        called = dict.fromkeys(_short(report.module) for report in reports if report.calls)
+        called = list(dict.fromkeys(_short(report.module) for report in reports if report.calls))
+        called[_FEW:] = [f"{len(called) - _FEW} more"] if len(called) > _FEW else []
         rows.add_row(
             name, active if loaded else "not imported", f"{fast} of {calls}" if calls else "", ", ".join(called)
         )
+    head = rows if groups else "No patch is enabled."
+    on = {report.name for reports in groups.values() for report in reports}
+    off = dict.fromkeys(report.name for report in status.reports if report.name not in on)
+    ends = [f"Off: {', '.join(off)}"] if off else []
+    ends.append("Each function: wan_patches.status(verbose=True), or `wan-patches status --all`.")
     lines = _remarks(status, width)
-    room = _LINES - rows.row_count - 2 - 2
+    room = _LINES - len(text(head, *ends, width=width).splitlines())
     if len(lines) > room:
-        lines = [*lines[: room - 1], f"... {_counted(len(lines) - room + 1, 'line')} more"]
-    off = dict.fromkeys(report.name for report in status.reports)
-    for name in groups:
-        off.pop(name.removesuffix(" (close)"), None)
-    if off:
-        lines.append(f"Off: {', '.join(off)}")
-    lines.append("Each function: wan_patches.status(verbose=True), or `wan-patches status --all`.")
-    return [rows if groups else "No patch is enabled.", *lines]
+        lines = [*lines[: room - 1], f"... {counted(len(lines) - room + 1, 'line')} more"]
+    return [head, *lines, *ends]
 
 
 def _remarks(status: Status, width: int) -> list[str]:
@@ -161,10 +168,6 @@ def _remarks(status: Status, width: int) -> list[str]:
     return [part for line in [*lines, *status.advice] for part in textwrap.wrap(line, width, subsequent_indent="  ")]
 
 
-def _counted(number: int, thing: str) -> str:
-    return f"{number} {thing}" + "s" * (number != 1)
-
-
 def _short(module: str) -> str:
     """The part of a module's name that tells families apart."""
     name = module.rpartition(".")[2]
@@ -187,7 +190,7 @@ def details(status: Status) -> list[object]:
     rows = Table(box=box.SIMPLE)
     for column in ("patch", "module", "target", "state"):
         rows.add_column(column, overflow="fold", no_wrap=column == "module")
-    reports = [report for report in status.reports if report.state != "waiting for import" or _is_there(report.module)]
+    reports = [report for report in status.reports if report.state != WAITING or _is_there(report.module)]
     for report in reports:
         more = report.reason or report.note
         state = f"{report.state}: {more}" if more else report.state
@@ -197,7 +200,7 @@ def details(status: Status) -> list[object]:
     lines: list[object] = [rows, "  " + ", ".join(f"{n} {state}" for state, n in count.items())]
     running: dict[tuple[str, str], dict[str, None]] = {}
     for report in reports:
-        if report.state != "off":
+        if report.state != OFF:
             runs = running.setdefault((report.name, report.fidelity.value), {})
             runs |= {f"{what} on {device}": None for device, what in report.implementations.items()}
     lines += [f"  {name} ({fidelity}): {'; '.join(runs)}" for (name, fidelity), runs in running.items()]

@@ -19,7 +19,7 @@ import wan_patches
 from wan_patches import Patch, Replace, Target, verify
 from wan_patches.diagnostics.verification.divergence import compare_calls, find_first_divergence, smallest
 from wan_patches.diagnostics.verification.report import page
-from wan_patches.diagnostics.verification.trials import Event, Subject, Trial, ops_of
+from wan_patches.diagnostics.verification.trials import Choice, Event, Subject, Trial, ops_of
 from wan_patches.ops import frames as frames_op
 from wan_patches.ops import rope as rope_op
 from wan_patches.ops.modulation import SegmentedModulation
@@ -505,6 +505,11 @@ def test_a_failed_report_does_not_lose_the_result(tmp_path, caplog):
     assert "The report was not written to " in caplog.text
 
 
+def test_names_of_patches_may_stand_in_one_text():
+    assert Choice("rope, frames,", "exact").names == ["rope", "frames"]
+    assert Choice(["rope", "qk,vae"], "exact").names == ["rope", "qk", "vae"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -512,6 +517,7 @@ def test_a_failed_report_does_not_lose_the_result(tmp_path, caplog):
         ({"repeat": "2"}, TypeError, "repeat must be an integer.*'2'"),
         ({"repeat": 1.5}, TypeError, "repeat must be an integer.*1.5"),
         ({"patches": ["rpoe"]}, ValueError, "unknown patch rpoe; known: "),
+        ({"patches": "rope, rpoe"}, ValueError, "unknown patch rpoe; known: "),
         ({"fidelity": "exactly"}, ValueError, "unknown fidelity 'exactly'"),
     ],
 )

@@ -20,7 +20,7 @@ from wan_patches.diagnostics.call_tracing import tracing_calls
 from wan_patches.diagnostics.memory import watching_memory
 from wan_patches.diagnostics.verification.bits import digest
 from wan_patches.patching.fidelity import Fidelity
-from wan_patches.patching.registry import Patch, Place, Registry
+from wan_patches.patching.registry import Patch, Place, Registry, split_names
 from wan_patches.patching.status import Status
 from wan_patches.pipelines.components import block_lists, denoisers, execution_device, is_compiled
 from wan_patches.pipelines.stages import watching
@@ -228,7 +228,7 @@ class Choice:
         if values and len(values) < len(patches or ()):
             raise ValueError("patches must be either all names or all Patch values, not a mixture")
         self.registry = Registry(values) if values else wan_patches._registry
-        self._names = None if patches is None or values else [str(name) for name in patches]
+        self._names = None if patches is None or values else split_names(patches)
         self.names = [patch.name for patch in values] if values else self._names
         with wan_patches.enabled((), fidelity=fidelity):  # raises for an unknown name
             self.fidelity = Fidelity(fidelity)
