@@ -19,8 +19,8 @@ from wan_patches.ops import triton as kernels
 from wan_patches.ops.dispatch import ACCELERATOR, op
 from wan_patches.ops.npu import rope as npu
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_GRAIN = 32768  # at::internal::GRAIN_SIZE: elements below which ATen does not split an elementwise operation
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+GRAIN = 32768  # at::internal::GRAIN_SIZE: elements below which ATen does not split an elementwise operation
 _SMALL, _SMALL_IN_FP32 = 1 << 14, 1 << 15  # elements below which stock's operations are the fastest on CPUs
 _SMALL_ELSEWHERE = 1 << 12  # the same on GPUs; not measured yet
 _CHUNK = 1 << 18  # complex numbers per thread and chunk: little scratch, and few parallel regions to synchronise
@@ -84,20 +84,46 @@ def _each_traced(
     "complex product over whole rows", device="cpu", smallest=_SMALL, smallest_in_fp32=_SMALL_IN_FP32
 )
 def complex_rows(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Multiplies pairs as complex numbers, a few tokens at a time; the CPU form. Its refusal checks where it is exact.
+    """The CPU form: `multiply_rows`. Its refusal checks where that is exact."""
+    return multiply_rows(x, cos, sin)
+
+
+@complex_rows.refuses
+def _(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> str | None:
+    if (reason := why_no_rows(x, cos, sin)) is not None:
+        return reason
+    if {cos.dtype, sin.dtype} != {torch.float32}:
+        return "the tables are not fp32"
+    if not _is_exact(x.dtype, x.shape[2], x.shape[3], torch.get_num_threads()):
+        return "no other form is exact for this dtype, this shape and this number of threads"
+    return None
+
+
+def multiply_rows(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, dtype: torch.dtype = torch.complex64
+) -> torch.Tensor:
+    """Multiplies pairs as complex numbers, a few tokens at a time.
 
     ATen's vector code for complex products rounds like the formula above, but its scalar code for the rest of a row may
     use fused multiply-adds. Therefore every thread gets whole rows of a multiple of 16 pairs (see `_step`).
+
+    Args:
+        x: `(batch, seq, heads, head_dim)` on a CPU, any strides; `why_no_rows` returns None for it.
+        cos, sin: `(1 or batch, seq, 1 or heads, head_dim / 2)`, any strides.
+        dtype: the complex dtype of the products.
+
+    Returns:
+        A new tensor like `x`.
     """
     batch, seq, heads, dim = x.shape
     step = _step(seq, heads, dim // 2, torch.get_num_threads())
     out = torch.empty_like(x)
-    table = torch.empty((step, 1, dim // 2), dtype=torch.complex64, device="cpu")
+    table = torch.empty((step, cos.shape[2], dim // 2), dtype=dtype, device="cpu")
     table_cos, table_sin = torch.view_as_real(table).unbind(-1)
-    in_place = _is_complex_view(x) and _is_complex_view(out)
+    in_place = _is_complex_view(x, dtype) and _is_complex_view(out, dtype)
     if not in_place:
-        scratch = torch.empty((step, heads, dim), dtype=torch.float32, device="cpu")
-        rows = torch.view_as_complex(scratch.unflatten(-1, (-1, 2)))
+        rows = torch.empty((step, heads, dim // 2), dtype=dtype, device="cpu")
+        scratch = torch.view_as_real(rows).flatten(-2)
     for b in range(batch):
         x_b, out_b = x[b], out[b]
         cos_b, sin_b = cos[b if cos.shape[0] > 1 else 0], sin[b if sin.shape[0] > 1 else 0]
@@ -118,17 +144,19 @@ def complex_rows(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
     return out
 
 
-@complex_rows.refuses
-def _(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> str | None:
-    if x.dim() != 4 or x.dtype not in _DTYPES or x.shape[3] % 32 or {cos.dtype, sin.dtype} != {torch.float32}:
+def why_no_rows(x: torch.Tensor, *tables: torch.Tensor) -> str | None:
+    """Returns why `multiply_rows` does not support such queries or keys and such tables, or None."""
+    if x.dim() != 4 or x.dtype not in DTYPES or x.shape[3] % 32:
         return "the head dimension is no multiple of 32, or a dtype is another"
     batch, seq, heads, dim = x.shape
-    if any(table.shape not in ((1, seq, 1, dim // 2), (batch, seq, 1, dim // 2)) for table in (cos, sin)):
+    if any(
+        table.dim() != 4 or table.shape[0] not in (1, batch) or table.shape[1] != seq or table.shape[3] != dim // 2
+        for table in tables
+    ):
         return "the tables are not one for each token"
-    threads = torch.get_num_threads()
-    if _step(seq, heads, dim // 2, threads) == 0 or not _is_exact(x.dtype, heads, dim, threads):
-        return "no other form is exact for this dtype, this shape and this number of threads"
-    return None
+    if len({table.shape[2] for table in tables}) > 1 or tables[0].shape[2] not in (1, heads):
+        return "the tables are not one for each token"
+    return None if _step(seq, heads, dim // 2, torch.get_num_threads()) > 0 else "a token is too large for one thread"
 
 
 @apply_rotary_emb.form("npu_rotary_mul", device="npu")
@@ -162,7 +190,7 @@ def why_no_kernel(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> str 
     """Returns why no kernel supports such queries or keys and such tables, or None."""
     if not kernels.is_usable(x.device):
         return "Triton is not installed"
-    if x.dim() != 4 or x.dtype not in _DTYPES or x.numel() == 0:
+    if x.dim() != 4 or x.dtype not in DTYPES or x.numel() == 0:
         return "the kernel is not for such queries and keys"
     batch, seq, heads, dim = x.shape
     if dim % 2 or batch > _GRID or heads * dim > _CHANNELS:
@@ -190,6 +218,11 @@ def one_after_the_other(
 by_stacking = apply_rotary_emb.form("stack + flatten", device=ACCELERATOR)(stacked)
 
 
+def tokens_per_chunk(seq: int, pairs: int) -> int:
+    """Returns the tokens, of `pairs` pairs each, that `multiply_rows` and its like compute at a time on CPUs."""
+    return min(seq, max(1, torch.get_num_threads() * _CHUNK // pairs))
+
+
 @functools.lru_cache(maxsize=256)
 def _step(seq: int, heads: int, half: int, threads: int) -> int:
     """Returns the tokens per chunk such that each thread gets whole rows (of one head and token); 0 if there is none.
@@ -197,10 +230,10 @@ def _step(seq: int, heads: int, half: int, threads: int) -> int:
     ATen gives each of `n = min(threads, ceil(numel / grain))` threads `ceil(numel / n)` elements.
     """
     token = heads * half
-    alone = _GRAIN // token  # ATen does not split so few tokens
+    alone = GRAIN // token  # ATen does not split so few tokens
     if seq <= alone or threads == 1:
         return min(seq, max(1, _CHUNK // token)) if threads == 1 else seq
-    per_thread = -(-_GRAIN // token)
+    per_thread = -(-GRAIN // token)
     if seq >= per_thread * threads:  # enough for every thread, with a whole number of tokens each
         return threads * min(seq // threads, max(per_thread, _CHUNK // token))
     return alone
@@ -212,7 +245,7 @@ def _is_exact(dtype: torch.dtype, heads: int, dim: int, threads: int) -> bool:
     generator = torch.Generator("cpu").manual_seed(0)  # leaves the user's random state unchanged
     random = functools.partial(torch.randn, generator=generator, dtype=torch.float32, device="cpu")
     token = heads * dim // 2
-    for seq in {1, max(1, _GRAIN // token), threads * -(-_GRAIN // token) + 1}:
+    for seq in {1, max(1, GRAIN // token), threads * -(-GRAIN // token) + 1}:
         if _step(seq, heads, dim // 2, threads) > 0:
             x = random((1, seq, heads, dim)).to(dtype)
             cos, sin = random((2, 1, seq, 1, dim // 2))
@@ -221,11 +254,11 @@ def _is_exact(dtype: torch.dtype, heads: int, dim: int, threads: int) -> bool:
     return True
 
 
-def _is_complex_view(x: torch.Tensor) -> bool:
-    """Whether pairs of the last axis can be viewed as complex numbers in place."""
+def _is_complex_view(x: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether pairs of the last axis can be viewed as complex numbers of `dtype` in place."""
     strides = x.stride()
     return (
-        x.dtype == torch.float32
+        x.dtype == dtype.to_real()
         and strides[-1] == 1
         and x.storage_offset() % 2 == 0
         and all(stride % 2 == 0 for stride in strides[:-1])

@@ -1,10 +1,21 @@
-"""Rotary embedding functions in diffusers: the nested function of the Wan family, and Helios' own."""
+"""Rotary embedding functions in diffusers.
+
+The Wan family nests one in its attention processors, and Helios has its own. Nineteen transformers (Flux, HunyuanVideo,
+CogVideoX, CogView 4, Cosmos, ...) call a shared one, and others have relatives of it.
+
+Left unchanged, because their arithmetic is another: LTX 2 with tables split in halves (`addcmul_`, a fused
+multiply-add), Ernie-Image and MiniMax (products rounded in the dtype of the queries), Allegro (three axes, whose tables
+are looked up), SANA-WM (queries with their channels apart in memory), Wan-Animate 2 (copies its samples one by one).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from wan_patches.patches.versions import since
+from wan_patches.patching.codeswap import STOCK
 from wan_patches.patching.registry import Patch, Target
-from wan_patches.patching.rewrite import Body
+from wan_patches.patching.rewrite import Body, Edit, Nested, Replace
 
 CALL = "_wan_patches_rope"
 _DIFFUSERS = "diffusers.models.transformers."
@@ -52,8 +63,127 @@ return {CALL}(hidden_states, cos[..., 0::2], sin[..., 1::2])
     ),
 )
 
+_REAL = {"CPUs": "complex product over whole rows, or a few tokens at a time", "CUDA with Triton": "one kernel"}
+_COMPLEX = {"CPUs": "a few tokens at a time", "other devices": "stock's operations"}
+_ELSEWHERE, _ORIGINAL = "_wan_patches_rope_elsewhere", "_wan_patches_stock_rope"
+
+
+def _function(module: str, function: str, arguments: str, fingerprint: str, binding: str) -> Patch:
+    """Returns a patch of a rotary embedding function, whose binding calls the original where nothing is faster."""
+    edit = Body(replacements=((fingerprint, f"return {_ELSEWHERE}({_ORIGINAL}, {arguments})"),))
+    return _elsewhere(module, function, (edit,), binding, {_ORIGINAL: STOCK})
+
+
+def _nested(module: str, method: str, function: str, arguments: str, fingerprint: str, binding: str) -> Patch:
+    """Returns a patch of the calls of a function that is nested in a method, for queries and for keys."""
+    edits: tuple[Edit, ...] = (
+        Nested(function, frozenset((fingerprint,))),
+        *(
+            Replace(f"{function}({x}, {arguments})", f"{_ELSEWHERE}({function}, {x}, {arguments})")
+            for x in ("query", "key")
+        ),
+    )
+    return _elsewhere(module, method, edits, binding, {})
+
+
+def _elsewhere(module: str, qualname: str, edits: tuple[Edit, ...], binding: str, calls: Mapping[str, object]) -> Patch:
+    return Patch(
+        name="rope",
+        module=f"diffusers.models.{module}",
+        targets=(Target(qualname, edits),),
+        calls={_ELSEWHERE: f"wan_patches.bindings.rope:{binding}", **calls},
+        implementations=_COMPLEX if binding.startswith("complex") else _REAL,
+        since=since(module.rpartition(".")[2]),
+    )
+
+
+_QWEN = "x, freqs_cis, use_real, use_real_unbind_dim"
+
+_RELATIVES = (
+    _function("embeddings", "apply_rotary_emb", f"{_QWEN}, sequence_dim", "48445a32922a9dad", "shared"),
+    *(
+        _function(
+            f"transformers.{module}", "apply_rotary_emb_qwen", _QWEN, "5578cbe3831ec20b", "complex_numbers_of_qwen"
+        )
+        for module in ("transformer_qwenimage", "transformer_qwenimage21")
+    ),
+    _function(
+        "transformers.transformer_nucleusmoe_image",
+        "_apply_rotary_emb_nucleus",
+        _QWEN,
+        "15203d0bfad8a3b8",
+        "complex_numbers_of_qwen",
+    ),
+    *(
+        _nested(module, f"{processor}.__call__", "apply_rotary_emb", "freqs_cis", text, "complex_numbers")
+        for module, processor, text in (
+            ("transformers.transformer_z_image", "ZSingleStreamAttnProcessor", "f67691db5d952475"),
+            ("controlnets.controlnet_z_image", "ZSingleStreamAttnProcessor", "f67691db5d952475"),
+            ("transformers.transformer_bria_fibo2", "BriaFibo2AttnProcessor", "1c1161414e99b1da"),
+        )
+    ),
+    *(
+        _function(
+            f"transformers.{module}",
+            "apply_rotary_emb",
+            "hidden_states, freqs",
+            "df765c5790b20904",
+            "complex_numbers_in_double",
+        )
+        for module in ("transformer_anyflow", "transformer_anyflow_far")
+    ),
+    _function("transformers.transformer_ltx", "apply_rotary_emb", "x, freqs", "ede1cf7514f9921a", "without_heads"),
+    *(
+        _function(
+            f"transformers.{module}", "apply_interleaved_rotary_emb", "x, freqs", "eeda1033f4aa4b50", "without_heads"
+        )
+        for module in ("transformer_ltx2", "transformer_sana_wm_refiner")
+    ),
+    _function(
+        "transformers.transformer_joyimage",
+        "_apply_rotary_emb",
+        "xq, xk, freqs_cis",
+        "545d48c0ef575ffe",
+        "queries_and_keys",
+    ),
+    _function(
+        "transformers.transformer_joyimage_edit_plus",
+        "_apply_rotary_emb_batched",
+        "xq, xk, freqs_cis",
+        "8c9d343a8027d1f1",
+        "queries_and_keys_of_samples",
+    ),
+    _function(
+        "transformers.transformer_longcat_audio_dit",
+        "_apply_rotary_emb",
+        "hidden_states, rope",
+        "714c1dec1771aed5",
+        "half_a_head_apart",
+    ),
+    _nested(
+        "transformers.transformer_kandinsky",
+        "Kandinsky5AttnProcessor.__call__",
+        "apply_rotary",
+        "rotary_emb",
+        "c354bc415df8c726",
+        "through_bfloat16",
+    ),
+    *(
+        _function(f"transformers.{module}", "apply_rotary", "x, rope", "9a56b606740015d3", "matrices")
+        for module in ("transformer_kandinsky6", "transformer_kandinsky6_sr")
+    ),
+    _function("transformers.transformer_prx", "apply_rope", "xq, freqs_cis", "3072f9420b002c00", "matrices"),
+    _function(
+        "transformers.transformer_hidream_image",
+        "apply_rope",
+        "xq, xk, freqs_cis",
+        "ae3c2435cd59e330",
+        "matrices_of_both",
+    ),
+)
 
 PATCHES = (
+    *_RELATIVES,
     # VACE uses Wan's blocks
     patch(f"{_DIFFUSERS}transformer_wan", "WanAttnProcessor.__call__", NESTED, formerly="WanAttnProcessor2_0.__call__"),
     patch(f"{_DIFFUSERS}transformer_wan_animate", "WanAttnProcessor.__call__", NESTED),

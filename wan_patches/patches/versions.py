@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+#: Found by a part of the module's name; the first that fits counts.
 _SINCE = {
     "vace": "0.34",
     "skyreels_v2": "0.35",
@@ -11,6 +12,19 @@ _SINCE = {
     "sana_video": "0.36",
     "helios": "0.37",
     "anyflow": "0.39",
+    "controlnet_z_image": "0.37",
+    "z_image": "0.36",
+    "prx": "0.36",
+    "kandinsky6": "0.42",
+    "kandinsky": "0.36",
+    "ltx2": "0.37",
+    "longcat_audio": "0.38",
+    "nucleusmoe": "0.38",
+    "joyimage_edit": "0.40",
+    "joyimage": "0.39",
+    "qwenimage21": "0.41",
+    "bria_fibo2": "0.42",
+    "sana_wm": "0.42",
 }
 
 

@@ -108,16 +108,24 @@ class Body:
 
     def apply(self, function: ast.FunctionDef) -> None:
         if self.nested is not None:
-            inner = [n for n in ast.walk(function) if isinstance(n, ast.FunctionDef) and n.name == self.nested]
-            if len(inner) != 1:
-                raise Unknown(f"holds {len(inner)} functions named {self.nested}, expected 1")
-            function = inner[0]
+            function = _nested(function, self.nested)
         found = fingerprint(function)
         if found in dict(self.declined):
             raise Unknown(dict(self.declined)[found])
         _require(found, frozenset(dict(self.replacements)), f"the text of {function.name}")
         at = function.body[0]
         function.body = [_fill(statement, {}, at) for statement in ast.parse(dict(self.replacements)[found]).body]
+
+
+@dataclass(frozen=True)
+class Nested:
+    """Requires that a function inside the target has a known text, and leaves it unchanged."""
+
+    name: str
+    fingerprints: frozenset[str]
+
+    def apply(self, function: ast.FunctionDef) -> None:
+        _require(fingerprint(_nested(function, self.name)), self.fingerprints, f"the text of {self.name}")
 
 
 def fingerprint(code: ast.AST | Sequence[ast.AST] | types.FunctionType) -> str:
@@ -381,6 +389,13 @@ def _star(call: ast.Call) -> str | None:
         if isinstance(arg, ast.Starred) and isinstance(arg.value, ast.Name) and arg.value.id.isupper():
             return arg.value.id
     return None
+
+
+def _nested(function: ast.FunctionDef, name: str) -> ast.FunctionDef:
+    inner = [node for node in ast.walk(function) if isinstance(node, ast.FunctionDef) and node.name == name]
+    if len(inner) != 1:
+        raise Unknown(f"holds {len(inner)} functions named {name}, expected 1")
+    return inner[0]
 
 
 def bodies(function: ast.FunctionDef) -> Iterable[list[ast.stmt]]:
