@@ -20,7 +20,17 @@ from rich.console import Group
 from rich.table import Table
 
 from wan_patches.bench.measure import DTYPES, identical, in_turns, using_threads, write_rows
-from wan_patches.ops import conditioning, frames, fused_norm, modulation, norm_silu, rms_norm, rope
+from wan_patches.ops import (
+    conditioning,
+    frames,
+    fused_norm,
+    modulation,
+    norm_silu,
+    rms_norm,
+    rope,
+    rope_complex,
+    rope_per_channel,
+)
 from wan_patches.ops import images as pictures
 from wan_patches.ops.dispatch import SMALL, Op
 from wan_patches.ops.modulation import RowPerToken, SegmentedModulation
@@ -163,6 +173,19 @@ def _of_tokens(device: torch.device, dtype: torch.dtype, quick: bool) -> Iterato
             for seq in _lengths(rope.apply_rotary_emb, width, device, dtype, quick):
                 shape = f"1x{seq}x{width // _HEAD}x{_HEAD}"
                 yield Sample(op, _LAYOUTS[0], shape, functools.partial(_for_rope, seq, width, both))
+        for seq in _lengths(rope_per_channel.apply_rotary_emb_per_channel, width, device, dtype, quick):
+            shape = f"1x{seq}x{width // _HEAD}x{_HEAD}"
+            make = functools.partial(_for_rope_in_halves, seq, width)
+            yield Sample(rope_per_channel.apply_rotary_emb_per_channel, "pairs half a head apart", shape, make)
+        for precision in (torch.float32, torch.float64):
+            for seq in _lengths(rope_complex.apply_complex_rotary_emb, width, device, dtype, quick):
+                if precision == torch.float32 and on_cpu:
+                    seq *= 2  # less is cast: see the op
+                shape = f"1x{seq}x{width // _HEAD}x{_HEAD}"
+                make = functools.partial(_for_complex_rope, seq, width, precision)
+                yield Sample(
+                    rope_complex.apply_complex_rotary_emb, f"products in {precision}".replace("torch.", ""), shape, make
+                )
 
 
 def _lengths(op: Op[Any, Any], width: int, device: torch.device, dtype: torch.dtype, quick: bool) -> Iterable[int]:
@@ -206,6 +229,18 @@ def _for_rope(seq: int, dim: int, both: bool, device: torch.device, dtype: torch
     angles = torch.rand(1, seq, 1, _HEAD // 2, device=device) * 100
     x = [torch.randn(1, seq, dim // _HEAD, _HEAD).to(device, dtype) for _ in range(1 + both)]
     return *x, angles.cos(), angles.sin()
+
+
+def _for_rope_in_halves(seq: int, dim: int, device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
+    x, cos, sin = _for_rope(seq, dim, False, device, dtype)
+    return x, cos, cos, sin, sin, True
+
+
+def _for_complex_rope(
+    seq: int, dim: int, precision: torch.dtype, device: torch.device, dtype: torch.dtype
+) -> tuple[Any, ...]:
+    x, cos, sin = _for_rope(seq, dim, False, device, dtype)
+    return x, torch.complex(cos.to(precision), sin.to(precision)), precision
 
 
 # Pictures and videos

@@ -153,6 +153,7 @@ def _cases(quick: bool) -> list[Case]:
         blocks.append(_block((1, 4095, 1536), "Helios, two rows", split_index=2559))
     return [
         *cases,
+        *_relatives(1024 if quick else 4096),
         *(blocks if quick else [_block((1, 4095, 5120)), *blocks]),
         *_strided_blocks(),
         _qk_norms((1, 4095, 1536)),
@@ -220,6 +221,88 @@ def _helios_rope(shape: tuple[int, int, int, int]) -> Case:
         return lambda: stock(x, both), lambda: patched(x, both)
 
     return Case("rope, Helios", _by(shape), make)
+
+
+def _relatives(seq: int) -> list[Case]:
+    """Returns the rotary embeddings of other models, at their published numbers of heads and channels."""
+
+    def angles(dim: int, device: torch.device) -> torch.Tensor:
+        return torch.rand(seq, dim // 2).to(device) * 100
+
+    def neighbours(dim: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        full = angles(dim, device).repeat_interleave(2, dim=-1)
+        return full.cos(), full.sin()
+
+    def halves(dim: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        full = torch.cat([angles(dim, device)] * 2, dim=-1)
+        return full.cos(), full.sin()
+
+    def numbers(dim: int, device: torch.device) -> torch.Tensor:
+        found = angles(dim, device)
+        return torch.polar(torch.ones_like(found), found)
+
+    def matrices(dim: int, device: torch.device) -> torch.Tensor:
+        found = angles(dim, device)
+        return torch.stack((found.cos(), -found.sin(), found.sin(), found.cos()), dim=-1).unflatten(-1, (2, 2))
+
+    shared = "embeddings", "apply_rotary_emb"
+    of_tokens, of_heads = (1, seq, 24, 128), (1, 24, seq, 128)
+    found = [
+        _relative("Flux", *shared, of_tokens, neighbours, True, -1, 1),
+        _relative("HunyuanDiT, CogVideoX", *shared, of_heads, neighbours),
+        _relative("Cosmos, CogView 4", *shared, of_heads, halves, True, -2),
+        _relative(
+            "LTX-Video",
+            "transformers.transformer_ltx",
+            "apply_rotary_emb",
+            (1, seq, 2048),
+            lambda dim, device: tuple(table[None] for table in neighbours(dim, device)),
+        ),
+        _relative(
+            "Qwen-Image", "transformers.transformer_qwenimage", "apply_rotary_emb_qwen", of_tokens, numbers, False
+        ),
+    ]
+    if _has("transformer_anyflow"):
+        found.append(
+            _relative(
+                "AnyFlow",
+                "transformers.transformer_anyflow",
+                "apply_rotary_emb",
+                of_tokens,
+                lambda dim, device: numbers(dim, device)[None, :, None].to(torch.complex128),
+            )
+        )
+    if _has("transformer_hidream_image"):
+        found.append(
+            _relative(
+                "HiDream, queries and keys",
+                "transformers.transformer_hidream_image",
+                "apply_rope",
+                (1, seq, 20, 128),
+                lambda dim, device: matrices(dim, device)[None, :, None],
+                both=True,
+            )
+        )
+    return found
+
+
+def _relative(
+    model: str,
+    module: str,
+    function: str,
+    shape: tuple[int, ...],
+    table: Callable[[int, torch.device], Any],
+    *options: Any,
+    both: bool = False,
+) -> Case:
+    def make(device: torch.device, dtype: torch.dtype) -> tuple[Call, Call]:
+        of_models: Any = importlib.import_module(f"diffusers.models.{module}")
+        stock, patched = _both(lambda: _method(of_models, function))
+        xs = [torch.randn(shape).to(device, dtype) for _ in range(1 + both)]
+        tables = table(shape[-1], device)
+        return lambda: stock(*xs, tables, *options), lambda: patched(*xs, tables, *options)
+
+    return Case(f"rope, {model}", _by(shape), make)
 
 
 def _strided_blocks() -> list[Case]:
