@@ -102,7 +102,7 @@ CASES = {
         name: Case(
             f"transformers.transformer_{name}",
             "apply_rotary_emb",
-            lambda d: (_queries(d), _numbers(1, dtype=torch.complex128).unsqueeze(2)),
+            lambda d: (_queries(d, heads_first=True), _numbers(1, 1, dtype=torch.complex128)),
             HALVES,
         )
         for name in ("anyflow", "anyflow_far")

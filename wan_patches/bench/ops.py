@@ -268,8 +268,8 @@ def _relatives(seq: int) -> list[Case]:
                 "AnyFlow",
                 "transformers.transformer_anyflow",
                 "apply_rotary_emb",
-                of_tokens,
-                lambda dim, device: numbers(dim, device)[None, :, None].to(torch.complex128),
+                of_heads,
+                lambda dim, device: numbers(dim, device)[None, None].to(torch.complex128),
             )
         )
     if _has("transformer_hidream_image"):

@@ -108,8 +108,11 @@ def matrices_of_both(
 
 def through_bfloat16(stock: Stock, x: torch.Tensor, freqs_cis: torch.Tensor) -> torch.Tensor:
     """The function of Kandinsky 5, which returns bf16 for queries and keys of any dtype."""
-    if torch.compiler.is_compiling() or x.dtype not in (torch.float32, torch.bfloat16):  # others are rounded twice
+    if torch.compiler.is_compiling():
         return stock(x, freqs_cis)  # type: ignore[no-any-return]
+    if x.dtype not in (torch.float32, torch.bfloat16):
+        reason = "fp16 would be rounded twice, as stock rounds to bf16"
+        return _stock(apply_rotary_emb, reason, stock, x, freqs_cis)  # type: ignore[no-any-return]
     return matrices(stock, x, freqs_cis).to(torch.bfloat16)
 
 
@@ -118,7 +121,7 @@ def complex_numbers(stock: Stock, x: torch.Tensor, freqs: torch.Tensor) -> torch
 
     x: `(batch, seq, heads, head_dim)`; `freqs`: complex, `(seq, head_dim / 2)` or `(batch, seq, head_dim / 2)`.
     """
-    return _by_complex_numbers(stock, x, freqs, torch.float32, heads_axis=True)
+    return _by_complex_numbers(stock, x, freqs, torch.float32)
 
 
 def complex_numbers_of_qwen(
@@ -135,15 +138,18 @@ def complex_numbers_of_qwen(
 def complex_numbers_in_double(stock: Stock, x: torch.Tensor, freqs: torch.Tensor) -> torch.Tensor:
     """The function of AnyFlow, in double precision where the device has it.
 
-    x: `(batch, seq, heads, head_dim)`; `freqs`: complex, `(1, seq, 1, head_dim / 2)`.
+    x: `(batch, heads, seq, head_dim)`; `freqs`: complex, `(1, 1, seq, head_dim / 2)`.
     """
-    return _by_complex_numbers(stock, x, freqs, torch.float64, heads_axis=False)
+    return _by_complex_numbers(stock, x, freqs, torch.float64, heads_first=True)
 
 
 def _by_complex_numbers(
-    stock: Stock, x: torch.Tensor, freqs: torch.Tensor, dtype: torch.dtype, heads_axis: bool
+    stock: Stock, x: torch.Tensor, freqs: torch.Tensor, dtype: torch.dtype, heads_first: bool = False
 ) -> torch.Tensor:
-    """Casts `x` to `dtype` and multiplies its pairs; `heads_axis`: whether `freqs` lack the axis of the heads."""
+    """Casts `x` to `dtype` and multiplies its pairs.
+
+    heads_first: whether `freqs` have an axis for the heads, and heads and tokens are exchanged in both.
+    """
     if torch.compiler.is_compiling():
         return stock(x, freqs)  # type: ignore[no-any-return]
     op = apply_complex_rotary_emb
@@ -154,11 +160,13 @@ def _by_complex_numbers(
     if reason is None and not x.is_cpu:
         reason = "products of complex numbers are rounded differently on each kind of device"
     if reason is None:
-        table = freqs.unsqueeze(-2) if heads_axis else freqs
+        table = freqs if heads_first else freqs.unsqueeze(-2)
         table = table[None] if table.dim() == 3 else table
         reason = None if x.dim() == table.dim() == 4 else _UNUSUAL
     if reason is not None:
         return _stock(op, reason, stock, x, freqs)  # type: ignore[no-any-return]
+    if heads_first:
+        return op(x.transpose(1, 2), table.transpose(1, 2), dtype).transpose(1, 2)
     return op(x, table, dtype)
 
 
@@ -184,10 +192,12 @@ def _rotated(
         reason = _UNUSUAL
     reason = reason or (OBSERVED if is_observed(*xs, *freqs) else None)
     if reason is None:
-        cos, sin = (shaped(table.to(xs[0].device)) for table in freqs)
-        usual = cos.shape == sin.shape and cos.dtype == sin.dtype == torch.float32 and cos.dim() == 4
+        cos, sin = (shaped(table.to(xs[0].device)) for table in freqs)  # half dtypes are promoted to fp32
+        usual = cos.shape == sin.shape and cos.dim() == 4 and cos.dtype in DTYPES and sin.dtype in DTYPES
         if not usual or not all(_fits(cos, x, heads_first) for x in xs):
             reason = _UNUSUAL
+    if reason is None:
+        cos, sin = cos.float(), sin.float()
     if reason is None and halves:
         (cos_first, cos_second), (sin_first, sin_second) = cos.chunk(2, dim=-1), sin.chunk(2, dim=-1)
     elif reason is None:
@@ -212,7 +222,8 @@ def _by_matrices(stock: Stock, xs: tuple[torch.Tensor, ...], freqs_cis: torch.Te
         seq_axis = 2 if heads_first else 1
         usual = all(
             x.dim() == 4
-            and x.is_contiguous()  # of others stock changes the order in memory
+            # of others stock changes the order in memory
+            and (x.is_contiguous() or (heads_first and x.transpose(1, 2).is_contiguous()))
             and table.shape in [(b, *table.shape[1:3], x.shape[3] // 2, 2, 2) for b in (1, x.shape[0])]
             and table.shape[seq_axis] == x.shape[seq_axis]
             and table.shape[3 - seq_axis] == 1

@@ -2,7 +2,7 @@
 
 Covers their RMS norms, and the rotary embedding of both in one call. The rotary embedding function itself belongs to
 the `rope` patch, because other code, in other libraries too, calls it differently. Unchanged is AnyFlow's attention:
-its norms are of diffusers' own class, which rounds differently from torch's, and its rotary tables are complex numbers.
+its norms are of diffusers' own class, which rounds differently from torch's.
 """
 
 from __future__ import annotations

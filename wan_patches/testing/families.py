@@ -478,7 +478,7 @@ _PYRAMID: dict[str, Any] = {
     "pyramid_num_inference_steps_list": [],  # filled in by `inputs`
 }
 
-_ANYFLOW = frozenset({"rope", "qk", "step_loop"})
+_ANYFLOW = frozenset({"qk", "step_loop"})
 
 FAMILIES: Mapping[str, Family] = {
     family.name: family
