@@ -1,0 +1,117 @@
+"""Models that share Wan's rotary embedding: stock diffusers against the same diffusers patched."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import wan_patches
+from wan_patches.patching import tally
+from wan_patches.testing.relatives import RELATIVES, available
+
+# tiny models take the way of large ones
+pytestmark = [pytest.mark.upstream, pytest.mark.usefixtures("one_thread", "any_size")]
+
+DTYPES = [torch.bfloat16, torch.float32, torch.float16]
+HALF = (torch.bfloat16, torch.float16)
+
+#: Those with tables of complex numbers in single precision, which fp32 needs no cast for.
+SINGLE = ("lumina", "qwen_image", "qwen_image_2.1", "nucleus", "z_image", "z_image_controlnet", "bria_fibo2")
+NOT_CAST = "nothing is cast, and stock's operations are the fastest"
+
+#: Those that take no fast form yet, with the dtypes: the bits are stock's all the same.
+NOT_YET = {
+    "prx": (DTYPES, "its queries have the heads first, but not in memory"),
+    "ace_step": (HALF, "its tables are rounded to the dtype of the model"),
+    "longcat_audio": (HALF, "its tables are rounded to the dtype of the model"),
+}
+UNUSUAL = "the queries or the tables do not have the usual shapes"
+
+
+def _stock(name, model, dtype):
+    try:
+        return RELATIVES[name].run(model, dtype=dtype)
+    except RuntimeError as error:
+        if dtype == torch.float32:
+            raise
+        pytest.skip(f"stock itself fails: {error}")  # half precision on CPUs, in some older versions
+
+
+def _check(name, dtype, patches=None):
+    """Compares the bits, and returns the ways of the calls for a rotary embedding."""
+    model = RELATIVES[name].build(dtype=dtype)
+    stock = _stock(name, model, dtype)
+    tally.reset()
+    with wan_patches.enabled(patches):
+        patched = RELATIVES[name].run(model, dtype=dtype)
+    ways = {way for way in tally.counted() if way.op.startswith("rotary embedding")}
+    assert stock.isfinite().all()
+    assert stock.std() > 0
+    assert (patched.dtype, patched.stride()) == (stock.dtype, stock.stride())
+    assert torch.equal(patched, stock)
+    return ways
+
+
+def _check_ways(name, dtype, ways):
+    dtypes, why = NOT_YET.get(name, ((), ""))
+    reasons = {way.reason for way in ways}
+    if name in SINGLE and dtype == torch.float32:
+        assert reasons == {NOT_CAST}
+    elif name == "kandinsky5" and dtype == torch.float16:
+        assert not ways  # it rounds twice, which no form does
+    elif dtype in dtypes:
+        assert reasons == {UNUSUAL}
+        pytest.xfail(why)
+    else:
+        assert reasons == {""}
+        assert all(way.is_fast for way in ways)
+
+
+@pytest.mark.parametrize("name", available())
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_latents_are_bit_identical_and_fast_forms_make_them(name, dtype):
+    _check_ways(name, dtype, _check(name, dtype, ["rope"]))
+
+
+@pytest.mark.parametrize("name", available())
+def test_all_patches_together(name):
+    _check_ways(name, torch.bfloat16, _check(name, torch.bfloat16))
+
+
+_COMPILED = ("flux", "qwen_image", "kandinsky5", "prx", "ltx")  # one of each kind of tables, and PRX
+
+
+@pytest.mark.parametrize("name", [n for n in _COMPILED if n in available()])
+def test_compiled_transformers_are_bit_identical(name):
+    results = []
+    for patches in ([], ["rope"]):
+        torch.compiler.reset()
+        pipe = RELATIVES[name].build()
+        pipe.transformer.compile(backend="eager", fullgraph=True)
+        with wan_patches.enabled(patches):
+            try:
+                results.append(RELATIVES[name].run(pipe))
+            except torch._dynamo.exc.Unsupported as error:
+                if patches:
+                    raise
+                pytest.skip(f"stock itself does not compile as one graph: {str(error).splitlines()[0]}")
+    assert results[0].isfinite().all()
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_adapter_on_attention(dtype):
+    peft = pytest.importorskip("peft")
+    relative = RELATIVES["flux"]
+    pipe = relative.build(dtype=dtype)
+    without = relative.run(pipe, dtype=dtype)
+    torch.manual_seed(0)
+    projections = ["to_q", "to_k", "to_v", "to_out.0"]
+    pipe.transformer.add_adapter(peft.LoraConfig(r=4, init_lora_weights=False, target_modules=projections))
+    stock = relative.run(pipe, dtype=dtype)
+    tally.reset()
+    with wan_patches.enabled():
+        patched = relative.run(pipe, dtype=dtype)
+    assert not torch.equal(stock, without)
+    assert torch.equal(patched, stock)
+    assert {way.is_fast for way in tally.counted() if way.op.startswith("rotary embedding")} == {True}
