@@ -52,6 +52,7 @@ LONG = (
     "test_examples.py",
     "pipelines/test_streaming.py",
     "upstream/test_streaming.py",
+    "upstream/test_relatives.py",
     "diagnostics/test_doctor.py",
     "bench/test_model.py",
     "ops/triton/test_close.py",

@@ -153,6 +153,12 @@ CASES = {
         lambda d: (_queries(d, heads_first=True).contiguous(), _matrices(BATCH, 1)),
         ROWS,
     ),
+    "prx, in the order of a projection": Case(
+        "transformers.transformer_prx",
+        "apply_rope",
+        lambda d: (_queries(d, heads_first=True), _matrices(BATCH, 1)),
+        ROWS,
+    ),
     "hidream": Case(
         "transformers.transformer_hidream_image",
         "apply_rope",
@@ -232,7 +238,6 @@ def test_wrong_arguments_raise_the_errors_of_stock(x, tables, options, any_size)
         (torch.float64, torch.float32),
         (torch.float32, torch.float64),
         (torch.bfloat16, torch.float64),
-        (torch.bfloat16, torch.bfloat16),
     ],
     ids=str,
 )
@@ -243,6 +248,13 @@ def test_unusual_dtypes_and_shapes_have_the_bits_of_stock(x_dtype, table_dtype, 
     x = torch.randn(1, seq, 4, 64, dtype=torch.float64).to(x_dtype)
     cos, sin = (table.to(table_dtype) for table in _of_neighbours())
     assert _check(_shared(), (x, [cos, sin], True, unbind, 1)) == {""}
+
+
+@pytest.mark.parametrize("unbind", [-1, -2])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_tables_in_half_dtypes(dtype, unbind, any_size):
+    tables = [table.to(dtype) for table in (_of_neighbours() if unbind == -1 else _of_halves())]
+    assert _check(_shared(), (_queries(dtype), tables, True, unbind, 1)) == {ROWS if unbind == -1 else HALVES}
 
 
 @pytest.mark.parametrize("dim", [2, 6, 44, 96, 120, 128])

@@ -13,19 +13,11 @@ from wan_patches.testing.relatives import RELATIVES, available
 pytestmark = [pytest.mark.upstream, pytest.mark.usefixtures("one_thread", "any_size")]
 
 DTYPES = [torch.bfloat16, torch.float32, torch.float16]
-HALF = (torch.bfloat16, torch.float16)
 
 #: Those with tables of complex numbers in single precision, which fp32 needs no cast for.
 SINGLE = ("lumina", "qwen_image", "qwen_image_2.1", "nucleus", "z_image", "z_image_controlnet", "bria_fibo2")
 NOT_CAST = "nothing is cast, and stock's operations are the fastest"
-
-#: Those that take no fast form yet, with the dtypes: the bits are stock's all the same.
-NOT_YET = {
-    "prx": (DTYPES, "its queries have the heads first, but not in memory"),
-    "ace_step": (HALF, "its tables are rounded to the dtype of the model"),
-    "longcat_audio": (HALF, "its tables are rounded to the dtype of the model"),
-}
-UNUSUAL = "the queries or the tables do not have the usual shapes"
+TWICE = "fp16 would be rounded twice, as stock rounds to bf16"
 
 
 def _stock(name, model, dtype):
@@ -53,15 +45,11 @@ def _check(name, dtype, patches=None):
 
 
 def _check_ways(name, dtype, ways):
-    dtypes, why = NOT_YET.get(name, ((), ""))
     reasons = {way.reason for way in ways}
     if name in SINGLE and dtype == torch.float32:
         assert reasons == {NOT_CAST}
     elif name == "kandinsky5" and dtype == torch.float16:
-        assert not ways  # it rounds twice, which no form does
-    elif dtype in dtypes:
-        assert reasons == {UNUSUAL}
-        pytest.xfail(why)
+        assert reasons == {TWICE}
     else:
         assert reasons == {""}
         assert all(way.is_fast for way in ways)

@@ -197,14 +197,7 @@ def _rotated(
         if not usual or not all(_fits(cos, x, heads_first) for x in xs):
             reason = _UNUSUAL
     if reason is None:
-        cos, sin = cos.float(), sin.float()
-    if reason is None and halves:
-        (cos_first, cos_second), (sin_first, sin_second) = cos.chunk(2, dim=-1), sin.chunk(2, dim=-1)
-    elif reason is None:
-        cos_first, cos_second, sin_first, sin_second = cos[..., 0::2], cos[..., 1::2], sin[..., 0::2], sin[..., 1::2]
-    if reason is None:
-        tables = cos_first, cos_second, sin_first, sin_second
-        rotated = _by_pairs(xs, tables, halves, heads_first)
+        rotated = _by_pairs(xs, *_split(cos.float(), halves), *_split(sin.float(), halves), halves, heads_first)
         if rotated is not None:
             return rotated
     return _tuple(_stock(op, reason or _UNLIKE, stock, *xs, freqs))
@@ -235,7 +228,7 @@ def _by_matrices(stock: Stock, xs: tuple[torch.Tensor, ...], freqs_cis: torch.Te
     if reason is None:
         table = table.transpose(1, 2) if heads_first else table
         (cos_first, minus_sin), (sin, cos_second) = (row.unbind(-1) for row in table.unbind(-2))
-        rotated = _by_pairs(xs, (cos_first, cos_second, -minus_sin, sin), False, heads_first)
+        rotated = _by_pairs(xs, cos_first, cos_second, -minus_sin, sin, False, heads_first)
         if rotated is not None:
             return rotated
     return _tuple(_stock(op, reason or _UNLIKE, stock, *xs, freqs_cis))
@@ -243,13 +236,15 @@ def _by_matrices(stock: Stock, xs: tuple[torch.Tensor, ...], freqs_cis: torch.Te
 
 def _by_pairs(
     xs: tuple[torch.Tensor, ...],
-    tables: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    cos_first: torch.Tensor,
+    cos_second: torch.Tensor,
+    sin_first: torch.Tensor,
+    sin_second: torch.Tensor,
     halves: bool,
     heads_first: bool,
 ) -> tuple[torch.Tensor, ...] | None:
-    """Rotates by cosines of first channels, of second ones, and sines likewise; None if stock is to do it."""
+    """Rotates by tables for the first and the second channels of all pairs; None if stock is to do it."""
     tokens_first = [x.transpose(1, 2) for x in xs] if heads_first else xs
-    cos_first, cos_second, sin_first, sin_second = tables
     if halves or not cos_first.is_cpu:
         rotated = [
             apply_rotary_emb_per_channel(x, cos_first, cos_second, sin_first, sin_second, halves) for x in tokens_first
@@ -259,6 +254,12 @@ def _by_pairs(
     else:
         return None
     return tuple(x.transpose(1, 2) if heads_first else x for x in rotated)
+
+
+def _split(table: torch.Tensor, halves: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the values for the first and for the second channels of all pairs."""
+    first, second = table.chunk(2, dim=-1) if halves else (table[..., 0::2], table[..., 1::2])
+    return first, second
 
 
 def _fits(table: torch.Tensor, x: torch.Tensor, heads_first: bool) -> bool:
