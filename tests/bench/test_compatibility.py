@@ -151,3 +151,27 @@ def test_no_recorded_version_differs():
     records = read_json(RECORDS)
     assert records
     assert all(row.identical for record in records.values() for row in record)
+
+
+def test_models_of_other_families_have_rows():
+    from wan_patches.bench.compatibility import measure_others, others
+
+    rows = measure_others(["flux", "qwen_image"])
+    assert [(row.family, row.patches, row.identical) for row in rows] == [
+        ("flux", ("rope",), True),
+        ("qwen_image", ("rope",), True),
+    ]
+    assert all(fast == total > 0 for row in rows for fast, total in row.calls.values())
+    text = others(rows)
+    assert "| flux | `FluxPipeline` | rope | 12 of 12 | yes |" in text
+    with pytest.raises(MeasurementError, match="flux"):
+        measure_others(["nothing"])
+
+
+def test_record_of_other_families_is_exact_and_fast():
+    *_, newest = read_json(RECORDS.with_name("compatibility-others")).values()
+    assert len(newest) > 35
+    for row in newest:
+        assert row.identical
+        assert row.calls
+        assert all(fast == total for fast, total in row.calls.values()), row.family

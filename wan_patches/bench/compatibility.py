@@ -13,7 +13,7 @@ import gc
 import inspect
 import json
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -31,6 +31,7 @@ from wan_patches.bench.measure import MeasurementError, identical
 from wan_patches.diagnostics.call_tracing import tracing_calls
 from wan_patches.ops.dispatch import at_any_size
 from wan_patches.patching import tally
+from wan_patches.testing import relatives
 from wan_patches.testing.families import FAMILIES, Family, available
 
 
@@ -84,6 +85,23 @@ def measure(families: Iterable[str] = (), production: bool = False) -> list[Row]
             rows.append(_row(FAMILIES[name], production))
             gc.collect()  # pipelines are in reference cycles; wide ones would fill the memory
     return rows
+
+
+def measure_others(names: Iterable[str] = ()) -> list[Row]:
+    """Runs models of other families, which share only the rotary embedding, once stock and once patched, on the CPU.
+
+    Args:
+        names: names in `wan_patches.testing.relatives.RELATIVES`; by default, all that the installed diffusers has.
+
+    Raises:
+        MeasurementError: a name is unknown, or missing from the installed diffusers.
+    """
+    there = relatives.available()
+    names = list(names) or there
+    if missing := [name for name in names if name not in there]:
+        raise MeasurementError(f"Unknown model {missing[0]!r}; this diffusers has: {', '.join(there)}.")
+    with at_any_size():
+        return [_other(relatives.RELATIVES[name]) for name in names]
 
 
 def table(rows: Iterable[Row]) -> Table:
@@ -211,6 +229,20 @@ _LONGER: dict[str, dict[str, Any]] = {
 _TEXT = "max_sequence_length"  # the published pipelines pad prompts to 512 tokens
 
 
+def others(rows: Iterable[Row]) -> str:
+    """Returns the table of models of other families, with the reasons for calls in stock's operations below."""
+    lines = [["model", "run here as", "patches", "calls by forms", "same bits"], ["---"] * 5]
+    slow: dict[str, list[str]] = {}
+    for row in rows:
+        taken, total = tally.total(row.calls.values())
+        bits = "yes" if row.identical else "**no**"
+        lines.append([row.family, f"`{row.pipeline}`", ", ".join(row.patches), f"{taken} of {total}", bits])
+        for why in row.reasons.values():
+            for reason, calls in why.items():
+                slow.setdefault(reason, []).append(f"{row.family} {calls}")
+    return _page(lines, [f"- {reason}: {', '.join(where)}" for reason, where in slow.items()])
+
+
 def _page(lines: Iterable[Iterable[str]], notes: list[str]) -> str:
     """Returns a table in Markdown, with the notes below it."""
     return "\n".join([f"| {' | '.join(line)} |" for line in lines] + [""] * bool(notes) + notes)
@@ -227,6 +259,17 @@ def _row(family: Family, production: bool) -> Row:
     except RuntimeError:  # stock itself fails in bf16: Wan-Animate in diffusers 0.36
         pipe = family.build(**config | {"dtype": torch.float32})
         stock = _video(pipe, family, inputs)
+    return _compared(family.name, pipe, stock, lambda: _video(pipe, family, inputs))
+
+
+def _other(relative: relatives.Relative) -> Row:
+    model = relative.build(dtype=torch.bfloat16)
+    stock = relative.run(model, dtype=torch.bfloat16)
+    return _compared(relative.name, model, stock, lambda: relative.run(model, dtype=torch.bfloat16))
+
+
+def _compared(name: str, pipe: Any, stock: Any, run: Callable[[], Any]) -> Row:
+    """Runs a model with all patches, and returns the row; `stock`: its result without."""
     called: set[str] = set()
     tally.reset()
     with wan_patches.enabled():
@@ -239,14 +282,14 @@ def _row(family: Family, production: bool) -> Row:
             called.update(names[id(frame.f_code)])
 
         with tracing_calls(codes, on_call=note):
-            patched = _video(pipe, family, inputs)
+            patched = run()
         modules, status = _modules(pipe), wan_patches.status()
         skipped = {report.name: report.reason for report in status.skipped() if report.module in modules}
         counts = sorted(wan_patches._registry.calls({}).items())
-    calls = {name: count for name, count in counts if name not in _OF_ACCELERATORS}
+    calls = {patch: count for patch, count in counts if patch not in _OF_ACCELERATORS}
     reasons = _reasons(report for report in status.reports if report.name not in _OF_ACCELERATORS)
     same = identical(stock, patched)
-    return Row(family.name, type(pipe).__name__, tuple(sorted(called)), skipped, same, calls, reasons)
+    return Row(name, type(pipe).__name__, tuple(sorted(called)), skipped, same, calls, reasons)
 
 
 def _reasons(reports: Iterable[wan_patches.Report]) -> dict[str, dict[str, int]]:

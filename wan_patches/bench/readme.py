@@ -258,6 +258,11 @@ def _production(results: Path) -> str:
     return compatibility.shares(newest)
 
 
+def _other_models(results: Path) -> str:
+    *_, newest = compatibility.read_json(results / "compatibility-others").values()
+    return compatibility.others(newest)
+
+
 _OTHERS = {"named segments": "named segments", "torch.mp": "torch.multiprocessing", "pickle": "pickle"}
 
 TABLES: dict[str, Callable[[Path], str]] = {
@@ -269,6 +274,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "transport": _transport,
     "compatibility": lambda results: compatibility.markdown(compatibility.read_json(results / "compatibility")),
     "production": _production,
+    "others": _other_models,
 }
 
 

@@ -246,16 +246,21 @@ def compatibility(
     production: Annotated[
         bool, typer.Option("--production", help="Use forms only at sizes where they are fast, as in production. Slow.")
     ] = False,
+    others: Annotated[
+        bool, typer.Option("--others", help="Run models of other families, which share only the rotary embedding.")
+    ] = False,
 ) -> None:
     """Run each pipeline stock and patched: active patches, calls served by forms, bit equality.
 
     Exits with status 1 if a single bit differs.
     """
+    if others and production:
+        raise typer.BadParameter("--others has no production sizes; leave out one of the two")
     shared.preflight(check_folder, json)
     with shared.errors("bench"):
         from wan_patches.bench import compatibility as run
 
-        rows = run.measure(families or (), production)
+        rows = run.measure_others(families or ()) if others else run.measure(families or (), production)
         typer.echo(text(run.table(rows)))
     different = [row.family for row in rows if not row.identical]
     shared.end(different, (json, lambda path: run.write_json(path, rows)))
