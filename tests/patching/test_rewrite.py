@@ -12,7 +12,7 @@ import weakref
 import pytest
 
 from wan_patches.patching import codeswap
-from wan_patches.patching.rewrite import Block, Body, Replace, Unknown, fingerprint, parse, rewritten
+from wan_patches.patching.rewrite import Block, Body, Nested, Replace, Unknown, fingerprint, parse, rewritten
 
 SOURCE = '''
 """A module to patch."""
@@ -122,6 +122,17 @@ def test_body_and_block_are_matched_by_fingerprint(module):
     declined = ((fingerprint(statements), "for a reason"),)
     with pytest.raises(Unknown, match="for a reason"):
         rewritten(module.Model.scale, [Block("z = y", "z = z.real", "z = y", frozenset(), declined)])
+
+
+def test_nested_function_of_known_text_is_required_and_left(module):
+    function = module.Model.scale
+    nested = next(node for node in ast.walk(parse(function)) if getattr(node, "name", "") == "rotate")
+    known = Nested("rotate", frozenset((fingerprint(nested),)))
+    assert rewritten(function, [known]) == function.__code__
+    with pytest.raises(Unknown, match="the text of rotate is not known"):
+        rewritten(function, [Nested("rotate", frozenset(("0" * 16,)))])
+    with pytest.raises(Unknown, match="holds 0 functions named turn"):
+        rewritten(function, [Nested("turn", frozenset())])
 
 
 def test_fingerprints_ignore_code_without_meaning(tmp_path):

@@ -1,0 +1,1 @@
+"""A patch for Allegro, installed beside wan-patches and found by it."""
