@@ -320,3 +320,18 @@ def test_input_is_unchanged_and_the_result_shares_no_memory(any_size):
             result = function(x, *others)
         assert torch.equal(x, copy)
         assert result.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_devices_without_a_form_are_left_to_stock(name, any_size):
+    def on_meta(value: Any) -> Any:
+        if isinstance(value, (tuple, list)):
+            return tuple(map(on_meta, value))
+        return value.to("meta") if isinstance(value, torch.Tensor) else value
+
+    function, arguments = _function(CASES[name]), on_meta(CASES[name].arguments(torch.bfloat16))
+    stock = _tensors(function(*arguments))
+    with wan_patches.enabled(["rope"]):
+        patched = _tensors(function(*arguments))
+    assert [(x.shape, x.dtype, x.stride()) for x in patched] == [(x.shape, x.dtype, x.stride()) for x in stock]
+    assert {way.form for way in tally.counted()} == {""}

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from wan_patches.ops.dispatch import OBSERVED, Op
+from wan_patches.ops import triton
+from wan_patches.ops.dispatch import NO_FORM, OBSERVED, Op
 from wan_patches.ops.rope import DTYPES, apply_rotary_emb
 from wan_patches.ops.rope_complex import apply_complex_rotary_emb
 from wan_patches.ops.rope_per_channel import apply_rotary_emb_per_channel
@@ -196,6 +197,7 @@ def _rotated(
         usual = cos.shape == sin.shape and cos.dim() == 4 and cos.dtype in DTYPES and sin.dtype in DTYPES
         if not usual or not all(_fits(cos, x, heads_first) for x in xs):
             reason = _UNUSUAL
+    reason = reason or _reason_against_device(xs[0])
     if reason is None:
         rotated = _by_pairs(xs, *_split(cos.float(), halves), *_split(sin.float(), halves), halves, heads_first)
         if rotated is not None:
@@ -224,7 +226,7 @@ def _by_matrices(stock: Stock, xs: tuple[torch.Tensor, ...], freqs_cis: torch.Te
             and x.dtype in DTYPES
             for x in xs
         )
-        reason = None if usual and table.dtype == torch.float32 else _UNUSUAL
+        reason = _reason_against_device(xs[0]) if usual and table.dtype == torch.float32 else _UNUSUAL
     if reason is None:
         table = table.transpose(1, 2) if heads_first else table
         (cos_first, minus_sin), (sin, cos_second) = (row.unbind(-1) for row in table.unbind(-2))
@@ -254,6 +256,10 @@ def _by_pairs(
     else:
         return None
     return tuple(x.transpose(1, 2) if heads_first else x for x in rotated)
+
+
+def _reason_against_device(x: torch.Tensor) -> str | None:
+    return None if x.is_cpu or triton.is_usable(x.device) else NO_FORM
 
 
 def _split(table: torch.Tensor, halves: bool) -> tuple[torch.Tensor, torch.Tensor]:
