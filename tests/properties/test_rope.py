@@ -1,4 +1,4 @@
-"""Every rotary embedding that is patched, against what the installed diffusers has there."""
+"""Rotary embeddings that are patched, against what the installed diffusers has there."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from strategies import FLOATS, Drawn, amounts, assert_same, hunt, nested, outcome, patched, tensors
 
-from wan_patches.ops import rope
+from wan_patches.ops import rope, rope_per_channel
 from wan_patches.ops.dispatch import at_any_size
+from wan_patches.patches.rope import CALL
 
 pytestmark = pytest.mark.upstream
 
@@ -63,6 +64,8 @@ def test_rotary_embeddings_have_the_bits_of_stock(packed, examples, monkeypatch)
     with patched("rope") as places:
         pairs = {}
         for place in places:
+            if CALL not in place.patch.calls:  # other models' functions have other arguments: see below
+                continue
             (edit,) = place.target.edits
             if (edit.nested is None) is packed:
                 functions = place.stock, place.function
@@ -87,3 +90,48 @@ def test_rotary_embeddings_have_the_bits_of_stock(packed, examples, monkeypatch)
         finally:
             torch.set_num_threads(before)
     assert taken  # or this says nothing about the fast form
+
+
+@st.composite
+def shared_rotations(draw: st.DrawFn) -> tuple[Rotation, int, int]:
+    """Input of diffusers' shared function, with its options `use_real_unbind_dim` and `sequence_dim`."""
+    case, sequence_dim = draw(rotations(packed=False)), draw(st.sampled_from((1, 1, 2, 2, 3)))
+    dtypes = (*[torch.float32] * 12, *FLOATS)
+    seq, dim = case.x.shape[2 if sequence_dim == 2 else 1], case.x.shape[3]
+    shape = (draw(_or_rarely(seq, seq + 1)), draw(_or_rarely(dim, dim + 2)))
+    tables = tuple(draw(tensors(shape, dtypes)) for _ in range(2))
+    return replace(case, tables=tables), draw(st.sampled_from((-1, -1, -2, -2, 0))), sequence_dim
+
+
+@amounts()
+def test_the_shared_function_has_the_bits_of_stock(examples, monkeypatch):
+    taken = set()
+    for form in (rope.complex_rows, rope_per_channel.in_chunks):
+        monkeypatch.setattr(
+            form, "function", lambda *args, form=form, fast=form.function: taken.add(form.name) or fast(*args)
+        )
+    before = torch.get_num_threads()
+    with patched("rope") as places:
+        (place,) = (place for place in places if place.patch.module == "diffusers.models.embeddings")
+
+        usual = Rotation(Drawn.plain((2, 300, 4, 64)), (Drawn.plain((300, 64)),) * 2, threads=1, also_small=True)
+
+        @given(shared_rotations(), st.booleans())
+        @example((usual, -1, 1), True)
+        @example((usual, -2, 1), False)
+        def check(drawn, alike):
+            case, unbind, sequence_dim = drawn
+            torch.set_num_threads(case.threads)
+            x, tables = case.x.make(), [table.make() for table in case.tables]
+            if alike:  # pairs of equal values, as models have them
+                tables = [table[..., ::2].repeat_interleave(2, -1)[..., : table.shape[-1]] for table in tables]
+            args = x, tables, True, unbind, sequence_dim
+            with at_any_size() if case.also_small else contextlib.nullcontext():
+                assert_same(outcome(lambda: place.function(*args)), outcome(lambda: place.stock(*args)))
+            assert_same(x, case.x.make())
+
+        try:
+            hunt(check, examples)
+        finally:
+            torch.set_num_threads(before)
+    assert len(taken) == 2  # or this says nothing about the fast forms
