@@ -1,9 +1,10 @@
-"""Products of complex numbers against torch's own, at sizes where stock's threads share the work."""
+"""Products of complex numbers against the installed diffusers' own, at sizes where stock's threads share the work."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from diffusers.models import embeddings
 
 from wan_patches.ops import rope_complex
 from wan_patches.ops.rope_complex import apply_complex_rotary_emb, in_chunks
@@ -31,6 +32,8 @@ def test_bits_of_stock(shape, dtype, x_dtype, threads, any_size):
         actual = apply_complex_rotary_emb(x, freqs, dtype)
         assert (actual.dtype, actual.stride()) == (expected.dtype, expected.stride())
         assert torch.equal(actual, expected)
+        if heads == 1:  # as Lumina has them
+            assert torch.equal(actual, embeddings.apply_rotary_emb(x, freqs.squeeze(2), use_real=False))
     pairs = x.numel() // 2
     share = -(-pairs // min(threads, -(-pairs // 32768)))  # of one of stock's threads
     is_fast = x_dtype != dtype and (share == pairs or share % 16 == 0)

@@ -200,6 +200,25 @@ def shares(rows: Iterable[Row]) -> str:
     return _page(lines, notes)
 
 
+def others(rows: Iterable[Row]) -> str:
+    """Returns the table of models of other families, with the reasons for calls in stock's operations below."""
+    lines = [["model", "run here as", "patches", "calls by forms", "same bits"], ["---"] * 5]
+    slow: dict[str, list[str]] = {}
+    for row in rows:
+        taken, total = tally.total(row.calls.values())
+        bits = "yes" if row.identical else "**no**"
+        lines.append([row.family, f"`{row.pipeline}`", ", ".join(row.patches), f"{taken} of {total}", bits])
+        for why in row.reasons.values():
+            for reason, calls in why.items():
+                slow.setdefault(reason, []).append(f"{row.family} {calls}")
+    return _page(lines, [f"- {reason}: {', '.join(where)}" for reason, where in slow.items()])
+
+
+def _page(lines: Iterable[Iterable[str]], notes: list[str]) -> str:
+    """Returns a table in Markdown, with the notes below it."""
+    return "\n".join([f"| {' | '.join(line)} |" for line in lines] + [""] * bool(notes) + notes)
+
+
 #: Patches that must make nearly all of their calls fast at production sizes, in every family that has them.
 JUDGED = ("rope", "qk", "modulation", "frames", "vae", "conditioning")
 
@@ -227,25 +246,6 @@ _LONGER: dict[str, dict[str, Any]] = {
     **{name: {"size": (480, 480)} for name in ("anyflow_far", "anyflow_far_i2v")},  # chunks of one latent frame
 }
 _TEXT = "max_sequence_length"  # the published pipelines pad prompts to 512 tokens
-
-
-def others(rows: Iterable[Row]) -> str:
-    """Returns the table of models of other families, with the reasons for calls in stock's operations below."""
-    lines = [["model", "run here as", "patches", "calls by forms", "same bits"], ["---"] * 5]
-    slow: dict[str, list[str]] = {}
-    for row in rows:
-        taken, total = tally.total(row.calls.values())
-        bits = "yes" if row.identical else "**no**"
-        lines.append([row.family, f"`{row.pipeline}`", ", ".join(row.patches), f"{taken} of {total}", bits])
-        for why in row.reasons.values():
-            for reason, calls in why.items():
-                slow.setdefault(reason, []).append(f"{row.family} {calls}")
-    return _page(lines, [f"- {reason}: {', '.join(where)}" for reason, where in slow.items()])
-
-
-def _page(lines: Iterable[Iterable[str]], notes: list[str]) -> str:
-    """Returns a table in Markdown, with the notes below it."""
-    return "\n".join([f"| {' | '.join(line)} |" for line in lines] + [""] * bool(notes) + notes)
 
 
 def _row(family: Family, production: bool) -> Row:

@@ -233,7 +233,7 @@ def _for_rope(seq: int, dim: int, both: bool, device: torch.device, dtype: torch
 
 def _for_rope_in_halves(seq: int, dim: int, device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
     x, cos, sin = _for_rope(seq, dim, False, device, dtype)
-    return x, cos, cos, sin, sin, True
+    return x, rope_per_channel.PairTables(cos, cos, sin, sin), True
 
 
 def _for_complex_rope(

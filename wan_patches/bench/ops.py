@@ -230,8 +230,8 @@ def _relatives(seq: int) -> list[Case]:
         return torch.rand(seq, dim // 2).to(device) * 100
 
     def neighbours(dim: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        full = angles(dim, device).repeat_interleave(2, dim=-1)
-        return full.cos(), full.sin()
+        cos, sin = _tables(seq, dim, device)
+        return cos[0, :, 0], sin[0, :, 0]
 
     def halves(dim: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         full = torch.cat([angles(dim, device)] * 2, dim=-1)
@@ -261,6 +261,14 @@ def _relatives(seq: int) -> list[Case]:
         _relative(
             "Qwen-Image", "transformers.transformer_qwenimage", "apply_rotary_emb_qwen", of_tokens, numbers, False
         ),
+        _relative(
+            "HiDream, queries and keys",
+            "transformers.transformer_hidream_image",
+            "apply_rope",
+            (1, seq, 20, 128),
+            lambda dim, device: matrices(dim, device)[None, :, None],
+            both=True,
+        ),
     ]
     if _has("transformer_anyflow"):
         found.append(
@@ -270,17 +278,6 @@ def _relatives(seq: int) -> list[Case]:
                 "apply_rotary_emb",
                 of_heads,
                 lambda dim, device: numbers(dim, device)[None, None].to(torch.complex128),
-            )
-        )
-    if _has("transformer_hidream_image"):
-        found.append(
-            _relative(
-                "HiDream, queries and keys",
-                "transformers.transformer_hidream_image",
-                "apply_rope",
-                (1, seq, 20, 128),
-                lambda dim, device: matrices(dim, device)[None, :, None],
-                both=True,
             )
         )
     return found

@@ -15,7 +15,7 @@ from wan_patches.ops import triton
 from wan_patches.ops.dispatch import NO_FORM, OBSERVED, Op
 from wan_patches.ops.rope import DTYPES, apply_rotary_emb
 from wan_patches.ops.rope_complex import apply_complex_rotary_emb
-from wan_patches.ops.rope_per_channel import apply_rotary_emb_per_channel
+from wan_patches.ops.rope_per_channel import PairTables, apply_rotary_emb_per_channel, pairs
 from wan_patches.ops.tracing import is_observed
 from wan_patches.patching import tally
 
@@ -199,7 +199,8 @@ def _rotated(
             reason = _UNUSUAL
     reason = reason or _reason_against_device(xs[0])
     if reason is None:
-        rotated = _by_pairs(xs, *_split(cos.float(), halves), *_split(sin.float(), halves), halves, heads_first)
+        tables = PairTables(*pairs(cos.float(), halves), *pairs(sin.float(), halves))
+        rotated = _by_pairs(xs, tables, halves, heads_first)
         if rotated is not None:
             return rotated
     return _tuple(_stock(op, reason or _UNLIKE, stock, *xs, freqs))
@@ -230,29 +231,22 @@ def _by_matrices(stock: Stock, xs: tuple[torch.Tensor, ...], freqs_cis: torch.Te
     if reason is None:
         table = table.transpose(1, 2) if heads_first else table
         (cos_first, minus_sin), (sin, cos_second) = (row.unbind(-1) for row in table.unbind(-2))
-        rotated = _by_pairs(xs, cos_first, cos_second, -minus_sin, sin, False, heads_first)
+        rotated = _by_pairs(xs, PairTables(cos_first, cos_second, -minus_sin, sin), False, heads_first)
         if rotated is not None:
             return rotated
     return _tuple(_stock(op, reason or _UNLIKE, stock, *xs, freqs_cis))
 
 
 def _by_pairs(
-    xs: tuple[torch.Tensor, ...],
-    cos_first: torch.Tensor,
-    cos_second: torch.Tensor,
-    sin_first: torch.Tensor,
-    sin_second: torch.Tensor,
-    halves: bool,
-    heads_first: bool,
+    xs: tuple[torch.Tensor, ...], tables: PairTables, halves: bool, heads_first: bool
 ) -> tuple[torch.Tensor, ...] | None:
-    """Rotates by tables for the first and the second channels of all pairs; None if stock is to do it."""
+    """Rotates each of `xs`; None if stock is to do it."""
     tokens_first = [x.transpose(1, 2) for x in xs] if heads_first else xs
-    if halves or not cos_first.is_cpu:
-        rotated = [
-            apply_rotary_emb_per_channel(x, cos_first, cos_second, sin_first, sin_second, halves) for x in tokens_first
-        ]
-    elif torch.equal(cos_first, cos_second) and torch.equal(sin_first, sin_second):
-        rotated = [apply_rotary_emb(x, cos_first, sin_first) for x in tokens_first]
+    cos, other_cos, sin, other_sin = tables
+    if halves or not cos.is_cpu:
+        rotated = [apply_rotary_emb_per_channel(x, tables, halves) for x in tokens_first]
+    elif torch.equal(cos, other_cos) and torch.equal(sin, other_sin):
+        rotated = [apply_rotary_emb(x, cos, sin) for x in tokens_first]
     else:
         return None
     return tuple(x.transpose(1, 2) if heads_first else x for x in rotated)
@@ -260,12 +254,6 @@ def _by_pairs(
 
 def _reason_against_device(x: torch.Tensor) -> str | None:
     return None if x.is_cpu or triton.is_usable(x.device) else NO_FORM
-
-
-def _split(table: torch.Tensor, halves: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the values for the first and for the second channels of all pairs."""
-    first, second = table.chunk(2, dim=-1) if halves else (table[..., 0::2], table[..., 1::2])
-    return first, second
 
 
 def _fits(table: torch.Tensor, x: torch.Tensor, heads_first: bool) -> bool:

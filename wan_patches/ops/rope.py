@@ -22,10 +22,10 @@ from wan_patches.ops.npu import rope as npu
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 GRAIN = 32768  # at::internal::GRAIN_SIZE: elements below which ATen does not split an elementwise operation
 _SMALL, _SMALL_IN_FP32 = 1 << 14, 1 << 15  # elements below which stock's operations are the fastest on CPUs
-_SMALL_ELSEWHERE = 1 << 12  # the same on GPUs; not measured yet
+SMALL_ELSEWHERE = 1 << 12  # the same on GPUs; not measured yet
 _CHUNK = 1 << 18  # complex numbers per thread and chunk: little scratch, and few parallel regions to synchronise
-_GRID = 65535  # blocks along the second axis of a launch
-_CHANNELS = 1 << 15  # of a token, processed by one block of a launch
+GRID = 65535  # blocks along the second axis of a launch
+CHANNELS = 1 << 15  # of a token, processed by one block of a launch
 
 
 @op("rotary embedding", autocasts=False)
@@ -167,14 +167,14 @@ def by_npu(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 by_npu.refuses(npu.why_not)
 
 
-@apply_rotary_emb.form("one kernel", device="cuda", smallest=_SMALL_ELSEWHERE)
+@apply_rotary_emb.form("one kernel", device="cuda", smallest=SMALL_ELSEWHERE)
 def by_kernel(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     from wan_patches.ops.triton.rope import rotate
 
     return rotate(x, None, cos, sin)[0]
 
 
-@apply_rotary_emb_qk.form("one kernel", device="cuda", smallest=_SMALL_ELSEWHERE)
+@apply_rotary_emb_qk.form("one kernel", device="cuda", smallest=SMALL_ELSEWHERE)
 def both_by_kernel(
     query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -193,7 +193,7 @@ def why_no_kernel(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> str 
     if x.dim() != 4 or x.dtype not in DTYPES or x.numel() == 0:
         return "the kernel is not for such queries and keys"
     batch, seq, heads, dim = x.shape
-    if dim % 2 or batch > _GRID or heads * dim > _CHANNELS:
+    if dim % 2 or batch > GRID or heads * dim > CHANNELS:
         return "the kernel is not for such queries and keys"
     fits = all(table.dtype == torch.float32 and table.device == x.device for table in (cos, sin)) and all(
         table.shape in ((1, seq, 1, dim // 2), (batch, seq, 1, dim // 2)) for table in (cos, sin)
@@ -208,7 +208,7 @@ def _(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tens
     return why_no_kernel(query, cos, sin)
 
 
-@apply_rotary_emb_qk.form("each by itself", smallest=_SMALL_ELSEWHERE)
+@apply_rotary_emb_qk.form("each by itself", smallest=SMALL_ELSEWHERE)
 def one_after_the_other(
     query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -236,38 +236,23 @@ def _imports(filename: str) -> tuple[tuple[frozenset[str], ast.stmt], ...]:
     The compiler treats `name.method()` differently if the module imports `name`. Parsing whole modules for that would
     cost more than the rest of a rewrite.
     """
+    found: list[tuple[frozenset[str], ast.stmt]] = []
     lines = linecache.getlines(filename)
-    texts = []
+    module_level = True
     for i, line in enumerate(lines):
-        if (
-            "import " in line
-            and (text := line.lstrip()).startswith(("import ", "from "))
-            and _is_at_module_level(lines, i)
-        ):
+        if not line[:1].isspace() and line[0] not in "#)]}":
+            module_level = not line.startswith(("def ", "class ", "async def ", "@"))
+        if module_level and (text := line.lstrip()).startswith(("import ", "from ")):
             end = i + 1
             while end < len(lines) and text.count("(") > text.count(")"):
                 text, end = text + lines[end], end + 1
-            texts.append(text.strip())
-    try:
-        statements = ast.parse("\n".join(texts)).body
-    except SyntaxError:  # a line of some docstring
-        statements = []
-        for text in texts:
-            with contextlib.suppress(SyntaxError):
-                statements += ast.parse(text).body
-    found: list[tuple[frozenset[str], ast.stmt]] = []
-    for statement in statements:
-        if isinstance(statement, (ast.Import, ast.ImportFrom)) and getattr(statement, "module", "") != "__future__":
-            names = (alias.asname or alias.name.partition(".")[0] for alias in statement.names)
-            found.append((frozenset(names), statement))
+            with contextlib.suppress(SyntaxError):  # a line of some docstring
+                statement = ast.parse(text.strip()).body[0]
+                assert isinstance(statement, (ast.Import, ast.ImportFrom))
+                if not (isinstance(statement, ast.ImportFrom) and statement.module == "__future__"):
+                    names = (alias.asname or alias.name.partition(".")[0] for alias in statement.names)
+                    found.append((frozenset(names), statement))
     return tuple(found)
-
-
-def _is_at_module_level(lines: Sequence[str], i: int) -> bool:
-    """Whether a line belongs to no function or class: it may be indented, by `if` and `try`."""
-    while i > 0 and (lines[i][:1].isspace() or lines[i][0] in "#)]}"):
-        i -= 1
-    return not lines[i].startswith(("def ", "class ", "async def ", "@"))
 
 
 def names_in(code: types.CodeType) -> set[str]:

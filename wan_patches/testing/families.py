@@ -46,6 +46,12 @@ class Options(TypedDict, total=False):
     vae: Mapping[str, Any]  # more of the VAE's configuration, likewise
 
 
+def is_installed(since: tuple[int, int]) -> bool:
+    """Whether the installed diffusers is of this minor version or newer."""
+    major, minor = diffusers.__version__.split(".")[:2]
+    return (int(major), int(minor)) >= since
+
+
 # Building blocks
 
 
@@ -415,8 +421,7 @@ class Family:
     @property
     def available(self) -> bool:
         """Whether the installed diffusers has this pipeline."""
-        major, minor = diffusers.__version__.split(".")[:2]
-        return (int(major), int(minor)) >= self.since
+        return is_installed(self.since)
 
     def inputs(
         self,

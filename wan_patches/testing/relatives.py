@@ -21,7 +21,7 @@ import diffusers
 import torch
 from diffusers.models.embeddings import get_1d_rotary_pos_embed
 
-from wan_patches.testing.families import TEXT_DIM, _Make, _seeded, images
+from wan_patches.testing.families import TEXT_DIM, _Make, _seeded, images, is_installed
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -151,8 +151,7 @@ class Relative:
     @property
     def available(self) -> bool:
         """Whether the installed diffusers has it."""
-        major, minor = diffusers.__version__.split(".")[:2]
-        return (int(major), int(minor)) >= self.since
+        return is_installed(self.since)
 
     def build(self, **options: Unpack[Options]) -> Any:
         """Returns the pipeline or the transformer."""

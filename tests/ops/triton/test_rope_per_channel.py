@@ -16,7 +16,7 @@ def test_compiled_kernel_rounds_as_stock(ptx, dtype, halves):
     from wan_patches.ops.triton import rope_per_channel
 
     x, tables = torch.randn(1, 3, 24, 128).to(dtype), torch.randn(4, 1, 3, 1, 64)
-    text = ptx(rope_per_channel, "_kernel", lambda: rope_per_channel.rotate(x, *tables, halves))
+    text = ptx(rope_per_channel, "_kernel", lambda: rope_per_channel.rotate(x, tuple(tables), halves))
     assert "fma." not in text
     assert "ftz" not in text
     if halves or dtype != torch.float32:  # a thread has both values of a pair, and their table

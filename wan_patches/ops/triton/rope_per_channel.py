@@ -58,14 +58,7 @@ def _kernel(
             tl.store(out + head * out_head + place * out_dim, turned, mask=whole)
 
 
-def rotate(
-    x: torch.Tensor,
-    cos_first: torch.Tensor,
-    cos_second: torch.Tensor,
-    sin_first: torch.Tensor,
-    sin_second: torch.Tensor,
-    halves: bool,
-) -> torch.Tensor:
+def rotate(x: torch.Tensor, tables: tuple[torch.Tensor, ...], halves: bool) -> torch.Tensor:
     """Rotates pairs of channels of `x`.
 
     Each product and each sum is rounded in fp32, and the result once more to the dtype of `x`.
@@ -73,7 +66,8 @@ def rotate(
     Args:
         x: `(batch, seq, heads, head_dim)`, fp32, bf16 or fp16; `head_dim` is even; any strides, 16 bytes at a time if
             the last one is 1.
-        cos_first, cos_second, sin_first, sin_second: `(1 or batch, seq, 1 or heads, head_dim / 2)`, fp32, any strides.
+        tables: cosines of the first and of the second channels, then sines, `(1 or batch, seq, 1 or heads, head_dim /
+            2)` each, fp32, any strides.
         halves: whether channel `i` is paired with channel `i + head_dim / 2` instead of its neighbour.
 
     Returns:
@@ -83,7 +77,6 @@ def rotate(
     out = torch.empty_like(x)
     tile_dim = triton.next_power_of_2(dim)
     tile_heads = min(triton.next_power_of_2(heads), max(1, _TILE // tile_dim))
-    tables = cos_first, cos_second, sin_first, sin_second
     launch: Any = _kernel[(seq, batch)]
     with launching_on(x.device):
         launch(

@@ -1,11 +1,15 @@
-"""Run with TRITON_INTERPRET=1, by the tests one folder up."""
+"""Run with TRITON_INTERPRET=1, by the tests one folder up. They share `comparing`, so their folder is on the path."""
 
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture(autouse=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from comparing import same
 
 from wan_patches.ops.triton.modulation import add_and_cast, gated_residual, modulate
 
@@ -25,14 +26,6 @@ def rows(kind, shape, strided=True):
         (all_rows[:, :1].expand(-1, split_index, -1), all_rows[:, 1:].expand(-1, seq - split_index, -1)), dim=1
     )
     return all_rows, split_index, dense
-
-
-def same(ours, theirs):
-    integer = torch.int32 if theirs.dtype == torch.float32 else torch.int16
-    assert (ours.dtype, ours.shape, ours.stride()) == (theirs.dtype, theirs.shape, theirs.stride())
-    known = ~theirs.isnan()
-    assert torch.equal(ours.isnan(), ~known)
-    assert torch.equal(ours[known].view(integer), theirs[known].view(integer))
 
 
 def special(x):

@@ -7,6 +7,7 @@ import types
 
 import pytest
 import torch
+from comparing import same
 
 from wan_patches.ops.triton.rope import rotate
 
@@ -25,14 +26,6 @@ def tables(seq, dim, batch=1):
     angles = torch.rand(batch, seq, 1, dim // 2) * 100
     full = angles.repeat_interleave(2, dim=-1)
     return full.cos(), full.sin()
-
-
-def same(ours, theirs):
-    integer = torch.int32 if theirs.dtype == torch.float32 else torch.int16
-    assert (ours.dtype, ours.shape, ours.stride()) == (theirs.dtype, theirs.shape, theirs.stride())
-    known = ~theirs.isnan()
-    assert torch.equal(ours.isnan(), ~known)
-    assert torch.equal(ours[known].view(integer), theirs[known].view(integer))
 
 
 def check(q, k, cos, sin):
