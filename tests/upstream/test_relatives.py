@@ -87,14 +87,25 @@ def test_compiled_transformers_are_bit_identical(name):
     assert torch.equal(*results)
 
 
+#: One of each kind of tables, and the projections of its attention.
+_ADAPTED = {
+    "flux": ["to_q", "to_k", "to_v", "to_out.0"],
+    "cogview4": ["to_q", "to_k", "to_v", "to_out.0"],
+    "qwen_image": ["to_q", "to_k", "to_v", "to_out.0"],
+    "kandinsky5": ["to_query", "to_key", "to_value"],
+    "ltx": ["to_q", "to_k", "to_v", "to_out.0"],
+}
+
+
+@pytest.mark.parametrize("name", [name for name in _ADAPTED if name in available()])
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-def test_adapter_on_attention(dtype):
+def test_adapter_on_attention(name, dtype):
     peft = pytest.importorskip("peft")
-    relative = RELATIVES["flux"]
+    relative = RELATIVES[name]
     pipe = relative.build(dtype=dtype)
-    without = relative.run(pipe, dtype=dtype)
+    without = _stock(name, pipe, dtype)
     torch.manual_seed(0)
-    projections = ["to_q", "to_k", "to_v", "to_out.0"]
+    projections = _ADAPTED[name]
     pipe.transformer.add_adapter(peft.LoraConfig(r=4, init_lora_weights=False, target_modules=projections))
     stock = relative.run(pipe, dtype=dtype)
     tally.reset()
@@ -102,4 +113,20 @@ def test_adapter_on_attention(dtype):
         patched = relative.run(pipe, dtype=dtype)
     assert not torch.equal(stock, without)
     assert torch.equal(patched, stock)
+    _check_ways(name, dtype, {way for way in tally.counted() if way.op.startswith("rotary embedding")})
+
+
+@pytest.mark.parametrize("name", [name for name in _ADAPTED if name in available()])
+def test_offloaded_transformers_are_bit_identical(name):
+    """Layers are loaded by hooks, which move tables and weights; the device stays, for want of another."""
+    hooks = pytest.importorskip("diffusers.hooks")
+    relative = RELATIVES[name]
+    pipe = relative.build(dtype=torch.bfloat16)
+    stock = _stock(name, pipe, torch.bfloat16)
+    device = torch.device("cpu")
+    hooks.apply_group_offloading(pipe.transformer, device, device, offload_type="leaf_level")
+    assert torch.equal(relative.run(pipe, dtype=torch.bfloat16), stock)
+    tally.reset()
+    with wan_patches.enabled():
+        assert torch.equal(relative.run(pipe, dtype=torch.bfloat16), stock)
     assert {way.is_fast for way in tally.counted() if way.op.startswith("rotary embedding")} == {True}
