@@ -15,8 +15,8 @@ import torch
 from wan_patches.ops import rope
 from wan_patches.ops.dispatch import SMALL, is_below, op
 
-_SMALL = 1 << 21  # elements below which stock's operations are the fastest on CPUs
-_SMALL_IN_SINGLE = 1 << 22  # the same for products in single precision, for which less is cast
+_SMALL = 5 << 19  # elements below which stock's operations are the fastest on CPUs
+_SMALL_IN_SINGLE = 5 << 20  # the same for products in single precision, for which less is cast
 _PAIRS = 16  # computed together by ATen's vector code, at most
 
 

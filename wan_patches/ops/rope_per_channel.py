@@ -21,7 +21,7 @@ from wan_patches.ops import rope
 from wan_patches.ops import triton as kernels
 from wan_patches.ops.dispatch import op
 
-_SMALL = 1 << 21  # elements below which stock's operations are the fastest on CPUs
+_SMALL = 5 << 19  # elements below which stock's operations are the fastest on CPUs
 
 
 class PairTables(NamedTuple):
