@@ -1,4 +1,4 @@
-"""Wan's autoencoder, stock against patched, and the cases that fall back to stock code."""
+"""Wan's autoencoder and Qwen-Image's, stock against patched, and the cases that fall back to stock code."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from wan_patches.patching import tally
 
 pytestmark = [pytest.mark.upstream]
 
-AutoencoderKLWan = pytest.importorskip("diffusers").AutoencoderKLWan
+diffusers = pytest.importorskip("diffusers")
 
 SMALL = {"base_dim": 16, "z_dim": 4, "latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
 REAL = {}  # 96 channels, 16 of them latent
@@ -28,7 +28,8 @@ RESIDUAL = {
     **{"base_dim": 16, "decoder_base_dim": 24, "z_dim": 8, "latents_mean": [0.0] * 8, "latents_std": [1.0] * 8},
     **{"is_residual": True, "in_channels": 12, "out_channels": 12, "patch_size": 2, "scale_factor_spatial": 16},
 }
-KINDS = {"wan 2.1": SMALL, "wan 2.2": RESIDUAL}
+QWEN = {**SMALL, "of": "AutoencoderKLQwenImage"}
+KINDS = {"wan 2.1": SMALL, "wan 2.2": RESIDUAL, "qwen image": QWEN}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 #: Some CPUs take minutes for real channels in bf16.
 REAL_DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)]
@@ -36,7 +37,9 @@ REAL_DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slo
 
 def _build(config, dtype=torch.float32):
     torch.manual_seed(0)
-    return AutoencoderKLWan(**config).to(dtype).eval()
+    config = dict(config)
+    cls = getattr(diffusers, config.pop("of", "AutoencoderKLWan"))
+    return cls(**config).to(dtype).eval()
 
 
 def _latents(vae, frames, height, width, batch=1):
@@ -45,7 +48,7 @@ def _latents(vae, frames, height, width, batch=1):
 
 
 def _video(vae, frames, height, width, batch=1):
-    scale = 8 * (vae.config.patch_size or 1)
+    scale = 8 * (vae.config.get("patch_size") or 1)
     generator = torch.Generator().manual_seed(2)
     return torch.randn(batch, 3, frames, height * scale, width * scale, generator=generator).to(vae.dtype)
 
@@ -72,7 +75,7 @@ def _compare(vae, latents, video):
 
 
 def _tile(vae):
-    scale = vae.config.patch_size or 1
+    scale = vae.config.get("patch_size") or 1
     sizes = {"min": 32 * scale, "stride": 24 * scale}
     sides = "height", "width"
     vae.enable_tiling(**{f"tile_sample_{what}_{side}": sizes[what] for what in sizes for side in sides})
@@ -171,6 +174,101 @@ def test_channels_last(what, dtype):
     _compare(vae, latents, video)
 
 
+IMAGES = {"wan 2.1": REAL, "wan 2.2": {**RESIDUAL, "base_dim": 96, "decoder_base_dim": 96},
+          "qwen image": {"of": "AutoencoderKLQwenImage"}}  # fmt: skip
+_FIRST = "first frame's convolution"
+
+
+def _ways_of_first_frames():
+    return {way.form for way in tally.counted() if way.op == _FIRST}
+
+
+@pytest.mark.parametrize("dtype", REAL_DTYPES)
+@pytest.mark.parametrize("kind", IMAGES)
+def test_images_are_convolved_by_the_last_tap_in_time(kind, dtype):
+    vae = _build(IMAGES[kind], dtype)
+    tally.reset()
+    _compare(vae, _latents(vae, 1, 15, 12), _video(vae, 1, 15, 12))
+    if not any(found for key, found in division._divided.items() if key[0].__name__ == "convolves_first"):
+        pytest.skip("convolutions add up in another order here")
+    assert "its last tap in time" in _ways_of_first_frames()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_nothing_is_remembered_after_the_last_frame(kind, monkeypatch):
+    vae = _build(KINDS[kind])
+    remembered = []
+    original = FrameCaches.convolve
+
+    def convolve(self, *args, **options):
+        y = original(self, *args, **options)
+        remembered.append((len(self) == vae._conv_num, self.ends, any(isinstance(kept, torch.Tensor) for kept in self)))
+        return y
+
+    monkeypatch.setattr(FrameCaches, "convolve", convolve)
+    with wan_patches.enabled(["vae"]):
+        vae.decode(_latents(vae, 1, 4, 4))
+        assert remembered
+        vae.encode(_video(vae, 1, 4, 4))
+        assert {kept for _, _, kept in remembered} == {False}
+        remembered.clear()
+        vae.decode(_latents(vae, 2, 4, 4))
+        vae.encode(_video(vae, 5, 4, 4))
+    assert {kept for _, ends, kept in remembered if not ends} == {True}
+    assert any(ends for _, ends, _ in remembered)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_who_watches_the_end_of_passes_sees_the_frames(kind, monkeypatch):
+    vae = _build(KINDS[kind])
+    seen, clear = [], type(vae).clear_cache
+
+    def cleared(self):
+        seen.append([None if isinstance(kept, str) else kept for kept in getattr(self, "_enc_feat_map", ())])
+        seen.append([None if isinstance(kept, str) else kept for kept in getattr(self, "_feat_map", ())])
+        clear(self)
+
+    monkeypatch.setattr(type(vae), "clear_cache", cleared)
+    vae.clear_cache()
+    _both(vae, _latents(vae, 2, 4, 4), _video(vae, 5, 4, 4))
+    stock = [*seen]
+    seen.clear()
+    with wan_patches.enabled(["vae"]):
+        _both(vae, _latents(vae, 2, 4, 4), _video(vae, 5, 4, 4))
+    entries = [
+        (before, after) for old, new in zip(stock[-len(seen) :], seen) for before, after in zip(old, new, strict=True)
+    ]
+    assert any(before is not None for before, _ in entries)
+    assert all((before is None) == (after is None) for before, after in entries)
+    assert all(before is None or torch.equal(before, after) for before, after in entries)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("channels", [(16, 384), (384, 192), (96, 96), (96, 3)])
+@pytest.mark.parametrize("dtype", DTYPES)
+@torch.no_grad()
+def test_convolutions_of_first_frames_found_exact_are(channels, dtype, threads, monkeypatch):
+    from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    monkeypatch.setattr(division, "_divided", {})
+    try:
+        conv = WanCausalConv3d(*channels, 3, padding=1).to(dtype)
+        for height, width, channels_last in itertools.product((6, 24), (8, 50), (False, True)):
+            x = division._in_format(torch.randn(1, channels[0], 1, height, width).to(dtype), channels_last)
+            found = division.convolves_first(conv, (1, height, width), dtype, channels_last)
+            padded = division._in_format(torch.nn.functional.pad(x, (1, 1, 1, 1)), channels_last)
+            y = division.convolution_of_first(conv)(padded)
+            stock = conv(x)
+            assert y.shape == stock.shape
+            assert not found or _same(y, stock)
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("dtype", REAL_DTYPES)
 @pytest.mark.parametrize(
     "what", ["image", "video", *(pytest.param(what, marks=pytest.mark.slow) for what in ("batch", "tiles"))]
@@ -261,6 +359,7 @@ def test_inconclusive_trial_means_not_divisible(monkeypatch):
         yield division.convolves_divided(conv3d, (1, 4, 60, 104), torch.float32, False)
         yield division.resizes_divided(ups, (4, 96, 60, 104), torch.float32, False, True)
         yield division.resizes_divided(downs, (4, 96, 60, 104), torch.float32, False, False)
+        yield division.convolves_first(conv3d, (1, 60, 104), torch.float32, False)
 
     right = division._cancelling
     seen = list(tried())

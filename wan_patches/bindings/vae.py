@@ -1,17 +1,21 @@
-"""Passes of Wan's video autoencoder over a video, with a fast path for the work between its convolutions."""
+"""Passes of an autoencoder over a video or an image, with a fast path for the work between its convolutions.
+
+The autoencoders are Wan's and Qwen-Image's, whose layers are the same.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import functools
+import inspect
 import logging
+import sys
 from collections.abc import Callable, Generator, Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.autoencoders import autoencoder_kl_wan as wan
 from diffusers.models.autoencoders.vae import DecoderOutput
 from torch import nn
 
@@ -23,16 +27,27 @@ from wan_patches.bindings.stock_functions import (
     is_watched,
 )
 from wan_patches.ops.norm_silu import norm_silu
-from wan_patches.ops.vae import FrameCaches, in_steps, interleave, is_channels_last, upsample, upsampled_bands
-from wan_patches.ops.vae_division import ROWS, STEP, convolution, convolves_divided, resizes_divided
+from wan_patches.ops.vae import HISTORY, FrameCaches, in_steps, interleave, is_channels_last, upsample, upsampled_bands
+from wan_patches.ops.vae_division import (
+    ROWS,
+    STEP,
+    convolution,
+    convolution_of_first,
+    convolves_divided,
+    convolves_first,
+    resizes_divided,
+)
 from wan_patches.patching import tally
-from wan_patches.patching.fingerprints import AUTOENCODER, TEXTS
+from wan_patches.patching.fingerprints import AUTOENCODER, QWEN_AUTOENCODER, TEXTS
 from wan_patches.patching.objects import own_methods
 from wan_patches.patching.rewrite import fingerprint
 
 logger = logging.getLogger("wan_patches")
 
 _SHORT = "shared windows, no clones"
+
+#: Modules of autoencoders, and the beginning of their layers' names.
+_PREFIXES = {AUTOENCODER: "Wan", QWEN_AUTOENCODER: "QwenImage"}
 
 
 # A pass over a video
@@ -91,24 +106,43 @@ def chunks(vae: Any, z: torch.Tensor) -> Generator[torch.Tensor, None, None]:
     try:
         latents = vae.post_quant_conv(z)
         caches = vae._feat_map  # this pass's caches: another pass may begin between two chunks
+        takes_first = "first_chunk" in inspect.signature(vae.decoder.forward).parameters
         for i in range(latents.shape[2]):
             vae._conv_idx = index = [0]
-            is_first = {"first_chunk": True} if i == 0 else {}
+            if i == latents.shape[2] - 1:
+                _end(caches)
+            is_first = {"first_chunk": True} if i == 0 and takes_first else {}
             chunk = vae.decoder(latents[:, :, i : i + 1], feat_cache=caches, feat_idx=index, **is_first)
-            if vae.config.patch_size is not None:
-                chunk = wan.unpatchify(chunk, patch_size=vae.config.patch_size)
+            if (patch_size := _patch_size(vae)) is not None:
+                chunk = _module(vae).unpatchify(chunk, patch_size=patch_size)
             yield chunk
             del chunk  # frees it before the next chunk is decoded
     finally:
         vae.clear_cache()  # also if a chunk ran out of device memory
 
 
+def begin_chunk(vae: Any, chunk: int, chunks: int) -> list[int]:
+    """Returns the index of the encoder's first convolution, as stock counts, at the beginning of one of its chunks."""
+    if chunk == chunks - 1 and not torch.compiler.is_compiling() and has_library_methods(vae, "clear_cache"):
+        _end(vae._enc_feat_map)
+    return [0]
+
+
+def _end(caches: Any) -> None:
+    """Says that no frames follow those of the next chunk: the pass ends by clearing its caches."""
+    if type(caches) is FrameCaches:
+        caches.ends = True
+
+
 def decode_chunk(
-    stock: Callable[..., Any], decoder: Any, x: torch.Tensor, feat_cache: Any, feat_idx: list[int], first_chunk: bool
+    stock: Callable[..., Any], decoder: Any, x: torch.Tensor, feat_cache: Any, feat_idx: list[int], *first_chunk: bool
 ) -> torch.Tensor:
-    """Decodes one latent frame. The layers after the last temporal upsampling process a few frames at a time."""
+    """Decodes one latent frame. The layers after the last temporal upsampling process a few frames at a time.
+
+    first_chunk: whether it is a video's first, which only Wan's autoencoder is told.
+    """
     if not _begins_fast(feat_cache, decoder, x, _reason_against_latents):
-        return stock(decoder, x, feat_cache=feat_cache, feat_idx=feat_idx, first_chunk=first_chunk)
+        return stock(decoder, x, feat_cache, feat_idx, *first_chunk)
     blocks = list(decoder.up_blocks)
     temporal = [i for i, block in enumerate(blocks) if _changes_frames(block)]
     split = temporal[-1] + 1 if temporal else 0
@@ -123,7 +157,7 @@ def decode_chunk(
     x = _causal(decoder.conv_in, feat_cache, feat_idx, x)
     x = decoder.mid_block(x, feat_cache=feat_cache, feat_idx=feat_idx)
     for block in blocks[:split]:
-        x = block(x, feat_cache=feat_cache, feat_idx=feat_idx, first_chunk=first_chunk)
+        x = block(x, feat_cache, feat_idx, *first_chunk)
     return _in_steps(tail, (*blocks[split:], decoder.conv_out), x, 2 ** len(temporal), feat_cache, feat_idx)
 
 
@@ -201,16 +235,29 @@ def _causal(
     _, left, _, above, _, _ = conv._padding
     activation = None if norm is None else functools.partial(_normed, norm)
     index[0] += 1
-    return caches.convolve(index[0] - 1, x, convolution(conv), (above, left), activation=activation, **options)
+    position = index[0] - 1
+    convolve, history = convolution(conv), HISTORY
+    if x.is_cpu and x.shape[2] == 1 and caches[position] is None and _convolves_first(conv, x):
+        convolve, history = convolution_of_first(conv), 0
+    padding = above, left
+    return caches.convolve(position, x, convolve, padding, history=history, activation=activation, **options)
+
+
+def _convolves_first(conv: Any, x: torch.Tensor) -> bool:
+    """Whether a first frame can do without the zeros before it, which are two thirds of the work."""
+    batch, _, _, height, width = x.shape
+    found = convolves_first(conv, (batch, height, width), x.dtype, is_channels_last(x))
+    tally.note("first frame's convolution", "its last tap in time" if found else "all taps: others round differently")
+    return found
 
 
 def _normed(norm: Any, x: torch.Tensor) -> torch.Tensor:
-    """Applies `WanRMS_norm` and SiLU."""
+    """Applies an RMS norm and SiLU."""
     if x.is_cpu:
         return F.silu(norm(x), inplace=True)
     bias = norm.bias if isinstance(norm.bias, torch.Tensor) else None
     plain = functools.partial(_plain_norm, norm)
-    return norm_silu(x, plain, norm.scale, norm.gamma, bias, _normalizes_in_fp32())
+    return norm_silu(x, plain, norm.scale, norm.gamma, bias, _normalizes_in_fp32(norm.__class__))
 
 
 def _plain_norm(norm: Any, x: torch.Tensor, gamma: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -222,11 +269,11 @@ def _plain_norm(norm: Any, x: torch.Tensor, gamma: torch.Tensor, bias: torch.Ten
     return norm(x)
 
 
-@functools.lru_cache(maxsize=1)
-def _normalizes_in_fp32() -> bool:
-    """Whether the installed `WanRMS_norm` computes norms and quotients of half dtypes in fp32."""
-    forward: Any = wan.WanRMS_norm.forward
-    return TEXTS[AUTOENCODER]["WanRMS_norm.forward"].get(fingerprint(forward)) == "0.38"
+@functools.lru_cache(maxsize=len(_PREFIXES))
+def _normalizes_in_fp32(norm: type) -> bool:
+    """Whether the installed class of RMS norms computes norms and quotients of half dtypes in fp32."""
+    forward = vars(norm)["forward"]
+    return TEXTS[norm.__module__][f"{norm.__name__}.forward"].get(fingerprint(forward)) == "0.38"
 
 
 def _upsample_time(conv: Any, x: torch.Tensor, caches: FrameCaches, index: list[int]) -> torch.Tensor:
@@ -272,7 +319,7 @@ def _pad(frames: torch.Tensor, caches: FrameCaches) -> torch.Tensor:
 def _downsample_time(conv: Any, x: torch.Tensor, caches: FrameCaches, index: list[int]) -> torch.Tensor:
     """Convolves frames and the last frame of the previous pass with a stride of two; the first pass is unchanged."""
     before = caches[index[0]]
-    caches[index[0]] = (x if before is None else x[:, :, -1:]).clone()
+    caches[index[0]] = None if caches.forgets else (x if before is None else x[:, :, -1:]).clone()
     index[0] += 1
     return x if before is None else convolution(conv)(torch.cat([before[:, :, -1:], x], dim=2))
 
@@ -308,6 +355,8 @@ def _in_steps(
     frames: the frame count of `x` in every pass except the first, which has one.
     """
     first, is_first_pass = index[0], caches[index[0]] is None
+    if is_first_pass and caches.ends:
+        return run(x, caches, index)  # an image: there is nothing to divide
     # tested in the first pass already: most caches are still empty, so there is memory for the trials
     divided = _can_be_divided(modules, x, frames if is_first_pass else x.shape[2])
     if is_first_pass or not divided:
@@ -404,9 +453,10 @@ def _reason_against_decode(vae: Any, z: torch.Tensor) -> str | None:
         return "there is no decoder"
     if not has_library_methods(vae, "clear_cache"):
         return "somebody looks at the beginnings of passes"
-    if not is_library_function(wan.unpatchify):
+    if _patch_size(vae) is not None and not is_library_function(_module(vae).unpatchify):
         return "`unpatchify` is not the library's own"
-    return _reason_against_latents(z) or _peculiarity(vae.post_quant_conv) or _reason_against(vae.decoder)
+    conv = vae.post_quant_conv
+    return _reason_against_latents(z) or _peculiarity(conv, _stock_types(_origin(vae))) or _reason_against(vae.decoder)
 
 
 def _reason_against_now() -> str | None:
@@ -425,23 +475,24 @@ def _reason_against(coder: Any) -> str | None:
     reason = _reason_against_now()
     if reason is not None:
         return reason
-    for owner, name in _bypassed():
+    origin = _origin(coder)
+    for owner, name in _bypassed(origin):
         function = getattr(owner, name)
         if not (is_library_function(function) if isinstance(owner, type) else are_torch_functions(function)):
             return f"{owner.__name__}.{name} is not the library's own"
     dtypes: set[Any] = set()
     for module in coder.modules():
-        reason = _peculiarity(module)
+        reason = _peculiarity(module, _stock_types(origin))
         if reason is not None:
             return reason
         dtypes.update(parameter.dtype for parameter in filter(_is_given, module._parameters.values()))
     return "its weights are of several dtypes" if len(dtypes) > 1 else None
 
 
-def _peculiarity(module: nn.Module) -> str | None:
+def _peculiarity(module: nn.Module, stock_types: frozenset[type]) -> str | None:
     """Returns how a module of an encoder or decoder differs from what diffusers builds, or None."""
     name = type(module).__name__
-    if type(module) not in _stock_types():
+    if type(module) not in stock_types:
         return f"it has a {name} in it"
     if own_methods(module) or is_hooked(module):
         return f"a {name} has hooks or methods of its own"
@@ -465,14 +516,27 @@ def _is_given(parameter: nn.Parameter | None) -> bool:
     return parameter is not None
 
 
-@functools.lru_cache(maxsize=1)
-def _bypassed() -> tuple[tuple[Any, str], ...]:
+def _origin(model: Any) -> str:
+    """Returns the name of the module that defines an autoencoder, or one of its halves."""
+    return type(model).__module__
+
+
+def _module(vae: Any) -> Any:
+    return sys.modules[_origin(vae)]
+
+
+def _patch_size(vae: Any) -> Any:
+    return vae.config.get("patch_size")
+
+
+@functools.lru_cache(maxsize=len(_PREFIXES))
+def _bypassed(origin: str) -> tuple[tuple[Any, str], ...]:
     """Returns the functions that the fast path skips or calls with other tensors.
 
     If one of them is replaced, stock code has to run.
     """
     return (
-        *((cls, "forward") for cls in _stock_types() if "forward" in vars(cls)),
+        *((cls, "forward") for cls in _stock_types(origin) if "forward" in vars(cls)),
         *((cls, "_conv_forward") for cls in (nn.Conv2d, nn.Conv3d)),
         *((cls, "forward") for cls in (nn.Conv3d, nn.Upsample)),
         (nn.Module, "__call__"),
@@ -482,15 +546,19 @@ def _bypassed() -> tuple[tuple[Any, str], ...]:
     )
 
 
-@functools.lru_cache(maxsize=1)
-def _stock_types() -> frozenset[type]:
+@functools.lru_cache(maxsize=len(_PREFIXES))
+def _stock_types(origin: str) -> frozenset[type]:
+    """Returns the classes of modules in an autoencoder as diffusers builds it; none of an unknown one."""
+    if origin not in _PREFIXES:
+        return frozenset()
     own = (
-        *("WanDecoder3d", "WanEncoder3d", "WanMidBlock", "WanUpBlock", "WanResidualUpBlock", "WanResidualDownBlock"),
-        *("WanResidualBlock", "WanAttentionBlock", "WanResample", "WanUpsample", "WanCausalConv3d", "WanRMS_norm"),
-        *("AvgDown3D", "DupUp3D"),
+        *("Decoder3d", "Encoder3d", "MidBlock", "UpBlock", "ResidualUpBlock", "ResidualDownBlock"),
+        *("ResidualBlock", "AttentionBlock", "Resample", "Upsample", "CausalConv3d", "RMS_norm"),
     )
+    names = (*(_PREFIXES[origin] + name for name in own), "AvgDown3D", "DupUp3D")
     plain = (nn.Conv2d, nn.Dropout, nn.Identity, nn.ModuleList, nn.Sequential, nn.SiLU, nn.ZeroPad2d)
-    return frozenset((*(getattr(wan, name) for name in own), *plain))
+    library = sys.modules[origin]
+    return frozenset((*(getattr(library, name) for name in names if hasattr(library, name)), *plain))
 
 
 @functools.lru_cache(maxsize=64)

@@ -32,12 +32,18 @@ class FrameCaches(list):
         super().__init__([None] * convolutions)
         self.divided = False  # whether convolutions may process some of their rows at a time
         self.continues = False  # whether they continue with frames whose first ones they have processed
+        self.ends = False  # whether no frames follow in this pass, so that none have to be remembered
         self.declined = False  # whether the pass falls back to stock, which uses this as its own list
         self._memory: torch.Tensor | None = None
         self._channels_last = [False] * convolutions  # of each convolution's last window
 
     def __reduce__(self) -> Any:
         return list, (list(self),)  # an autoencoder can be loaded without this package
+
+    @property
+    def forgets(self) -> bool:
+        """Whether convolutions need to remember nothing, because no step of this chunk and no chunk follows."""
+        return self.ends and not self.divided
 
     def divide(self) -> None:
         """From now on, convolutions process some of their rows at a time; frees the memory for whole frames."""
@@ -63,10 +69,12 @@ class FrameCaches(list):
         batch, channels, *space = shape
         return memory[:size].view(batch, *space, channels).movedim(-1, 1)
 
-    def _renewed(self, index: int, x: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+    def _renewed(self, index: int, x: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Returns the frames that convolution number `index` remembers, and memory for those it remembers after `x`."""
         is_first, is_free = self[index] is None, isinstance(self[index], torch.Tensor) and not _is_held(self, index)
         before = self[index] if isinstance(self[index], torch.Tensor) else None
+        if self.forgets:
+            return before, None
         batch, channels, frames, height, width = x.shape
         shape = (batch, channels, 1 if is_first and frames == 1 else HISTORY, height, width)
         last = is_channels_last(x) and (frames >= HISTORY or before is None or is_channels_last(before))
@@ -90,6 +98,7 @@ class FrameCaches(list):
         convolution: Callable[[torch.Tensor], torch.Tensor],
         padding: tuple[int, int],
         *,
+        history: int = HISTORY,
         activation: Callable[[torch.Tensor], torch.Tensor] | None = None,
         add: torch.Tensor | None = None,
         overwrite: bool = False,
@@ -98,10 +107,11 @@ class FrameCaches(list):
 
         Args:
             x: `(batch, channels, frames, height, width)`, any strides.
-            convolution: maps `(batch, channels, 2 + frames, rows + 2 * padding[0], width + 2 * padding[1])`, in reused
-                memory, to `(batch, channels', frames, rows, width)`, a new tensor. For all rows, this input is bit for
-                bit the tensor that stock concatenates and pads, in the same memory format.
+            convolution: maps `(batch, channels, history + frames, rows + 2 * padding[0], width + 2 * padding[1])`, in
+                reused memory, to `(batch, channels', frames, rows, width)`, a new tensor. With a history and for all
+                rows, this input is bit for bit the tensor that stock concatenates and pads, in the same memory format.
             padding: zeros above and below, left and right.
+            history: 0 for a first frame whose convolution needs no frames of zeros before it.
             activation: applied to `x` first; computes each position from its own channels only, into a new tensor of
                 the dtype of `x`.
             add: added to the result.
@@ -111,11 +121,11 @@ class FrameCaches(list):
         above, left = padding
         before, after = self._renewed(index, x)
         channels_last = self._window_format(index, x, before)
-        edges = bands(height, least_rows(batch * channels * (HISTORY + frames)) if self.divided and above else height)
+        edges = bands(height, least_rows(batch * channels * (history + frames)) if self.divided and above else height)
         carried = out = None
         loaded = 0
         for top, bottom in itertools.pairwise(edges):
-            shape = (batch, channels, HISTORY + frames, bottom - top + 2 * above, width + 2 * left)
+            shape = (batch, channels, history + frames, bottom - top + 2 * above, width + 2 * left)
             window = self.shared(shape, x, channels_last)
             _zero_border(window, above * (top == 0), above * (bottom == height), left)
             if carried is not None:
@@ -127,7 +137,7 @@ class FrameCaches(list):
                 inner,
                 x[..., rows, :],
                 None if before is None else before[..., rows, :],
-                after[..., rows, :],
+                None if after is None else after[..., rows, :],
                 activation,
             )
             loaded = until
@@ -225,27 +235,29 @@ def _fill(
     inner: torch.Tensor,
     x: torch.Tensor,
     before: torch.Tensor | None,
-    after: torch.Tensor,
+    after: torch.Tensor | None,
     activation: Callable[[torch.Tensor], torch.Tensor] | None,
 ) -> None:
     """Writes the remembered frames and those of `x` to `inner`, and the last of them to `after`.
 
     before: one frame or two, or None. `after` may be the same memory; it gets all frames, or only those of `x`.
     """
-    frames, remembered = x.shape[2], after.shape[2]
+    frames = x.shape[2]
+    remembered = 0 if after is None else after.shape[2]
+    history = inner.shape[2] - frames
     given = 0 if before is None else before.shape[2]
-    inner[:, :, : HISTORY - given] = 0
+    inner[:, :, : history - given] = 0
     if before is not None:
-        inner[:, :, HISTORY - given : HISTORY] = before
-    if frames < remembered:
+        inner[:, :, history - given : history] = before
+    if after is not None and frames < remembered:
         after[:, :, 0] = inner[:, :, 1]
     for frame, rows in _pieces(x) if activation else [(slice(0, frames), slice(None))]:
         piece = x[:, :, frame, rows]
         if activation is not None:
             piece = activation(piece)
-        inner[:, :, HISTORY + frame.start : HISTORY + frame.stop, rows] = piece
+        inner[:, :, history + frame.start : history + frame.stop, rows] = piece
         kept = max(frame.start, frames - remembered)
-        if kept < frame.stop:
+        if after is not None and kept < frame.stop:
             slot = remembered - frames
             after[:, :, slot + kept : slot + frame.stop, rows] = piece[:, :, kept - frame.start :]
 

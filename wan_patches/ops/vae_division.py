@@ -1,7 +1,8 @@
 """Convolutions of a few frames and rows at a time, used if a trial shows that they have the bits of the whole.
 
 On a CPU the summation order of a convolution mostly does not depend on the number of frames and rows, as long as ATen
-dispatches both to the same library. Each convolution is tested once for each shape.
+dispatches both to the same library. Nor does it depend on frames of zeros before the first one. Each convolution is
+tested once for each shape.
 """
 
 from __future__ import annotations
@@ -39,6 +40,20 @@ def convolution(conv: Convolution, padding: Any = 0) -> Callable[[torch.Tensor],
     """Returns the plain convolution, for input that is already concatenated and padded."""
     convolve: Any = F.conv3d if conv.weight.dim() == 5 else F.conv2d
     return lambda x: convolve(x, conv.weight, conv.bias, conv.stride, padding, conv.dilation, conv.groups)
+
+
+def convolution_of_first(conv: Convolution) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Returns the causal convolution of a first frame, `(batch, channels, 1, height, width)`, already padded.
+
+    All other taps in time see zeros, so that the last one is a convolution of two dimensions.
+    """
+    _, *stride = conv.stride
+
+    def convolve(x: torch.Tensor) -> torch.Tensor:
+        weight = conv.weight[:, :, -1].contiguous()
+        return F.conv2d(x[:, :, 0], weight, conv.bias, tuple(stride)).unsqueeze(2)
+
+    return convolve
 
 
 _divided: dict[tuple[object, ...], bool] = {}
@@ -80,6 +95,18 @@ def convolves_divided(conv: Convolution, shape: Sequence[int], dtype: torch.dtyp
         )
         for top, bottom in _of_each_size(edges)
     )
+
+
+@_remembered
+def convolves_first(conv: Convolution, shape: Sequence[int], dtype: torch.dtype, channels_last: bool) -> bool:
+    """Whether `convolution_of_first` of one frame, `(batch, height, width)`, has the bits of the causal convolution."""
+    batch, height, width = shape
+    before, above, beside = (size - 1 for size in conv.kernel_size)
+    conv, frame = _cancelling(conv, (batch, conv.in_channels, 1, height + above, width + beside), dtype)
+    window = _in_format(F.pad(frame, (0, 0, 0, 0, before, 0)), channels_last)
+    whole = convolution(conv)(window)
+    del window
+    return _is_rounding(whole) and torch.equal(convolution_of_first(conv)(_in_format(frame, channels_last)), whole)
 
 
 @_remembered

@@ -13,6 +13,7 @@ from wan_patches.patching.codeswap import has_fingerprint
 from wan_patches.patching.registry import Known
 
 AUTOENCODER = "diffusers.models.autoencoders.autoencoder_kl_wan"
+QWEN_AUTOENCODER = "diffusers.models.autoencoders.autoencoder_kl_qwenimage"
 PROCESSOR = "diffusers.video_processor"
 UNIPC = "diffusers.schedulers.scheduling_unipc_multistep"
 HELIOS = "diffusers.schedulers.scheduling_helios"
@@ -43,6 +44,21 @@ TEXTS: Mapping[str, Mapping[str, Mapping[str, str]]] = {
         "WanResidualUpBlock.forward": {"3caf892c82025550": "0.35", "083afe537c743027": "0.36"},
         "WanUpBlock.forward": {"dd853fe626a7c2ba": "0.35", "426ef8cfa2fa91d7": "0.36"},
         "WanUpsample.forward": {"9324770ad80c15cc": "0.35"},
+    },
+    QWEN_AUTOENCODER: {
+        "AutoencoderKLQwenImage._decode": {"84739cf26e4b2cfd": "0.35"},
+        "AutoencoderKLQwenImage.clear_cache": {"65a0a7d0ab6d70ea": "0.35"},
+        "QwenImageAttentionBlock.forward": {"220c002c809b1ace": "0.35"},
+        "QwenImageCausalConv3d.__init__": {"929b940173af746e": "0.35"},
+        "QwenImageCausalConv3d.forward": {"04d4cc1d5eef07df": "0.35"},
+        "QwenImageDecoder3d.forward": {"5c6fe2f4721cccf5": "0.35", "eeab46ddbeb13e54": "0.38"},
+        "QwenImageEncoder3d.forward": {"ccf7adb7b36ca049": "0.35", "746b1a42078871be": "0.38"},
+        "QwenImageMidBlock.forward": {"680be2f1110718f9": "0.35"},
+        "QwenImageRMS_norm.forward": {"2589c33f8908ab21": "0.35", "13d23c0e7d565d8e": "0.38"},
+        "QwenImageResample.forward": {"d2ba2e5c1e04d9bc": "0.35", "a5db7953bea157e8": "0.38"},
+        "QwenImageResidualBlock.forward": {"6b11c2b5830c2809": "0.35", "65fa537881419e61": "0.38"},
+        "QwenImageUpBlock.forward": {"5b27564abe5a56c0": "0.35"},
+        "QwenImageUpsample.forward": {"9324770ad80c15cc": "0.35"},
     },
     PROCESSOR: {
         "VideoProcessor._denormalize_conditionally": {"091492619ecf6918": "0.35"},
