@@ -1,11 +1,11 @@
-"""Tiled encoding and decoding by the installed `AutoencoderKLWan`, patched in place, against stock."""
+"""Tiled encoding and decoding by installed autoencoders, patched in place, against stock."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from wan_patches.patches.vae_tiling import PATCHES
+from wan_patches.patches.vae_tiling import _AUTOENCODERS, PATCHES
 from wan_patches.patching.registry import Registry
 from wan_patches.patching.status import ACTIVE
 from wan_patches.testing.families import FAMILIES, available
@@ -51,7 +51,7 @@ def random(*shape, dtype=torch.float32):
 def both(registry, call):
     stock = call()
     with registry.enabled(strict=True) as status:
-        assert [report.state for report in status.of("vae")] == [ACTIVE, ACTIVE]
+        assert ACTIVE in {report.state for report in status.of("vae") if report.module == autoencoders.__name__}
         patched = call()
     return stock, patched
 
@@ -89,6 +89,57 @@ def test_the_residual_vae_too(registry, fast):
     stock, patched = both(registry, lambda: model.decode(latents).sample)
     assert torch.equal(stock, patched)
     assert set(fast) == {-2, -1}
+
+
+def _model(module):
+    """The class of an autoencoder, if this diffusers has its methods."""
+    found = pytest.importorskip(f"diffusers.models.autoencoders.{module}")
+    model = getattr(found, _AUTOENCODERS[module])
+    if not hasattr(model, "blend_v"):
+        pytest.skip("this diffusers blends no tiles here")
+    return model
+
+
+#: Autoencoders of images, whose tiles have no frames.
+IMAGES = {"autoencoder_dc", "autoencoder_kl", "autoencoder_kl_flux2", "autoencoder_kl_hunyuanimage",
+          "autoencoder_kl_kvae", "consistency_decoder_vae"}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["blend_v", "blend_h"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("module", _AUTOENCODERS)
+def test_every_autoencoder_blends_with_the_bits_of_stock(module, dtype, method, registry, fast):
+    blend = getattr(_model(module), method)
+    shape = (2, 3, 24, 36) if module in IMAGES else (2, 3, 5, 24, 36)
+    a, b = random(*shape, dtype=dtype), random(*shape, dtype=dtype).flip(0)
+
+    def call():
+        tile = b.clone()
+        found = blend(None, a, tile, 20)
+        assert found is tile
+        return tile
+
+    stock, patched = both(registry, call)
+    assert not torch.equal(stock, b)
+    assert torch.equal(stock, patched)
+    assert fast == [-2 if method == "blend_v" else -1]
+
+
+@pytest.mark.parametrize("module", ["autoencoder_kl", "autoencoder_kl_hunyuan_video"])
+def test_tiles_with_other_axes_use_stock(module, registry, fast):
+    """Those of a video, for a method that indexes images, are blended along another axis."""
+    model = _model(module)
+    shape = (1, 2, 6, 7, 8) if module == "autoencoder_kl" else (1, 2, 6, 7)
+
+    def call():
+        try:
+            return model.blend_v(None, random(*shape), random(*shape) + 1, 4)
+        except IndexError as error:
+            return str(error)
+
+    stock, patched = both(registry, call)
+    assert torch.equal(stock, patched) if isinstance(stock, torch.Tensor) else stock == patched
+    assert not fast
 
 
 def test_with_gradients_stock_runs(registry, fast, monkeypatch):

@@ -21,7 +21,7 @@ from wan_patches.patching import tally
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _CHUNK = 1 << 19  # elements processed at a time on CPUs: little scratch, and few calls
-_FEW = 16  # columns; below this, converting rows of half dtypes costs more than it saves
+_FEW = {-2: 8, -1: 16}  # rows and columns; below this, converting those of half dtypes costs more than it saves
 
 
 def blend(first: torch.Tensor, second: torch.Tensor, extent: int, dim: int) -> torch.Tensor:
@@ -53,8 +53,8 @@ def blend(first: torch.Tensor, second: torch.Tensor, extent: int, dim: int) -> t
 
 def _reason_against(head: torch.Tensor, dim: int) -> str | None:
     """Why such an overlap uses the plain formulation on CPUs, or None."""
-    if head.dtype != torch.float32 and dim == -1 and head.shape[dim] < _FEW:
-        return "it is the fastest for so few columns of a half dtype"
+    if head.dtype != torch.float32 and head.shape[dim] < _FEW[dim]:
+        return "it is the fastest for so few rows or columns of a half dtype"
     return None if _is_exact(head.dtype) else "no other is exact on this processor"
 
 
