@@ -11,7 +11,7 @@ import weakref
 
 import pytest
 
-from wan_patches.patching import codeswap
+from wan_patches.patching import codeswap, rewrite
 from wan_patches.patching.rewrite import Block, Body, Nested, Replace, Unknown, fingerprint, parse, rewritten
 
 SOURCE = '''
@@ -92,6 +92,35 @@ def test_super_name_mangling_and_closures_survive(module):
     assert scale(model, 2.0, twice=True) == model.scale(2.0, twice=True) + 3
     inner = module.outer()
     assert run_with(inner, Replace("math.floor(*ARGS)", "helper(7, *ARGS)"))(1) == 1 + 1 + 7 + 1.5
+
+
+def test_equal_functions_are_parsed_once_and_stay_in_their_places(tmp_path, monkeypatch):
+    edits = [Replace("A + 2", "A + 3")]
+    text = "class {}:\n    def f(self, x):\n        def g(y):\n            return y + {}\n        return g(x)\n"
+    here, there, other = (
+        load(tmp_path, "\n" * lines + text.format(name, number), name)
+        for lines, name, number in ((0, "Here", 2), (7, "There", 2), (0, "Other", 4))
+    )
+    parsed = []
+    monkeypatch.setattr(rewrite, "parse", lambda function: parsed.append(function) or parse(function))
+    first = rewritten(here.Here.f, edits)
+    second = rewritten(there.There.f, edits)
+    if hasattr(first, "co_qualname"):  # in Python 3.10 the name of `g` is a constant, so that these are not equal
+        assert parsed == [here.Here.f]
+    for code, function, name in ((first, here.Here.f, "Here"), (second, there.There.f, "There")):
+        assert codeswap.with_code(function, code)(None, 1) == 4
+        assert [(c.co_filename, c.co_firstlineno) for c in codes(code)] == [
+            (c.co_filename, c.co_firstlineno) for c in codes(function.__code__)
+        ]
+        if hasattr(code, "co_qualname"):
+            assert [c.co_qualname for c in codes(code)] == [f"{name}.f", f"{name}.f.<locals>.g"]
+    assert fingerprint(here.Here.f) == fingerprint(there.There.f) != fingerprint(other.Other.f)
+    with pytest.raises(Unknown):
+        rewritten(other.Other.f, edits)
+
+
+def codes(code):
+    return [code, *(c for c in code.co_consts if isinstance(c, types.CodeType))]
 
 
 def test_replace_requires_its_exact_count(module):

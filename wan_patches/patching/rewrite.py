@@ -9,11 +9,11 @@ from __future__ import annotations
 import __future__ as futures
 
 import ast
-import contextlib
 import functools
 import hashlib
 import inspect
 import linecache
+import re
 import types
 import weakref
 from collections.abc import Iterable, Sequence
@@ -131,14 +131,16 @@ class Nested:
 def fingerprint(code: ast.AST | Sequence[ast.AST] | types.FunctionType) -> str:
     """Returns a hash of code, independent of Python version, formatting, annotations and docstrings."""
     if isinstance(code, types.FunctionType):
-        return _function_fingerprint(code, code.__code__)
+        text = _unplaced(code.__code__)
+        if text not in _fingerprints:
+            _fingerprints[text] = fingerprint(parse(code))
+        return _fingerprints[text]
     return hashlib.sha256(_normal_form(code).encode()).hexdigest()[:16]
 
 
-@functools.lru_cache(maxsize=256)
-def _function_fingerprint(function: types.FunctionType, code: types.CodeType) -> str:
-    """Caches fingerprints; `code` is part of the key because it can be exchanged in place."""
-    return fingerprint(parse(function))
+#: Fingerprints of functions, and rewritten code, by the code that was found: many models have functions in common.
+_fingerprints: dict[types.CodeType, str] = {}
+_rewrites: dict[tuple[types.CodeType, tuple[Edit, ...]], types.CodeType] = {}
 
 
 def parse(function: types.FunctionType) -> ast.FunctionDef:
@@ -180,28 +182,45 @@ def compile_function(node: ast.FunctionDef, function: types.FunctionType) -> typ
         outer.body = [tree]
         tree = outer
         path.insert(0, outer.name)
-    used = names_in(code)
-    imports = [statement for names, statement in _imports(code.co_filename) if not used.isdisjoint(names)]
-    module = ast.Module(body=[*imports, tree], type_ignores=[])
+    module = ast.Module(body=[*_imports_of(code), tree], type_ignores=[])
     flags = code.co_flags & _FUTURE_FLAGS
     compiled = _find(compile(module, code.co_filename, "exec", flags=flags, dont_inherit=True), [*path, node.name])
     if compiled.co_freevars != code.co_freevars:
         raise Unknown("its closure changed")
-    qualified = {"co_qualname": code.co_qualname} if hasattr(code, "co_qualname") else {}
-    return _moved(compiled, code.co_firstlineno - compiled.co_firstlineno).replace(**qualified)
+    return _placed(compiled, code.co_filename, code.co_firstlineno, _qualname(code))
 
 
-def _moved(code: types.CodeType, lines: int) -> types.CodeType:
-    consts = tuple(_moved(c, lines) if isinstance(c, types.CodeType) else c for c in code.co_consts)
-    return code.replace(co_firstlineno=code.co_firstlineno + lines, co_consts=consts)
+def _placed(code: types.CodeType, filename: str, line: int, qualname: str) -> types.CodeType:
+    """Returns code as if it had been compiled from this line of a file, with the functions in it."""
+    moved = line - code.co_firstlineno
+    inner = f"{qualname}.<locals>." if code.co_flags & inspect.CO_OPTIMIZED else f"{qualname}."  # of a class
+    consts = tuple(
+        _placed(c, filename, c.co_firstlineno + moved, inner + c.co_name) if isinstance(c, types.CodeType) else c
+        for c in code.co_consts
+    )
+    named: dict[str, Any] = {"co_qualname": qualname} if hasattr(code, "co_qualname") else {}
+    return code.replace(co_filename=filename, co_firstlineno=line, co_consts=consts, **named)
 
 
-def rewritten(function: types.FunctionType, edits: Iterable[Edit]) -> types.CodeType:
+def _qualname(code: types.CodeType) -> str:
+    return str(getattr(code, "co_qualname", code.co_name))  # since Python 3.11
+
+
+def _unplaced(code: types.CodeType) -> types.CodeType:
+    """Returns code as if it came from nowhere: equal for functions of the same text in several modules."""
+    return _placed(code, "", 0, code.co_name)
+
+
+def rewritten(function: types.FunctionType, edits: Sequence[Edit]) -> types.CodeType:
     """Returns the code of `function` with every edit applied. Raises `Unknown` if one does not recognise it."""
-    node = parse(function)
-    for edit in edits:
-        edit.apply(node)
-    return compile_function(node, function)
+    code = function.__code__
+    key = _unplaced(code), tuple(edits)
+    if key not in _rewrites:
+        node = parse(function)
+        for edit in edits:
+            edit.apply(node)
+        _rewrites[key] = _unplaced(compile_function(node, function))
+    return _placed(_rewrites[key], code.co_filename, code.co_firstlineno, _qualname(code))
 
 
 def _parse_block(lines: list[str], code: types.CodeType) -> ast.FunctionDef | None:
@@ -230,29 +249,53 @@ def _parse_block(lines: list[str], code: types.CodeType) -> ast.FunctionDef | No
 
 
 @functools.lru_cache(maxsize=128)
-def _imports(filename: str) -> tuple[tuple[frozenset[str], ast.stmt], ...]:
-    """Returns the module-level imports as standalone statements, each after the names that it binds.
+def _imports(filename: str) -> tuple[tuple[frozenset[str], str], ...]:
+    """Returns the text of each module-level import, after all names in it.
 
     The compiler treats `name.method()` differently if the module imports `name`. Parsing whole modules for that would
     cost more than the rest of a rewrite.
     """
-    found: list[tuple[frozenset[str], ast.stmt]] = []
+    found: list[tuple[frozenset[str], str]] = []
     lines = linecache.getlines(filename)
-    module_level = True
     for i, line in enumerate(lines):
-        if not line[:1].isspace() and line[0] not in "#)]}":
-            module_level = not line.startswith(("def ", "class ", "async def ", "@"))
-        if module_level and (text := line.lstrip()).startswith(("import ", "from ")):
-            end = i + 1
-            while end < len(lines) and text.count("(") > text.count(")"):
-                text, end = text + lines[end], end + 1
-            with contextlib.suppress(SyntaxError):  # a line of some docstring
-                statement = ast.parse(text.strip()).body[0]
-                assert isinstance(statement, (ast.Import, ast.ImportFrom))
-                if not (isinstance(statement, ast.ImportFrom) and statement.module == "__future__"):
-                    names = (alias.asname or alias.name.partition(".")[0] for alias in statement.names)
-                    found.append((frozenset(names), statement))
+        if "import " not in line or not (text := line.lstrip()).startswith(("import ", "from ")):
+            continue
+        if line is not text and _in_definition(lines, i):
+            continue
+        end = i + 1
+        while end < len(lines) and text.count("(") > text.count(")"):
+            text, end = text + lines[end], end + 1
+        found.append((frozenset(_WORD.findall(text)), text))
     return tuple(found)
+
+
+_WORD = re.compile(r"\w+")
+
+
+def _in_definition(lines: Sequence[str], index: int) -> bool:
+    """Whether an indented line belongs to a function or a class."""
+    outer = next((line for line in reversed(lines[:index]) if not line[:1].isspace() and line[0] not in "#)]}"), "")
+    return outer.startswith(("def ", "class ", "async def ", "@"))
+
+
+@functools.lru_cache(maxsize=512)
+def _import(text: str) -> tuple[frozenset[str], ast.stmt | None]:
+    """Returns the names that an import binds, and the statement; none for a line of some docstring."""
+    try:
+        statement = ast.parse(text.strip()).body[0]
+    except SyntaxError:
+        return frozenset(), None
+    assert isinstance(statement, (ast.Import, ast.ImportFrom))
+    if isinstance(statement, ast.ImportFrom) and statement.module == "__future__":
+        return frozenset(), None
+    return frozenset(alias.asname or alias.name.partition(".")[0] for alias in statement.names), statement
+
+
+def _imports_of(code: types.CodeType) -> list[ast.stmt]:
+    """Returns the module-level imports of names that code uses."""
+    used = names_in(code)
+    candidates = (_import(text) for words, text in _imports(code.co_filename) if not used.isdisjoint(words))
+    return [statement for names, statement in candidates if statement is not None and not used.isdisjoint(names)]
 
 
 def names_in(code: types.CodeType) -> set[str]:
