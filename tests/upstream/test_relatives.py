@@ -1,4 +1,4 @@
-"""Models that share Wan's rotary embedding: stock diffusers against the same diffusers patched."""
+"""Models that share Wan's rotary embedding or autoencoder: stock diffusers against the same diffusers patched."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from wan_patches.testing.relatives import RELATIVES, available
 # tiny models take the way of large ones
 pytestmark = [pytest.mark.upstream, pytest.mark.usefixtures("one_thread", "any_size")]
 
+NAMES = [pytest.param(name, marks=[pytest.mark.slow] * RELATIVES[name].slow) for name in available()]
 DTYPES = [torch.bfloat16, torch.float32, torch.float16]
 
 #: Those with tables of complex numbers in single precision, which fp32 needs no cast for.
-SINGLE = ("lumina", "qwen_image", "qwen_image_2.1", "nucleus", "z_image", "z_image_controlnet", "bria_fibo2")
+SINGLE = {"lumina", "nucleus", "bria_fibo2", *(n for n in RELATIVES if n.startswith(("qwen_image", "z_image")))}
 NOT_CAST = "nothing is cast, and stock's operations are the fastest"
 TWICE = "fp16 would be rounded twice, as stock rounds to bf16"
 
@@ -30,13 +31,16 @@ def _stock(name, model, dtype):
 
 
 def _check(name, dtype, patches=None):
-    """Compares the bits, and returns the ways of the calls for a rotary embedding."""
+    """Compares the bits, and returns the ways of the calls for a rotary embedding; the autoencoder's are fast."""
     model = RELATIVES[name].build(dtype=dtype)
     stock = _stock(name, model, dtype)
     tally.reset()
     with wan_patches.enabled(patches):
         patched = RELATIVES[name].run(model, dtype=dtype)
     ways = {way for way in tally.counted() if way.op.startswith("rotary embedding")}
+    decoding = {way for way in tally.counted() if way.entry.partition(":")[0] == "wan_patches.bindings.vae"}
+    assert bool(decoding) == RELATIVES[name].decodes
+    assert all(way.is_fast for way in decoding)
     assert stock.isfinite().all()
     assert stock.std() > 0
     assert (patched.dtype, patched.stride()) == (stock.dtype, stock.stride())
@@ -55,13 +59,13 @@ def _check_ways(name, dtype, ways):
         assert all(way.is_fast for way in ways)
 
 
-@pytest.mark.parametrize("name", available())
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_latents_are_bit_identical_and_fast_forms_make_them(name, dtype):
-    _check_ways(name, dtype, _check(name, dtype, ["rope"]))
+def test_results_are_bit_identical_and_fast_forms_make_them(name, dtype):
+    _check_ways(name, dtype, _check(name, dtype, ["rope", "vae"]))
 
 
-@pytest.mark.parametrize("name", available())
+@pytest.mark.parametrize("name", NAMES)
 def test_all_patches_together(name):
     _check_ways(name, torch.bfloat16, _check(name, torch.bfloat16))
 

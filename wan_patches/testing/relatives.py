@@ -1,13 +1,14 @@
-"""Builds small models outside of the Wan family that rotate queries and keys with functions like Wan's.
+"""Builds small models outside of the Wan family that rotate queries and keys like Wan, or decode with its autoencoder.
 
     from wan_patches.testing.relatives import RELATIVES, available
 
     relative = RELATIVES["flux"]
     model = relative.build(dtype=torch.bfloat16)
-    latents = relative.run(model, dtype=torch.bfloat16)
+    result = relative.run(model, dtype=torch.bfloat16)
 
-They start from drawn embeddings of the prompt and end with latents, because neither text encoders nor autoencoders are
-what is patched in them. Most are whole pipelines; of some it is the transformer alone, called once.
+They start from drawn embeddings of the prompt, because text encoders are not patched. Most are whole pipelines; of some
+it is the transformer alone, called once. The result is latents, or a picture or a video if the autoencoder is Wan's or
+Qwen-Image's.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import diffusers
 import torch
 from diffusers.models.embeddings import get_1d_rotary_pos_embed
 
-from wan_patches.testing.families import TEXT_DIM, _Make, _seeded, images, is_installed
+from wan_patches.testing.families import TEXT_DIM, _Make, _seeded, images, is_installed, masks, tokenizer
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -71,6 +72,15 @@ class _Parts(_Make):
                     parameter.normal_(std=0.1)
         return model
 
+    def qwen_vae(self, **config: Any) -> Any:
+        """Builds Qwen-Image's VAE, with 4 latent channels."""
+        usual = {"base_dim": 8, "num_res_blocks": 1, "z_dim": 4, "latents_mean": [0.1] * 4, "latents_std": [0.9] * 4}
+        return self.build(diffusers.AutoencoderKLQwenImage, **{**usual, **config})
+
+    def small_wan_vae(self) -> Any:
+        """Builds Wan's VAE in the dtype of the transformer."""
+        return self.build(diffusers.AutoencoderKLWan, base_dim=8, num_res_blocks=1)
+
     def whole(self, name: str, **components: Any) -> Any:
         """Builds the named pipeline of the given components, without the others."""
         cls = getattr(diffusers, name)
@@ -101,8 +111,8 @@ def _autoencoder(name: str = "AutoencoderKL", **config: Any) -> _Makes:
     return lambda make: make.build(getattr(diffusers, name), **{**usual, **config})
 
 
-def _scheduler(name: str) -> _Makes:
-    return lambda make: getattr(diffusers, name)()
+def _scheduler(name: str, **config: Any) -> _Makes:
+    return lambda make: getattr(diffusers, name)(**config)
 
 
 def _guider(make: _Parts) -> Any:
@@ -119,6 +129,9 @@ class _Unchecked:
 
     def to(self, device: torch.device) -> None:
         pass
+
+    def check_video_safety(self, video: Any) -> Any:
+        return video
 
 
 def _hidream(make: _Parts) -> Any:
@@ -147,6 +160,7 @@ class Relative:
     make: _Makes
     call: Mapping[str, Any]  # arguments, or None for one not to give
     alone: bool = False  # whether it is a transformer
+    slow: bool = False  # whether it only takes large pictures, and seconds for them
 
     @property
     def available(self) -> bool:
@@ -172,8 +186,13 @@ class Relative:
             arguments = {**usual, "generator": generator, **arguments}
         return {key: value for key, value in {**arguments, **more}.items() if value is not None}
 
+    @property
+    def decodes(self) -> bool:
+        """Whether the result is a picture or a video."""
+        return "output_type" in self.call
+
     def run(self, model: Any, *, dtype: torch.dtype = torch.float32, **more: Any) -> torch.Tensor:
-        """Calls what `build` returned, and returns the latents."""
+        """Calls what `build` returned, and returns the latents, or the picture or video."""
         with _seeded(0), torch.no_grad():
             result = model(**self.inputs(dtype=dtype, **more), return_dict=False)[0]
         return result  # type: ignore[no-any-return]
@@ -206,6 +225,16 @@ def _packed(axes: int) -> dict[str, Any]:
 _LATENTS = {"in_channels": 4, "out_channels": 4}
 _SHORT: dict[str, Any] = {"in_channels": 4, "axes_lens": (64, 64, 64)}
 _AUDIO = {"audio_num_attention_heads": 2, "audio_attention_head_dim": 32, "audio_cross_attention_dim": 64}
+_DECODED = {"output_type": "pt"}
+_QWEN_IMAGE = _small("QwenImageTransformer2DModel", in_channels=16, out_channels=4)
+_COSMOS: dict[str, Any] = {
+    "concat_padding_mask": False,
+    "adaln_lora_dim": 16,
+    "max_size": (8, 16, 16),
+    "extra_pos_embed_type": None,
+}
+_EDIT = {"prompt": '{"edit_instruction": "a red fox"}', "negative_prompt": '{"edit_instruction": ""}'}
+_PICTURE, _BOX = images(size=(WIDTH, HEIGHT))[0], masks(size=(WIDTH, HEIGHT))[0]
 _Z_IMAGE = _small("ZImageTransformer2DModel", **_SHORT)
 
 RELATIVES: Mapping[str, Relative] = {
@@ -235,8 +264,17 @@ RELATIVES: Mapping[str, Relative] = {
                  _pipeline("BriaPipeline", vae=_autoencoder(),
                            transformer=_small("BriaTransformer2DModel", in_channels=16)),
                  _GUIDED),
-        Relative("bria_fibo", (0, 36), _small("BriaFiboTransformer2DModel", in_channels=16),
-                 {**_packed(3), "text_encoder_layers": [_PROMPT] * 3}, alone=True),
+        *(
+            Relative(name, since,
+                     _pipeline(pipeline, tokenizer=lambda make: tokenizer(),
+                               text_encoder=_Parts.umt5, vae=_Parts.small_wan_vae, transformer=_small(
+                                   "BriaFiboTransformer2DModel", in_channels=16, joint_attention_dim=2 * TEXT_DIM)),
+                     {**_EDIT, **_DECODED, **more})
+            for name, since, pipeline, more in (
+                ("bria_fibo", (0, 36), "BriaFiboPipeline", {}),
+                ("bria_fibo_edit", (0, 37), "BriaFiboEditPipeline", {"image": _PICTURE, "_auto_resize": False}),
+            )
+        ),
         Relative("hunyuan_video", (0, 33),
                  _pipeline("HunyuanVideoPipeline", transformer=_small("HunyuanVideoTransformer3DModel", **_LATENTS)),
                  {"prompt_embeds": _PROMPT, "prompt_attention_mask": _MASK, "pooled_prompt_embeds": _POOLED, **_CLIP}),
@@ -265,9 +303,9 @@ RELATIVES: Mapping[str, Relative] = {
                  {**_ATTENDED, **_guided(prompt_embeds_2=_PROMPT, prompt_attention_mask_2=_MASK),
                   "use_resolution_binning": False}),
         Relative("motif_video", (0, 39),
-                 _pipeline("MotifVideoPipeline", guider=_guider, vae=_Parts.wan_vae,
+                 _pipeline("MotifVideoPipeline", guider=_guider, vae=_Parts.small_wan_vae,
                            transformer=_small("MotifVideoTransformer3DModel", in_channels=33, out_channels=16)),
-                 {**_ATTENDED, **_CLIP}),
+                 {**_ATTENDED, **_CLIP, **_DECODED}),
         Relative("cogvideox", (0, 33),
                  _pipeline("CogVideoXPipeline", scheduler=_scheduler("CogVideoXDDIMScheduler"), transformer=_small(
                      "CogVideoXTransformer3DModel", use_rotary_positional_embeddings=True, max_text_seq_length=TOKENS,
@@ -291,6 +329,18 @@ RELATIVES: Mapping[str, Relative] = {
                            transformer=_small("CosmosTransformer3DModel", adaln_lora_dim=16, max_size=(8, 16, 16),
                                               concat_padding_mask=False, extra_pos_embed_type=None, **_LATENTS)),
                  {**_GUIDED, "num_frames": 9}),
+        *(
+            Relative(name, since,
+                     _pipeline(pipeline, safety_checker=lambda make: _Unchecked(), vae=_Parts.small_wan_vae,
+                               scheduler=_scheduler("FlowMatchEulerDiscreteScheduler", use_karras_sigmas=True),
+                               transformer=_small("CosmosTransformer3DModel", in_channels=channels, out_channels=16,
+                                                  **_COSMOS)),
+                     {**_GUIDED, **_DECODED, **more})
+            for name, since, pipeline, channels, more in (
+                ("cosmos2", (0, 34), "Cosmos2TextToImagePipeline", 16, {}),
+                ("cosmos2_v2w", (0, 34), "Cosmos2VideoToWorldPipeline", 17, {"image": _PICTURE, "num_frames": 9}),
+            )
+        ),
         Relative("omnigen", (0, 33),
                  _small("OmniGenTransformer2DModel", vocab_size=16, pad_token_id=0, pos_embed_max_size=16,
                         rope_scaling={"type": "su", "short_factor": [1.0] * 32, "long_factor": [1.0] * 32}),
@@ -312,8 +362,10 @@ RELATIVES: Mapping[str, Relative] = {
                   "timestep_r": _Normal((1,))}, alone=True),
         Relative("krea2", (0, 39),
                  _pipeline("Krea2Pipeline",
-                           transformer=_small("Krea2Transformer2DModel", in_channels=16, num_text_layers=2)),
-                 _guided(prompt_embeds=_Normal((1, TOKENS, 2, TEXT_DIM)), prompt_embeds_mask=_MASK.bool())),
+                           transformer=_small("Krea2Transformer2DModel", in_channels=16, num_text_layers=2),
+                           vae=_Parts.qwen_vae),
+                 {**_guided(prompt_embeds=_Normal((1, TOKENS, 2, TEXT_DIM)), prompt_embeds_mask=_MASK.bool()),
+                  **_DECODED}),
         # Functions of their own, with real tables
         Relative("ltx", (0, 33),
                  _pipeline("LTXPipeline",
@@ -335,6 +387,10 @@ RELATIVES: Mapping[str, Relative] = {
         Relative("joyimage_edit_plus", (0, 40), _small("JoyImageEditPlusTransformer3DModel", in_channels=4),
                  {"hidden_states": _Normal((1, 24, 4, 1, 2, 2)), "shape_list": [[(1, 4, 6)]], "timestep": _TIME,
                   **_TEXT, "encoder_hidden_states_mask": _MASK}, alone=True),
+        Relative("joyimage_edit_pipeline", (0, 39),
+                 _pipeline("JoyImageEditPipeline", vae=_Parts.small_wan_vae, transformer=_small(
+                     "JoyImageEditTransformer3DModel", in_channels=16)),
+                 {**_MASKED, **_DECODED, "image": _PICTURE}, slow=True),
         Relative("longcat_audio", (0, 38), _small("LongCatAudioDiTTransformer", latent_dim=8),
                  {"hidden_states": _Normal((1, 24, 8)), "timestep": _NOISE_LEVEL, **_TEXT,
                   "encoder_attention_mask": _MASK.bool()}, alone=True),
@@ -346,9 +402,25 @@ RELATIVES: Mapping[str, Relative] = {
         Relative("lumina2", (0, 33),
                  _pipeline("Lumina2Pipeline", transformer=_small("Lumina2Transformer2DModel", **_SHORT)), _BY_BOOL),
         Relative("qwen_image", (0, 35),
-                 _pipeline("QwenImagePipeline",
-                           transformer=_small("QwenImageTransformer2DModel", in_channels=16, out_channels=4)),
-                 _MASKED),
+                 _pipeline("QwenImagePipeline", transformer=_QWEN_IMAGE, vae=_Parts.qwen_vae), {**_MASKED, **_DECODED}),
+        *(
+            Relative(f"qwen_image_{name}", since,
+                     _pipeline(f"QwenImage{pipeline}Pipeline",
+                               **{"transformer": _QWEN_IMAGE, "vae": _Parts.qwen_vae, **parts}),
+                     {**_MASKED, **_DECODED, **more}, slow=name == "edit_inpaint")
+            for name, since, pipeline, parts, more in (
+                ("img2img", (0, 35), "Img2Img", {}, {"image": _PICTURE}),
+                ("inpaint", (0, 35), "Inpaint", {}, {"image": _PICTURE, "mask_image": _BOX}),
+                ("controlnet", (0, 36), "ControlNet",
+                 {"controlnet": _small("QwenImageControlNetModel", in_channels=16)}, {"control_image": _PICTURE}),
+                ("controlnet_inpaint", (0, 36), "ControlNetInpaint",
+                 {"controlnet": _small("QwenImageControlNetModel", in_channels=16, extra_condition_channels=4)},
+                 {"control_image": _PICTURE, "control_mask": _BOX}),
+                ("edit", (0, 35), "Edit", {}, {"image": _PICTURE}),
+                ("edit_inpaint", (0, 36), "EditInpaint", {}, {"image": _PICTURE, "mask_image": _BOX}),
+                ("edit_plus", (0, 36), "EditPlus", {}, {"image": [_PICTURE]}),
+            )
+        ),
         Relative("qwen_image_2.1", (0, 41),
                  _small("QwenImage21Transformer2DModel", in_channels=16, out_channels=16),
                  {"hidden_states": _Normal((1, 24, 16)), "img_shapes": [[(1, 4, 6)]], "timestep": _NOISE_LEVEL,
@@ -357,14 +429,14 @@ RELATIVES: Mapping[str, Relative] = {
         Relative("nucleus", (0, 38),
                  _pipeline("NucleusMoEImagePipeline", transformer=_small(
                      "NucleusMoEImageTransformer2DModel", in_channels=16, out_channels=4, num_experts=4,
-                     capacity_factors=2.0, dense_moe_strategy="none")),
-                 _MASKED),
+                     capacity_factors=2.0, dense_moe_strategy="none"), vae=_Parts.qwen_vae),
+                 {**_MASKED, **_DECODED}),
         Relative("z_image", (0, 36), _pipeline("ZImagePipeline", transformer=_Z_IMAGE), _LISTED),
         Relative("z_image_controlnet", (0, 37),
                  _pipeline("ZImageControlNetPipeline", transformer=_Z_IMAGE, vae=_autoencoder(shift_factor=0.1),
                            controlnet=_small("ZImageControlNetModel", control_layers_places=[0, 1],
                                              control_refiner_layers_places=[0], control_in_dim=4)),
-                 {**_LISTED, "control_image": images(size=(WIDTH, HEIGHT))[0]}),
+                 {**_LISTED, "control_image": _PICTURE}),
         Relative("bria_fibo2", (0, 42),
                  _pipeline("BriaFibo2Pipeline", transformer=_small(
                      "BriaFibo2Transformer2DModel", injection_layer_ids=(1,), min_num_gist_tokens=4,
