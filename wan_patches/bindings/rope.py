@@ -188,7 +188,7 @@ def _rotated(
     if torch.compiler.is_compiling():
         return _tuple(stock(*xs, freqs))
     op: Op[..., torch.Tensor] = apply_rotary_emb_per_channel if halves or not xs[0].is_cpu else apply_rotary_emb
-    reason = op.why_small(xs[0])
+    reason = op.why_small(xs[0]) or _reason_against_device(xs[0])
     if reason is None and not (isinstance(freqs, (tuple, list)) and len(freqs) == 2):
         reason = _UNUSUAL
     reason = reason or (OBSERVED if is_observed(*xs, *freqs) else None)
@@ -197,7 +197,6 @@ def _rotated(
         usual = cos.shape == sin.shape and cos.dim() == 4 and cos.dtype in DTYPES and sin.dtype in DTYPES
         if not usual or not all(_fits(cos, x, heads_first) for x in xs):
             reason = _UNUSUAL
-    reason = reason or _reason_against_device(xs[0])
     if reason is None:
         tables = PairTables(*pairs(cos.float(), halves), *pairs(sin.float(), halves))
         rotated = _by_pairs(xs, tables, halves, heads_first)

@@ -67,6 +67,8 @@ PATCHES = (
     _pipeline(f"{_SKYREELS}_diffusion_forcing_v2v", "SkyReelsV2DiffusionForcingVideoToVideoPipeline", _video(1)),
     _pipeline("chronoedit.pipeline_chronoedit", "ChronoEditPipeline", _image(1)),
     _pipeline("sana_video.pipeline_sana_video_i2v", "SanaImageToVideoPipeline", _image(1)),
+    _pipeline("lucy.pipeline_lucy_edit", "LucyEditPipeline", _video(1)),
+    _pipeline("cosmos.pipeline_cosmos2_video2world", "Cosmos2VideoToWorldPipeline", _image(1), _video(1)),
     _pipeline("helios.pipeline_helios", "HeliosPipeline", _image(1), _video(1)),
     _pipeline("helios.pipeline_helios_pyramid", "HeliosPyramidPipeline", _image(1), _video(1)),
     _pipeline(

@@ -18,6 +18,7 @@ _SINCE = {
     "kandinsky6": "0.42",
     "kandinsky": "0.36",
     "ltx2": "0.37",
+    "glm_image": "0.37",
     "longcat_audio": "0.38",
     "nucleusmoe": "0.38",
     "joyimage_edit": "0.40",

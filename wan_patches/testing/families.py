@@ -246,6 +246,13 @@ def wan_animate(**options: Unpack[Options]) -> diffusers.DiffusionPipeline:
     return make.pipeline("WanAnimatePipeline", transformer=dit, **make.clip())
 
 
+def lucy_edit(**options: Unpack[Options]) -> diffusers.DiffusionPipeline:
+    """Lucy Edit: Wan 2.2 TI2V's transformer, with the video to edit beside the noise."""
+    make = _Make(**options)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0)
+    return make.pipeline("LucyEditPipeline", transformer=make.dit(in_channels=32, out_channels=16), scheduler=scheduler)
+
+
 def _skyreels(name: str, make: _Make, **components: Any) -> diffusers.DiffusionPipeline:
     components.setdefault("transformer", make.dit("SkyReelsV2Transformer3DModel"))
     return make.pipeline(name, scheduler=unipc(8.0), **components)
@@ -499,6 +506,7 @@ FAMILIES: Mapping[str, Family] = {
         Family("wan_animate_replace", wan_animate, (0, 36),
                {**_ANIMATE, "background_video": "background", "mask_video": "mask"},
                {**_SEGMENTS, "mode": "replace"}, frames_as=None),
+        Family("lucy_edit", lucy_edit, (0, 36), _VIDEO),
         Family("skyreels_v2_t2v", skyreels_v2_t2v, (0, 35)),
         Family("skyreels_v2_i2v", skyreels_v2_i2v, (0, 35), _IMAGE),
         Family("skyreels_v2_df", skyreels_v2_df, (0, 35), {}, _LONG, frames=13),
