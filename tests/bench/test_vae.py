@@ -42,11 +42,13 @@ def test_every_shape_is_valid_for_its_model():
 @pytest.mark.usefixtures("one_thread")
 def test_rows_are_shown_and_written(tmp_path):
     rows, shared = vae.measure(CPU, torch.float32, quick=True, parallel=False)
-    assert [row.op for row in rows] == ["decode", "encode", "condition video, VAE without work"]
+    of_wan = ["decode", "encode", "encode pictures"]
+    of_qwen_image = [f"{what}, Qwen-Image" for what in of_wan]
+    assert [row.op for row in rows] == [*of_wan, *of_qwen_image, "condition video, VAE without work"]
     assert all(row.exact and row.stock_ms > 0 for row in rows)
     shared = [vae_parallel.Row(vae_parallel.Case("decode"), 2, 3.0, 2.0, False)]
     vae.table(rows, shared)
     vae.write_json(tmp_path / "vae.json", rows, shared, CPU)
     content = json.loads((tmp_path / "vae.json").read_text())
     assert content["shared"][0]["ratio"] == 1.5
-    assert len(content["rows"]) == 3
+    assert len(content["rows"]) == len(rows)

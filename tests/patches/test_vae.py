@@ -28,7 +28,8 @@ RESIDUAL = {
     **{"base_dim": 16, "decoder_base_dim": 24, "z_dim": 8, "latents_mean": [0.0] * 8, "latents_std": [1.0] * 8},
     **{"is_residual": True, "in_channels": 12, "out_channels": 12, "patch_size": 2, "scale_factor_spatial": 16},
 }
-QWEN = {**SMALL, "of": "AutoencoderKLQwenImage"}
+REAL_QWEN = {"of": "AutoencoderKLQwenImage", "dim_mult": [1, 2, 4, 4]}  # a tuple by default in 0.36, which fails
+QWEN = {**SMALL, **REAL_QWEN}
 KINDS = {"wan 2.1": SMALL, "wan 2.2": RESIDUAL, "qwen image": QWEN}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 #: Some CPUs take minutes for real channels in bf16.
@@ -175,7 +176,7 @@ def test_channels_last(what, dtype):
 
 
 IMAGES = {"wan 2.1": REAL, "wan 2.2": {**RESIDUAL, "base_dim": 96, "decoder_base_dim": 96},
-          "qwen image": {"of": "AutoencoderKLQwenImage"}}  # fmt: skip
+          "qwen image": REAL_QWEN}  # fmt: skip
 _FIRST = "first frame's convolution"
 
 

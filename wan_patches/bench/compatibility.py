@@ -88,7 +88,7 @@ def measure(families: Iterable[str] = (), production: bool = False) -> list[Row]
 
 
 def measure_others(names: Iterable[str] = ()) -> list[Row]:
-    """Runs models of other families, which share only the rotary embedding, once stock and once patched, on the CPU.
+    """Runs other models that share the rotary embedding or the autoencoder, once stock and once patched, on the CPU.
 
     Args:
         names: names in `wan_patches.testing.relatives.RELATIVES`; by default, all that the installed diffusers has.

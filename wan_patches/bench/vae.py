@@ -1,4 +1,4 @@
-"""Benchmarks Wan's video autoencoder: stock against patched, and one process against two that share the tiles.
+"""Benchmarks Wan's and Qwen-Image's autoencoders: stock against patched, and one process against two sharing tiles.
 
 The models have the published channel counts and random weights. On a CPU, the shapes are scaled down to a feasible
 size; the cost of a convolution scales with the shape like all other costs.
@@ -16,7 +16,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from diffusers import AutoencoderKLWan, WanImageToVideoPipeline
+from diffusers import AutoencoderKLQwenImage, AutoencoderKLWan, WanImageToVideoPipeline
 from rich import box
 from rich.console import Group
 from rich.table import Table
@@ -28,18 +28,20 @@ from wan_patches.bindings import conditioning
 from wan_patches.bindings.forwards import runs_only_library_code
 
 _WHAT = ("decode", "encode", "encode pictures")  # the memory layout of pictures is channels last
-_TINY = {"base_dim": 8, "z_dim": 4, "latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
+_TINY: dict[str, Any] = {"base_dim": 8, "z_dim": 4, "latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
+_QWEN_IMAGE: dict[str, Any] = {"input_channels": 3, "dim_mult": [1, 2, 4, 4]}  # as published
+_TINY_QWEN_IMAGE = {**_TINY, **_QWEN_IMAGE}
 
 
 def cases(device: torch.device, quick: bool = False) -> list[ops.Case]:
-    """Returns the cases for `device`: 480p and 720p with 81 frames, scaled down on a CPU."""
+    """Returns the cases for `device`: videos of 81 frames in 480p and 720p and pictures, scaled down on a CPU."""
     if quick:
-        both = [(5, 48, 80, _TINY)]
+        both = [(5, 48, 80, _TINY), (1, 48, 80, _TINY_QWEN_IMAGE)]
         return [*(_coded(what, *shape) for shape in both for what in _WHAT), _condition(5, 48, 80)]
     if device.type != "cpu":
-        both = [(81, 480, 832, {}), (81, 720, 1280, {}), (81, 704, 1280, WAN_22_VAE)]
+        both = [(81, 480, 832, {}), (81, 720, 1280, {}), (81, 704, 1280, WAN_22_VAE), (1, 1024, 1024, _QWEN_IMAGE)]
     else:
-        both = [(5, 240, 416, {}), (5, 352, 640, {}), (5, 128, 224, WAN_22_VAE)]
+        both = [(5, 240, 416, {}), (5, 352, 640, {}), (5, 128, 224, WAN_22_VAE), (1, 384, 384, _QWEN_IMAGE)]
     return [
         *(_coded(what, *shape) for shape in both for what in _WHAT),
         _condition(81, 480, 832),
@@ -86,7 +88,7 @@ def write_json(
 def _coded(what: str, frames: int, height: int, width: int, config: dict[str, Any]) -> ops.Case:
     work = _decode if what == "decode" else functools.partial(_encode, what == "encode pictures")
     make = functools.partial(work, frames, height, width, config)
-    name = f"{what}, Wan 2.2" if config is WAN_22_VAE else what
+    name = f"{what}, Wan 2.2" if config is WAN_22_VAE else f"{what}, Qwen-Image" if _is_qwen_image(config) else what
     return ops.Case(name, f"{frames}x{height}x{width}", make)
 
 
@@ -94,7 +96,7 @@ def _decode(
     frames: int, height: int, width: int, config: dict[str, Any], device: torch.device, dtype: torch.dtype
 ) -> tuple[ops.Call, ops.Call]:
     vae = _build(config, device, dtype)
-    scale = vae.config.scale_factor_spatial
+    scale = vae.spatial_compression_ratio
     latents = torch.randn(1, vae.config.z_dim, (frames - 1) // 4 + 1, height // scale, width // scale)
     latents = latents.to(device, dtype)
     return _both(lambda: vae.decode(latents).sample)
@@ -160,8 +162,12 @@ class _Looking(torch.nn.Module):
 
 def _build(config: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Any:
     torch.manual_seed(0)
-    vae: Any = AutoencoderKLWan(**config)
+    vae: Any = (AutoencoderKLQwenImage if _is_qwen_image(config) else AutoencoderKLWan)(**config)
     return vae.to(device=device, dtype=dtype).eval()
+
+
+def _is_qwen_image(config: dict[str, Any]) -> bool:
+    return "input_channels" in config
 
 
 def _both(call: Callable[[], Any], *names: str) -> tuple[ops.Call, ops.Call]:

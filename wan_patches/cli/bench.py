@@ -247,7 +247,8 @@ def compatibility(
         bool, typer.Option("--production", help="Use forms only at sizes where they are fast, as in production. Slow.")
     ] = False,
     others: Annotated[
-        bool, typer.Option("--others", help="Run models of other families, which share only the rotary embedding.")
+        bool,
+        typer.Option("--others", help="Run other models that share the rotary embedding or the autoencoder."),
     ] = False,
 ) -> None:
     """Run each pipeline stock and patched: active patches, calls served by forms, bit equality.
