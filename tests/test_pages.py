@@ -17,6 +17,8 @@ import pytest
 import typer
 from markdown_it import MarkdownIt
 
+import wan_patches
+
 ROOT = Path(__file__).parents[1]
 FRONT = ROOT / "README.md"
 PAGES = [FRONT, ROOT / "CHANGELOG.md", *sorted([*ROOT.glob("examples/**/*.md"), *ROOT.glob(".github/*.md")])]
@@ -87,6 +89,10 @@ def test_every_page_can_be_reached_from_the_front_page():
             seen.add(page)
             left += [file for _, file, _ in targets(page)]
     assert set(PAGES) - seen == {ROOT / ".github" / "PULL_REQUEST_TEMPLATE.md"}  # shown by itself
+
+
+def test_the_citation_names_the_version():
+    assert f"\nversion: {wan_patches.__version__}\n" in (ROOT / ".github" / "CITATION.cff").read_text()
 
 
 def test_the_page_of_examples_lists_every_script():

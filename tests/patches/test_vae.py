@@ -246,6 +246,17 @@ def test_who_watches_the_end_of_passes_sees_the_frames(kind, monkeypatch):
     assert all(before is None or torch.equal(before, after) for before, after in entries)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_classes_derived_from_an_autoencoder_are_fast(kind):
+    vae = _build(KINDS[kind])
+    vae.__class__ = type("Derived", (type(vae),), {})
+    _compare(vae, _latents(vae, 2, 4, 4), _video(vae, 5, 4, 4))
+    tally.reset()
+    with wan_patches.enabled(["vae"]):
+        _both(vae, _latents(vae, 2, 4, 4), _video(vae, 5, 4, 4))
+    assert {way.is_fast for way in tally.counted() if "bindings.vae:" in way.entry} == {True}
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("channels", [(16, 384), (384, 192), (96, 96), (96, 3)])
 @pytest.mark.parametrize("dtype", DTYPES)

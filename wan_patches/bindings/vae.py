@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import inspect
 import logging
 import sys
 from collections.abc import Callable, Generator, Iterable
@@ -106,15 +105,15 @@ def chunks(vae: Any, z: torch.Tensor) -> Generator[torch.Tensor, None, None]:
     try:
         latents = vae.post_quant_conv(z)
         caches = vae._feat_map  # this pass's caches: another pass may begin between two chunks
-        takes_first = "first_chunk" in inspect.signature(vae.decoder.forward).parameters
+        tells_first = _origin(vae) == AUTOENCODER
         for i in range(latents.shape[2]):
             vae._conv_idx = index = [0]
             if i == latents.shape[2] - 1:
                 _end(caches)
-            is_first = {"first_chunk": True} if i == 0 and takes_first else {}
+            is_first = {"first_chunk": True} if i == 0 and tells_first else {}
             chunk = vae.decoder(latents[:, :, i : i + 1], feat_cache=caches, feat_idx=index, **is_first)
             if (patch_size := _patch_size(vae)) is not None:
-                chunk = _module(vae).unpatchify(chunk, patch_size=patch_size)
+                chunk = sys.modules[_origin(vae)].unpatchify(chunk, patch_size=patch_size)
             yield chunk
             del chunk  # frees it before the next chunk is decoded
     finally:
@@ -453,7 +452,7 @@ def _reason_against_decode(vae: Any, z: torch.Tensor) -> str | None:
         return "there is no decoder"
     if not has_library_methods(vae, "clear_cache"):
         return "somebody looks at the beginnings of passes"
-    if _patch_size(vae) is not None and not is_library_function(_module(vae).unpatchify):
+    if _patch_size(vae) is not None and not is_library_function(sys.modules[_origin(vae)].unpatchify):
         return "`unpatchify` is not the library's own"
     conv = vae.post_quant_conv
     return _reason_against_latents(z) or _peculiarity(conv, _stock_types(_origin(vae))) or _reason_against(vae.decoder)
@@ -517,19 +516,15 @@ def _is_given(parameter: nn.Parameter | None) -> bool:
 
 
 def _origin(model: Any) -> str:
-    """Returns the name of the module that defines an autoencoder, or one of its halves."""
-    return type(model).__module__
-
-
-def _module(vae: Any) -> Any:
-    return sys.modules[_origin(vae)]
+    """Returns the name of the module that defines the class of an autoencoder or of one of its halves, or its base."""
+    return next((cls.__module__ for cls in type(model).__mro__ if cls.__module__ in _PREFIXES), "")
 
 
 def _patch_size(vae: Any) -> Any:
     return vae.config.get("patch_size")
 
 
-@functools.lru_cache(maxsize=len(_PREFIXES))
+@functools.lru_cache(maxsize=1 + len(_PREFIXES))
 def _bypassed(origin: str) -> tuple[tuple[Any, str], ...]:
     """Returns the functions that the fast path skips or calls with other tensors.
 
@@ -546,7 +541,7 @@ def _bypassed(origin: str) -> tuple[tuple[Any, str], ...]:
     )
 
 
-@functools.lru_cache(maxsize=len(_PREFIXES))
+@functools.lru_cache(maxsize=1 + len(_PREFIXES))
 def _stock_types(origin: str) -> frozenset[type]:
     """Returns the classes of modules in an autoencoder as diffusers builds it; none of an unknown one."""
     if origin not in _PREFIXES:
