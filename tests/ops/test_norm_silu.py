@@ -37,7 +37,7 @@ def assert_same(result, expected):
 def call(norm, x):
     bias = norm.bias if isinstance(norm.bias, torch.Tensor) else None
     plain = partial(_plain_norm, norm)
-    return op.norm_silu(x, plain, norm.scale, norm.gamma, bias, _normalizes_in_fp32())
+    return op.norm_silu(x, plain, norm.scale, norm.gamma, bias, _normalizes_in_fp32(type(norm)))
 
 
 def arithmetic(x, denominator, scale, gamma, bias):

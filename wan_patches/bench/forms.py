@@ -297,4 +297,11 @@ def _for_norm_silu(shape: tuple[int, ...], device: torch.device, dtype: torch.dt
 
     norm = WanRMS_norm(shape[1], images=False).to(device, dtype)
     plain = functools.partial(_plain_norm, norm)
-    return torch.randn(shape).to(device, dtype), plain, norm.scale, norm.gamma.data, None, _normalizes_in_fp32()
+    return (
+        torch.randn(shape).to(device, dtype),
+        plain,
+        norm.scale,
+        norm.gamma.data,
+        None,
+        _normalizes_in_fp32(WanRMS_norm),
+    )
