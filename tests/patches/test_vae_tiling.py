@@ -51,7 +51,8 @@ def random(*shape, dtype=torch.float32):
 def both(registry, call):
     stock = call()
     with registry.enabled(strict=True) as status:
-        assert ACTIVE in {report.state for report in status.of("vae") if report.module == autoencoders.__name__}
+        of_wan = [report.state for report in status.of("vae") if report.module == autoencoders.__name__]
+        assert of_wan == [ACTIVE]
         patched = call()
     return stock, patched
 

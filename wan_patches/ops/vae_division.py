@@ -47,11 +47,10 @@ def convolution_of_first(conv: Convolution) -> Callable[[torch.Tensor], torch.Te
 
     All other taps in time see zeros, so that the last one is a convolution of two dimensions.
     """
-    _, *stride = conv.stride
 
     def convolve(x: torch.Tensor) -> torch.Tensor:
         weight = conv.weight[:, :, -1].contiguous()
-        return F.conv2d(x[:, :, 0], weight, conv.bias, tuple(stride)).unsqueeze(2)
+        return F.conv2d(x[:, :, 0], weight, conv.bias, conv.stride[1:], 0, conv.dilation[1:], conv.groups).unsqueeze(2)
 
     return convolve
 
