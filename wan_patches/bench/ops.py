@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import torch
 from diffusers.video_processor import VideoProcessor
 from rich import box
@@ -160,6 +161,7 @@ def _cases(quick: bool) -> list[Case]:
         _rope((1, 4095, 12, 44), "rope, odd head size"),
         _rope((1, 64, 2, 32), "rope, tiny"),
         _rope((1, 4095, 12, 128), "rope, view of a fused projection", fused=True),
+        *(_blend(model, shape, overlap, way) for model, shape, overlap in _TILES for way in ("blend_v", "blend_h")),
         Case("condition mask", "81x480x832", _condition_mask, "fp32"),
         Case("image preprocess", "1280x720 to 832x480", _preprocess, "uint8"),
         Case("video preprocess", f"{pictures} of 1280x720 to 832x480", _preprocess_video(pictures), "uint8"),
@@ -379,6 +381,21 @@ def _qk_norms(shape: tuple[int, int, int]) -> Case:
         return call(stock), call(patched)
 
     return Case("RMS norms of q and k", _by(shape), make)
+
+
+#: Autoencoders, tiles of theirs as their own settings cut them, and how many rows or columns overlap.
+_TILES = (("AutoencoderKL", (1, 3, 512, 512), 128), ("AutoencoderKLHunyuanVideo", (1, 3, 17, 256, 256), 64))
+
+
+def _blend(model: str, shape: tuple[int, ...], overlap: int, method: str) -> Case:
+    """Returns the blending of two tiles, and a copy of the tile that it changes."""
+
+    def make(device: torch.device, dtype: torch.dtype) -> tuple[Call, Call]:
+        stock, patched = _both(lambda: _method(getattr(diffusers, model), method))
+        before, tile = torch.randn(2, *shape).to(device, dtype).unbind()
+        return lambda: stock(None, before, tile.clone(), overlap), lambda: patched(None, before, tile.clone(), overlap)
+
+    return Case(f"tiles, {model}, {'rows' if method == 'blend_v' else 'columns'}", _by(shape), make)
 
 
 def _condition_mask(device: torch.device, dtype: torch.dtype) -> tuple[Call, Call]:

@@ -37,16 +37,13 @@ from wan_patches.ops.vae_division import (
     resizes_divided,
 )
 from wan_patches.patching import tally
-from wan_patches.patching.fingerprints import AUTOENCODER, QWEN_AUTOENCODER, TEXTS
+from wan_patches.patching.fingerprints import AUTOENCODER, PREFIXES, TEXTS
 from wan_patches.patching.objects import own_methods
 from wan_patches.patching.rewrite import fingerprint
 
 logger = logging.getLogger("wan_patches")
 
 _SHORT = "shared windows, no clones"
-
-#: Modules of autoencoders, and the beginning of their layers' names.
-_PREFIXES = {AUTOENCODER: "Wan", QWEN_AUTOENCODER: "QwenImage"}
 
 
 # A pass over a video
@@ -270,7 +267,7 @@ def _plain_norm(norm: Any, x: torch.Tensor, gamma: torch.Tensor, bias: torch.Ten
     return norm(x)
 
 
-@functools.lru_cache(maxsize=len(_PREFIXES))
+@functools.lru_cache(maxsize=len(PREFIXES))
 def _normalizes_in_fp32(norm: type) -> bool:
     """Whether the installed class of RMS norms computes norms and quotients of half dtypes in fp32."""
     forward = vars(norm)["forward"]
@@ -519,14 +516,14 @@ def _is_given(parameter: nn.Parameter | None) -> bool:
 
 def _origin(model: Any) -> str:
     """Returns the name of the module that defines the class of an autoencoder or of one of its halves, or its base."""
-    return next((cls.__module__ for cls in type(model).__mro__ if cls.__module__ in _PREFIXES), "")
+    return next((cls.__module__ for cls in type(model).__mro__ if cls.__module__ in PREFIXES), "")
 
 
 def _patch_size(vae: Any) -> Any:
     return vae.config.get("patch_size")
 
 
-@functools.lru_cache(maxsize=1 + len(_PREFIXES))
+@functools.lru_cache(maxsize=1 + len(PREFIXES))
 def _bypassed(origin: str) -> tuple[tuple[Any, str], ...]:
     """Returns the functions that the fast path skips or calls with other tensors.
 
@@ -543,16 +540,16 @@ def _bypassed(origin: str) -> tuple[tuple[Any, str], ...]:
     )
 
 
-@functools.lru_cache(maxsize=1 + len(_PREFIXES))
+@functools.lru_cache(maxsize=1 + len(PREFIXES))
 def _stock_types(origin: str) -> frozenset[type]:
     """Returns the classes of modules in an autoencoder as diffusers builds it; none of an unknown one."""
-    if origin not in _PREFIXES:
+    if origin not in PREFIXES:
         return frozenset()
     own = (
         *("Decoder3d", "Encoder3d", "MidBlock", "UpBlock", "ResidualUpBlock", "ResidualDownBlock"),
         *("ResidualBlock", "AttentionBlock", "Resample", "Upsample", "CausalConv3d", "RMS_norm"),
     )
-    names = (*(_PREFIXES[origin] + name for name in own), "AvgDown3D", "DupUp3D")
+    names = (*(PREFIXES[origin] + name for name in own), "AvgDown3D", "DupUp3D")
     plain = (nn.Conv2d, nn.Dropout, nn.Identity, nn.ModuleList, nn.Sequential, nn.SiLU, nn.ZeroPad2d)
     library = sys.modules[origin]
     return frozenset((*(getattr(library, name) for name in names if hasattr(library, name)), *plain))

@@ -8,7 +8,7 @@ compiled or quantised modules, adapters, autograd or autocast, stock's list is k
 from __future__ import annotations
 
 from wan_patches.patching.codeswap import STOCK
-from wan_patches.patching.fingerprints import AUTOENCODER, QWEN_AUTOENCODER, TEXTS, relied_on
+from wan_patches.patching.fingerprints import AUTOENCODER, PREFIXES, QWEN_AUTOENCODER, TEXTS, relied_on
 from wan_patches.patching.registry import Patch, Target
 from wan_patches.patching.rewrite import Body, Replace
 
@@ -38,13 +38,13 @@ _RELIED_ON = (
 )
 
 
-def _patch(module: str, model: str, prefix: str, residual: bool) -> Patch:
+def _patch(module: str, model: str, residual: bool) -> Patch:
     """Returns the patch of an autoencoder.
 
     model: the name of its class.
-    prefix: of the names of its layers' classes.
     residual: whether it has the blocks of Wan 2.2, with shortcuts around whole blocks.
     """
+    prefix = PREFIXES[module]
 
     def replaced(method: str, function: str) -> Target:
         qualname = prefix + method if "." in method else f"{model}.{method}"
@@ -78,6 +78,6 @@ def _patch(module: str, model: str, prefix: str, residual: bool) -> Patch:
 
 
 PATCHES = (
-    _patch(AUTOENCODER, "AutoencoderKLWan", "Wan", residual=True),
-    _patch(QWEN_AUTOENCODER, "AutoencoderKLQwenImage", "QwenImage", residual=False),
+    _patch(AUTOENCODER, "AutoencoderKLWan", residual=True),
+    _patch(QWEN_AUTOENCODER, "AutoencoderKLQwenImage", residual=False),
 )

@@ -98,6 +98,9 @@ TEXTS: Mapping[str, Mapping[str, Mapping[str, str]]] = {
     },
 }
 
+#: Autoencoders with Wan's layers, and the beginning of the names of these layers' classes.
+PREFIXES: Mapping[str, str] = {AUTOENCODER: "Wan", QWEN_AUTOENCODER: "QwenImage"}
+
 #: How pipelines process decoded videos before they become frames, by the fingerprint of those statements. `STRAIGHT`:
 #: not at all. `JOINED` (Helios): they concatenate them, and drop an incomplete group of frames at the end.
 STRAIGHT, JOINED = "straight", "joined"
