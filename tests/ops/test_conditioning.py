@@ -8,7 +8,13 @@ import pytest
 import torch
 
 import wan_patches
-from wan_patches.ops.conditioning import ConditionVideo, condition_mask, in_latent_frames
+from wan_patches.ops.conditioning import (
+    ConditionVideo,
+    condition_mask,
+    in_latent_frames,
+    sorted_by_validity,
+    valid_first,
+)
 
 pytestmark = pytest.mark.upstream
 
@@ -139,3 +145,23 @@ def test_condition_video_slices_equal_those_of_the_built_video(last, zeros):
     parts = video.split(1)
     assert len(parts) == 2
     assert all(torch.equal(part[(every,) * 5], cut) for part, cut in zip(parts, built.split(1)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_sorted_tokens_equal_indexed_ones(dtype, share, batch):
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(batch, 300, 16, generator=generator).to(dtype)
+    valid = torch.rand(batch, 300, generator=generator) < share
+    lengths = [int(n) for n in valid.sum(1)]
+    assert batch == 1 or share != 0.4 or len(set(lengths)) > 1
+    expected = valid_first.reference(tokens, valid)
+    actual = sorted_by_validity(tokens, valid)
+    assert all(a.is_contiguous() and torch.equal(a, b) for a, b in zip(actual, expected))
+    assert [int(n) for n in actual[1].int().cumprod(1).sum(1)] == lengths
+
+
+def test_masks_that_are_no_bools_index_as_in_stock():
+    tokens, valid = torch.randn(1, 2, 4), torch.tensor([[1, 0]])
+    assert sorted_by_validity.why_not(tokens, valid) is not None

@@ -7,7 +7,10 @@ import torch
 
 import wan_patches
 from wan_patches.ops.conditioning import ConditionVideo
+from wan_patches.patching import tally
 from wan_patches.testing.families import FAMILIES, available
+from wan_patches.testing.relatives import RELATIVES
+from wan_patches.testing.relatives import available as relatives_available
 
 pytestmark = [pytest.mark.upstream, pytest.mark.usefixtures("one_thread")]
 
@@ -124,3 +127,55 @@ def test_image_of_another_size_fails_as_in_stock():
     with wan_patches.enabled(["conditioning"]), pytest.raises(RuntimeError) as patched:
         pipe.prepare_latents(*arguments)
     assert str(stock.value) == str(patched.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", [n for n in ("hunyuan_video_1.5", "hunyuan_image") if n in relatives_available()])
+@pytest.mark.parametrize("image", [False, True])
+@torch.no_grad()
+def test_tokens_of_several_prompts_are_bit_identical(name, image, dtype):
+    """Of two samples, each with its own invalid tokens in both prompts."""
+    pipe = RELATIVES[name].build(dtype=dtype)
+    calls = []
+    hook = pipe.transformer.register_forward_pre_hook(lambda _, args, given: calls.append(given), with_kwargs=True)
+    RELATIVES[name].run(pipe, dtype=dtype)
+    hook.remove()
+    given = {
+        key: torch.cat([value] * 2) if isinstance(value, torch.Tensor) and len(value) == 1 else value
+        for key, value in calls[0].items()
+    }
+    for key, mask in given.items():
+        if "attention_mask" in key and mask is not None:
+            given[key] = (torch.arange(mask[0].numel()) % torch.tensor([[2], [3]]) == 0).to(mask)
+    if image:
+        if "image_embeds" not in given:
+            pytest.skip("the model takes no image")
+        given["image_embeds"] = torch.randn_like(given["image_embeds"])
+    stock = pipe.transformer(**given)[0]
+    with wan_patches.enabled(["conditioning"]):
+        tally.reset()
+        patched = pipe.transformer(**given)[0]
+        ways = {way.form: calls for way, calls in tally.counted().items() if way.op == "order of prompt tokens"}
+    assert stock.isfinite().all()
+    assert torch.equal(stock, patched)
+    assert ways == {"sorted, without a wait for the number of valid tokens": 1}
+
+
+@pytest.mark.skipif("hunyuan_image" not in relatives_available(), reason="an older diffusers")
+def test_gradients_of_prompts_are_stocks():
+    pipe = RELATIVES["hunyuan_image"].build(dtype=torch.float32)
+    calls = []
+    hook = pipe.transformer.register_forward_pre_hook(lambda _, args, given: calls.append(given), with_kwargs=True)
+    RELATIVES["hunyuan_image"].run(pipe, dtype=torch.float32)
+    hook.remove()
+
+    def gradient():
+        prompt = calls[0]["encoder_hidden_states"].clone().requires_grad_()
+        pipe.transformer(**{**calls[0], "encoder_hidden_states": prompt})[0].square().sum().backward()
+        return prompt.grad
+
+    stock = gradient()
+    with wan_patches.enabled(["conditioning"]):
+        patched = gradient()
+    assert stock.any()
+    assert torch.equal(stock, patched)

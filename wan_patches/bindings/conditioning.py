@@ -1,4 +1,4 @@
-"""Condition mask and condition video of image-to-video pipelines."""
+"""Condition mask and condition video of image-to-video pipelines, and the tokens of several prompts."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
 from wan_patches.bindings.forwards import runs_only_library_code
+from wan_patches.bindings.step_loop import is_accelerator, noted
 from wan_patches.bindings.stock_functions import are_torch_functions, has_library_methods, is_watched
-from wan_patches.ops.conditioning import ConditionVideo
+from wan_patches.ops.conditioning import ConditionVideo, valid_first
 from wan_patches.ops.conditioning import condition_mask as op
+from wan_patches.ops.tracing import is_observed
 from wan_patches.patching import tally
 
 
@@ -37,6 +39,38 @@ def condition_video(
         return torch.cat([first, first.new_zeros(*zeros), *([] if last is None else [last])], dim=2)
     tally.note("condition video", "never built")
     return ConditionVideo(first, zeros[2], last)
+
+
+def prompt_tokens(*parts: tuple[torch.Tensor, torch.Tensor], zeroed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Joins the tokens of several prompts, the valid ones first; see `wan_patches.ops.conditioning.valid_first`.
+
+    Args:
+        parts: tokens `(batch, seq, dim)` and their masks `(batch, seq)`, bool; samples have the same lengths.
+        zeroed: how many of the last parts have zeros for their invalid tokens.
+    """
+    tokens, masks = zip(*parts)
+    kept = len(parts) - zeroed
+    cleared = [part.masked_fill(~mask.unsqueeze(2), 0) for part, mask in zip(tokens[kept:], masks[kept:])]
+    return valid_first(torch.cat((*tokens[:kept], *cleared), dim=1), torch.cat(masks, dim=1))
+
+
+def image_tokens(tokens: torch.Tensor, image: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Multiplies the tokens by zero, all invalid, if `image` is zero everywhere: the model has no image.
+
+    Args:
+        tokens: `(batch, seq, dim)`, embedded from `image`, of any shape.
+        mask: of another prompt, for the dtype and device of the mask returned.
+
+    Returns:
+        The tokens, and their mask `(batch, seq)`: one for valid tokens, else zero.
+    """
+    is_absent = torch.all(image == 0)
+    if noted("tokens of the image", is_accelerator(tokens.device) and not is_observed(tokens, image, mask)):
+        tokens = torch.where(is_absent, tokens * 0.0, tokens)
+        return tokens, (~is_absent).to(mask).expand(tokens.shape[:2])
+    if is_absent:
+        tokens = tokens * 0.0
+    return tokens, mask.new_full(tokens.shape[:2], 0 if is_absent else 1)
 
 
 def _reason_against(vae: Any, first: torch.Tensor, last: torch.Tensor | None, *zeros: int) -> str | None:

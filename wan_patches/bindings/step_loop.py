@@ -83,6 +83,13 @@ def index(scheduler: Any, timestep: Any) -> Any:
     return scheduler.index_for_timestep(host, step_loop.on_host(scheduler.timesteps))
 
 
+def known(scheduler: Any, timestep: Any) -> Any:
+    """Returns `timestep` on the host if it is an element of the schedule, else unchanged."""
+    host = _on_host(scheduler.timesteps, timestep)
+    noted("coefficients", host is not None)
+    return timestep if host is None else host
+
+
 def timesteps(model_output: torch.Tensor, timestep: Any) -> torch.Tensor:
     """Returns `timestep` repeated for each sample: `(batch,)`, int64, on the device of `model_output`."""
     batch, device = model_output.shape[0], model_output.device

@@ -1,4 +1,4 @@
-"""The image-to-video condition mask, which marks the frames of the latent video that an image provides."""
+"""Conditions of a denoiser: the image-to-video mask and video, and the tokens of several prompts."""
 
 from __future__ import annotations
 
@@ -67,6 +67,35 @@ def _(
 ) -> str | None:
     if (frames - 1) % temporal != 0 or min(batch, frames, height, width) < 1:
         return "there is nothing to mask, or the frames do not fit"
+    return None
+
+
+@op("order of prompt tokens")
+def valid_first(tokens: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Moves the valid tokens of each sample to the front. Valid and invalid tokens each keep their order.
+
+    Args:
+        tokens: `(batch, seq, dim)`, any dtype.
+        valid: `(batch, seq)`, bool.
+
+    Returns:
+        New tensors of these shapes: the tokens, and which are valid.
+    """
+    ordered = [torch.cat((row[is_valid], row[~is_valid])) for row, is_valid in zip(tokens, valid)]
+    masks = [torch.cat((is_valid[is_valid], is_valid[~is_valid])) for is_valid in valid]
+    return torch.stack(ordered), torch.stack(masks)
+
+
+@valid_first.form("sorted, without a wait for the number of valid tokens")
+def sorted_by_validity(tokens: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    order = (~valid).to(torch.uint8).argsort(dim=1, stable=True)
+    return tokens.gather(1, order.unsqueeze(2).expand_as(tokens)), valid.gather(1, order)
+
+
+@sorted_by_validity.refuses
+def _(tokens: torch.Tensor, valid: torch.Tensor) -> str | None:
+    if tokens.dim() != 3 or valid.dtype != torch.bool or valid.shape != tokens.shape[:2]:
+        return "they are not tokens, with one bool for each"
     return None
 
 

@@ -20,10 +20,10 @@ _REACHES = "_wan_patches_reaches"
 _SIGMA, _NUMBERS, _SOLVE = "_wan_patches_sigma", "_wan_patches_numbers", "_wan_patches_solve"
 _MOVED, _SHIFTED = "_wan_patches_moved", "_wan_patches_shifted"
 _INDEX, _TIMESTEPS = "_wan_patches_index", "_wan_patches_timesteps"
-_TAKE = "_wan_patches_take"
+_TAKE, _KNOWN = "_wan_patches_take", "_wan_patches_known"
 _CALLS = {
     name: f"wan_patches.bindings.step_loop:{name.removeprefix('_wan_patches_')}"
-    for name in (_REACHES, _SIGMA, _NUMBERS, _SOLVE, _MOVED, _SHIFTED, _INDEX, _TIMESTEPS, _TAKE)
+    for name in (_REACHES, _SIGMA, _NUMBERS, _SOLVE, _MOVED, _SHIFTED, _INDEX, _TIMESTEPS, _TAKE, _KNOWN)
 }
 
 
@@ -182,6 +182,24 @@ _SCHEDULES = (
     ),
 )
 
+# CogVideoX: its schedulers read their coefficients, which lie on the host, at timesteps on the device
+
+
+def _cogvideox(module: str, scheduler: str, *edits: Edit) -> Patch:
+    before = "timestep - self.config.num_train_timesteps // self.num_inference_steps"
+    known = Replace(before, f"(timestep := {_KNOWN}(self, timestep)){before.removeprefix('timestep')}")
+    return _patch(f"schedulers.{module}", Target(f"{scheduler}.step", (known, *edits)))
+
+
+_COEFFICIENTS = (
+    _cogvideox("scheduling_ddim_cogvideox", "CogVideoXDDIMScheduler"),
+    _cogvideox(
+        "scheduling_dpm_cogvideox",
+        "CogVideoXDPMScheduler",
+        Replace("self.alphas_cumprod[timestep_back]", f"self.alphas_cumprod[{_KNOWN}(self, timestep_back)]"),
+    ),
+)
+
 # The pipelines and models
 
 
@@ -209,6 +227,25 @@ _LOOPS = (
     _diffusion_forcing("_i2v", "ImageToVideo"),
     _diffusion_forcing("_v2v", "VideoToVideo"),
     _patch(
+        "models.transformers.transformer_kandinsky",
+        Target(
+            "Kandinsky5TimeEmbeddings.forward",
+            (Replace("self.freqs.to(device=time.device)", f"{_MOVED}(self, self.freqs, time.device)"),),
+        ),
+    ),
+    _patch(
+        "models.transformers.transformer_chroma",
+        Target(
+            "ChromaCombinedTimestepTextProjEmbeddings.forward",
+            (
+                Replace(
+                    "self.guidance_proj(ZEROS).to(dtype=timestep.dtype, device=timestep.device)",
+                    f"{_MOVED}(self, self.guidance_proj(ZEROS), timestep.device).to(timestep.dtype)",
+                ),
+            ),
+        ),
+    ),
+    _patch(
         "models.transformers.transformer_skyreels_v2",
         Target(
             "SkyReelsV2Transformer3DModel.forward",
@@ -222,4 +259,4 @@ _LOOPS = (
     ),
 )
 
-PATCHES = (*_UPDATES, *_SCHEDULES, *_LOOPS)
+PATCHES = (*_UPDATES, *_SCHEDULES, *_COEFFICIENTS, *_LOOPS)

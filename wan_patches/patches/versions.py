@@ -15,6 +15,8 @@ _SINCE = {
     "controlnet_z_image": "0.37",
     "z_image": "0.36",
     "prx": "0.36",
+    "hunyuan_video15": "0.36",
+    "hunyuanimage": "0.36",
     "kandinsky6": "0.42",
     "kandinsky": "0.36",
     "ltx2": "0.37",
