@@ -20,10 +20,10 @@ RESULTS = ROOT / "examples" / "results"
 HOW = "make it anew: python -m wan_patches.bench.readme"
 
 
-@pytest.mark.parametrize("name", readme.TABLES)
-def test_the_page_has_the_table_of_the_results(name):
-    _, table, _ = readme.parts((RESULTS / readme.PAGE).read_text(), name)
-    assert table == readme.TABLES[name](RESULTS), HOW
+@pytest.mark.parametrize(("page", "name"), [(page, name) for page, tables in readme.PAGES.items() for name in tables])
+def test_the_page_has_the_table_of_the_results(page, name):
+    _, table, _ = readme.parts((RESULTS / page).read_text(), name)
+    assert table == readme.PAGES[page][name](RESULTS), HOW
 
 
 def test_the_front_page_shows_the_picture_of_the_results():
@@ -48,15 +48,15 @@ def test_one_command_makes_the_tables_and_the_picture(tmp_path):
     folder = tmp_path / "results"
     shutil.copytree(RESULTS, folder)
     (folder / readme.PICTURE).unlink()
-    page = re.sub(r"(<!-- vae -->).*(<!-- /vae -->)", r"\1\nold\n\2", (RESULTS / readme.PAGE).read_text(), flags=re.S)
-    (folder / readme.PAGE).write_text(page)
+    page = re.sub(r"(<!-- vae -->).*(<!-- /vae -->)", r"\1\nold\n\2", (RESULTS / "README.md").read_text(), flags=re.S)
+    (folder / "README.md").write_text(page)
     readme.main(folder)
-    for name in (readme.PAGE, readme.PICTURE):
+    for name in (*readme.PAGES, readme.PICTURE):
         assert (folder / name).read_text() == (RESULTS / name).read_text()
 
 
 def test_tables_are_written_between_their_markers(tmp_path, monkeypatch):
-    monkeypatch.setattr(readme, "TABLES", {"sharding": readme.TABLES["sharding"]})
+    monkeypatch.setattr(readme, "PAGES", {"README.md": {"sharding": readme.TABLES["sharding"]}})
     row = json.loads((RESULTS / "cpu-sharding.json").read_text())["rows"][0]
     (tmp_path / "cpu-sharding.json").write_text(json.dumps({"rows": [row | {"held_mib": 1234.4, "exact": False}]}))
     page = tmp_path / "README.md"

@@ -1,9 +1,9 @@
-"""Fills the tables of the results page and draws the front page's picture, from the JSON files in `examples/results/`.
+"""Fills the tables of the results pages and draws the front page's picture, from the JSON files in `examples/results/`.
 
     python -m wan_patches.bench.readme [FOLDER]
 
-FOLDER is `examples/results` by default. In its `README.md`, each table is written between `<!-- NAME -->` and
-`<!-- /NAME -->`, where NAME is one of `TABLES`. The picture is written to its `stock-and-patched.svg`.
+FOLDER is `examples/results` by default. In its pages, each table is written between `<!-- NAME -->` and
+`<!-- /NAME -->`, where NAME is one of `PAGES[page]`. The picture is written to its `stock-and-patched.svg`.
 """
 
 from __future__ import annotations
@@ -16,29 +16,30 @@ from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
 
-from wan_patches.bench import compatibility, variants
+from wan_patches.bench import compatibility, reach, variants
 from wan_patches.bench.ops import CALM, SLOWER
 
-PAGE, PICTURE = "README.md", "stock-and-patched.svg"
+PICTURE = "stock-and-patched.svg"
 
 
 def main(results: Path = Path("examples/results")) -> None:
     """Writes the tables and the picture of a results folder into that folder."""
-    update(results / PAGE, results)
+    for page in PAGES:
+        update(results / page, results)
     (results / PICTURE).write_text(picture(results))
 
 
-def update(readme: Path, results: Path) -> None:
-    """Writes every table between its markers in `readme`.
+def update(page: Path, results: Path) -> None:
+    """Writes every table between its markers in `page`, one of `PAGES`.
 
     Raises:
         ValueError: the markers of a table are missing.
     """
-    text = readme.read_text()
-    for name, make in TABLES.items():
+    text = page.read_text()
+    for name, make in PAGES[page.name].items():
         before, _, after = parts(text, name)
         text = f"{before}\n{make(results)}\n{after}"
-    readme.write_text(text)
+    page.write_text(text)
 
 
 def parts(text: str, name: str) -> tuple[str, str, str]:
@@ -263,6 +264,23 @@ def _other_models(results: Path) -> str:
     return compatibility.others(newest)
 
 
+def _pipelines(results: Path) -> str:
+    """Returns the table of all pipelines by denoiser, with the pipelines that have at most tiles below it."""
+    pipelines = reach.read_json(results / "pipelines.json")
+    families = compatibility.read_json(results / "compatibility")
+    newest = [rows for name, rows in families.items() if "," not in name][-1]
+    *_, others = compatibility.read_json(results / "compatibility-others").values()
+    lines, few = reach.by_denoiser(pipelines, [*newest, *others])
+    header = ("denoiser", "pipelines", "patches", "small runs", "calls by forms", "same bits")
+    tiled, rest = ([one.name for one in few if bool(one.patches) is has] for has in (True, False))
+    names = ", ".join(name.removesuffix("Pipeline") for name in rest)
+    return (
+        f"{_table(header, lines)}\n\n"
+        f"These are {len(pipelines) - len(few)} of {len(pipelines)} pipelines. In {len(tiled)} others only the tiles of "
+        f"the autoencoder are cross-faded faster. No patch concerns the last {len(rest)}: {names}."
+    )
+
+
 _OTHERS = {"named segments": "named segments", "torch.mp": "torch.multiprocessing", "pickle": "pickle"}
 
 TABLES: dict[str, Callable[[Path], str]] = {
@@ -276,6 +294,9 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "production": _production,
     "others": _other_models,
 }
+
+#: The pages of the folder, and the tables of each.
+PAGES: dict[str, dict[str, Callable[[Path], str]]] = {"README.md": TABLES, "pipelines.md": {"pipelines": _pipelines}}
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

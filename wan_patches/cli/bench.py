@@ -265,3 +265,15 @@ def compatibility(
         typer.echo(text(run.table(rows)))
     different = [row.family for row in rows if not row.identical]
     shared.end(different, (json, lambda path: run.write_json(path, rows)))
+
+
+@app.command()
+def reach(json: Annotated[Path | None, typer.Option(help="JSON file to write the pipelines to.")] = None) -> None:
+    """List all pipelines of the installed diffusers with the patches of their code. Runs none of them."""
+    shared.preflight(check_file, json)
+    with shared.errors("bench"):
+        from wan_patches.bench import reach as run
+
+        pipelines = run.measure()
+        typer.echo(text(run.table(pipelines)))
+    shared.end([], (json, lambda path: run.write_json(path, pipelines)))
