@@ -17,6 +17,10 @@ DTYPES = [torch.bfloat16, torch.float32, torch.float16]
 
 #: Those with tables of complex numbers in single precision, which fp32 needs no cast for.
 SINGLE = {"lumina", "nucleus", "bria_fibo2", *(n for n in RELATIVES if n.startswith(("qwen_image", "z_image")))}
+#: Pipelines that take pictures or videos and resize them with the video processor.
+PREPROCESSING = {"cosmos2_v2w", "ltx_i2v", "ltx_condition", "hunyuan_video_i2v", "kandinsky5_i2v"} | {
+    f"cogvideox_{kind}" for kind in ("i2v", "v2v", "control")
+}
 NOT_CAST = "nothing is cast, and stock's operations are the fastest"
 TWICE = "fp16 would be rounded twice, as stock rounds to bf16"
 
@@ -41,6 +45,9 @@ def _check(name, dtype, patches=None):
     decoding = {way for way in tally.counted() if way.entry.partition(":")[0] == "wan_patches.bindings.vae"}
     assert bool(decoding) == RELATIVES[name].decodes
     assert all(way.is_fast for way in decoding)
+    preprocessing = {way for way in tally.counted() if way.op == "preprocess"}
+    assert all(way.is_fast for way in preprocessing)
+    assert bool(preprocessing) == (name in PREPROCESSING)
     assert stock.isfinite().all()
     assert stock.std() > 0
     assert (patched.dtype, patched.stride()) == (stock.dtype, stock.stride())
@@ -52,7 +59,7 @@ def _check_ways(name, dtype, ways):
     reasons = {way.reason for way in ways}
     if name in SINGLE and dtype == torch.float32:
         assert reasons == {NOT_CAST}
-    elif name == "kandinsky5" and dtype == torch.float16:
+    elif name.startswith("kandinsky5") and dtype == torch.float16:
         assert reasons == {TWICE}
     else:
         assert reasons == {""}
@@ -62,7 +69,7 @@ def _check_ways(name, dtype, ways):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_results_are_bit_identical_and_fast_forms_make_them(name, dtype):
-    _check_ways(name, dtype, _check(name, dtype, ["rope", "vae"]))
+    _check_ways(name, dtype, _check(name, dtype, ["rope", "vae", "preprocess"]))
 
 
 @pytest.mark.parametrize("name", NAMES)

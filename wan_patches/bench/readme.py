@@ -276,8 +276,8 @@ def _pipelines(results: Path) -> str:
     names = ", ".join(name.removesuffix("Pipeline") for name in rest)
     return (
         f"{_table(header, lines)}\n\n"
-        f"These are {len(pipelines) - len(few)} of {len(pipelines)} pipelines. In {len(tiled)} others only the tiles of "
-        f"the autoencoder are cross-faded faster. No patch concerns the last {len(rest)}: {names}."
+        f"These are {len(pipelines) - len(few)} of {len(pipelines)} pipelines. In {len(tiled)} others only the tiles "
+        f"of the autoencoder are cross-faded faster. No patch concerns the last {len(rest)}: {names}."
     )
 
 

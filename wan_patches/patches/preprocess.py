@@ -3,8 +3,8 @@
 These are the calls of `VideoProcessor.preprocess` and `preprocess_video`. A processor does not know the target device
 of its result, but the pipelines do, so the calls in the pipelines are rewritten. Input other than RGB PIL images with a
 plain Lanczos resize falls back to stock. Unchanged are calls whose result is processed before it reaches the device
-(VACE's reference images), that crop or fill (Wan-Animate's character image), that only ever get tensors (the causal
-AnyFlow pipeline), or that belong to transformers (Wan 2.1's CLIP image processor).
+(VACE's reference images, FramePack), that crop or fill (Wan-Animate's character image, Kandinsky 6), that only ever get
+tensors (the causal AnyFlow pipeline), or that belong to transformers (Wan 2.1's CLIP image processor).
 """
 
 from __future__ import annotations
@@ -69,6 +69,19 @@ PATCHES = (
     _pipeline("sana_video.pipeline_sana_video_i2v", "SanaImageToVideoPipeline", _image(1)),
     _pipeline("lucy.pipeline_lucy_edit", "LucyEditPipeline", _video(1)),
     _pipeline("cosmos.pipeline_cosmos2_video2world", "Cosmos2VideoToWorldPipeline", _image(1), _video(1)),
+    _pipeline("cosmos.pipeline_cosmos_video2world", "CosmosVideoToWorldPipeline", _image(1), _video(1)),
+    _pipeline("cogvideo.pipeline_cogvideox_image2video", "CogVideoXImageToVideoPipeline", _image(1)),
+    _pipeline("cogvideo.pipeline_cogvideox_video2video", "CogVideoXVideoToVideoPipeline", _video(1)),
+    _pipeline("cogvideo.pipeline_cogvideox_fun_control", "CogVideoXFunControlPipeline", _video(1)),
+    _pipeline("hunyuan_video.pipeline_hunyuan_video_image2video", "HunyuanVideoImageToVideoPipeline", _image(1)),
+    _pipeline("kandinsky5.pipeline_kandinsky_i2v", "Kandinsky5I2VPipeline", _image(1), method="prepare_latents"),
+    _pipeline("ltx.pipeline_ltx_image2video", "LTXImageToVideoPipeline", _image(1)),
+    _pipeline("ltx.pipeline_ltx_condition", "LTXConditionPipeline", _image(1), _video(1)),
+    _pipeline("ltx.pipeline_ltx_latent_upsample", "LTXLatentUpsamplePipeline", _video(1)),
+    _pipeline("ltx2.pipeline_ltx2_image2video", "LTX2ImageToVideoPipeline", _image(1)),
+    _pipeline("ltx2.pipeline_ltx2_latent_upsample", "LTX2LatentUpsamplePipeline", _video(1)),
+    _pipeline("motif_video.pipeline_motif_video_image2video", "MotifVideoImage2VideoPipeline", _video(1)),
+    _pipeline("animatediff.pipeline_animatediff_video2video", "AnimateDiffVideoToVideoPipeline", _video(1)),
     _pipeline("helios.pipeline_helios", "HeliosPipeline", _image(1), _video(1)),
     _pipeline("helios.pipeline_helios_pyramid", "HeliosPyramidPipeline", _image(1), _video(1)),
     _pipeline(

@@ -20,6 +20,7 @@ _SINCE = {
     "kandinsky6": "0.42",
     "kandinsky": "0.36",
     "ltx2": "0.37",
+    "motif_video": "0.39",
     "glm_image": "0.37",
     "longcat_audio": "0.38",
     "nucleusmoe": "0.38",

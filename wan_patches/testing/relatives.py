@@ -102,6 +102,10 @@ def _small(name: str, **config: Any) -> _Makes:
     return lambda make: make.small(name, **config)
 
 
+def _whole(name: str, **config: Any) -> _Makes:
+    return lambda make: make.build(getattr(diffusers, name), **config)
+
+
 def _autoencoder(name: str = "AutoencoderKL", **config: Any) -> _Makes:
     """Makes an autoencoder of pictures, for pipelines that need one though they end with latents."""
     usual: dict[str, Any] = {"block_out_channels": (8,) * 4, "layers_per_block": 1, "latent_channels": 4}
@@ -235,6 +239,34 @@ _COSMOS: dict[str, Any] = {
 }
 _EDIT = {"prompt": '{"edit_instruction": "a red fox"}', "negative_prompt": '{"edit_instruction": ""}'}
 _PICTURE, _BOX = images(size=(WIDTH, HEIGHT))[0], masks(size=(WIDTH, HEIGHT))[0]
+_LARGER = {"image": images(size=(160, 112))[0]}
+_FRAMES = images(count=9, size=(160, 112))
+_FOUR: dict[str, Any] = {"block_out_channels": (8,) * 4, "layers_per_block": 1, "latent_channels": 4}
+_COGVIDEOX_VAE = _whole(
+    "AutoencoderKLCogVideoX", down_block_types=("CogVideoXDownBlock3D",) * 4,
+    up_block_types=("CogVideoXUpBlock3D",) * 4, norm_num_groups=2, **_FOUR,
+)  # fmt: skip
+_LTX_VAE = _whole(
+    "AutoencoderKLLTXVideo", latent_channels=8, block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4,
+    layers_per_block=(1,) * 5, decoder_layers_per_block=(1,) * 5,
+    **dict.fromkeys(("spatio_temporal_scaling", "decoder_spatio_temporal_scaling"), (True, True, True, False)),
+)  # fmt: skip
+_LTX = _small("LTXVideoTransformer3DModel", in_channels=8, out_channels=8)
+_HUNYUAN_VAE = _whole("AutoencoderKLHunyuanVideo", norm_num_groups=4, **_FOUR)
+_PROMPT_OF_HUNYUAN = {"prompt_embeds": _PROMPT, "prompt_attention_mask": _MASK, "pooled_prompt_embeds": _POOLED}
+_PROMPT_OF_KANDINSKY = _guided(
+    prompt_embeds_qwen=_PROMPT, prompt_embeds_clip=_POOLED, prompt_cu_seqlens=torch.tensor([0, TOKENS]).int()
+)
+
+
+def _cogvideox(pipeline: str, channels: int = 4, scheduler: str = "CogVideoXDDIMScheduler") -> _Makes:
+    dit = _small("CogVideoXTransformer3DModel", use_rotary_positional_embeddings=True, max_text_seq_length=TOKENS,
+                 sample_width=12, sample_height=8, in_channels=channels, out_channels=4)  # fmt: skip
+    return _pipeline(
+        f"CogVideoX{pipeline}Pipeline", scheduler=_scheduler(scheduler), vae=_COGVIDEOX_VAE, transformer=dit
+    )
+
+
 _Z_IMAGE = _small("ZImageTransformer2DModel", **_SHORT)
 
 RELATIVES: Mapping[str, Relative] = {
@@ -277,7 +309,12 @@ RELATIVES: Mapping[str, Relative] = {
         ),
         Relative("hunyuan_video", (0, 33),
                  _pipeline("HunyuanVideoPipeline", transformer=_small("HunyuanVideoTransformer3DModel", **_LATENTS)),
-                 {"prompt_embeds": _PROMPT, "prompt_attention_mask": _MASK, "pooled_prompt_embeds": _POOLED, **_CLIP}),
+                 {**_PROMPT_OF_HUNYUAN, **_CLIP}),
+        Relative("hunyuan_video_i2v", (0, 33),
+                 _pipeline("HunyuanVideoImageToVideoPipeline", vae=_HUNYUAN_VAE, transformer=_small(
+                     "HunyuanVideoTransformer3DModel", in_channels=9, out_channels=4,
+                     image_condition_type="latent_concat")),
+                 {**_PROMPT_OF_HUNYUAN, **_CLIP, **_LARGER}),
         Relative("framepack", (0, 34),
                  _small("HunyuanVideoFramepackTransformer3DModel", has_clean_x_embedder=True, has_image_proj=True,
                         image_proj_dim=TEXT_DIM, **_LATENTS),
@@ -306,11 +343,11 @@ RELATIVES: Mapping[str, Relative] = {
                  _pipeline("MotifVideoPipeline", guider=_guider, vae=_Parts.small_wan_vae,
                            transformer=_small("MotifVideoTransformer3DModel", in_channels=33, out_channels=16)),
                  {**_ATTENDED, **_CLIP, **_DECODED}),
-        Relative("cogvideox", (0, 33),
-                 _pipeline("CogVideoXPipeline", scheduler=_scheduler("CogVideoXDDIMScheduler"), transformer=_small(
-                     "CogVideoXTransformer3DModel", use_rotary_positional_embeddings=True, max_text_seq_length=TOKENS,
-                     sample_width=12, sample_height=8, **_LATENTS)),
-                 {**_GUIDED, **_CLIP}),
+        Relative("cogvideox", (0, 33), _cogvideox(""), {**_GUIDED, **_CLIP}),
+        Relative("cogvideox_i2v", (0, 33),
+                 _cogvideox("ImageToVideo", 8, "CogVideoXDPMScheduler"), {**_GUIDED, **_CLIP, **_LARGER}),
+        Relative("cogvideox_v2v", (0, 33), _cogvideox("VideoToVideo"), {**_GUIDED, "video": _FRAMES}),
+        Relative("cogvideox_control", (0, 33), _cogvideox("FunControl", 8), {**_GUIDED, "control_video": _FRAMES}),
         Relative("cogview4", (0, 33),
                  _pipeline("CogView4Pipeline", transformer=_small(
                      "CogView4Transformer2DModel", rope_axes_dim=(32, 32), **_LATENTS)),
@@ -367,10 +404,13 @@ RELATIVES: Mapping[str, Relative] = {
                  {**_guided(prompt_embeds=_Normal((1, TOKENS, 2, TEXT_DIM)), prompt_embeds_mask=_MASK.bool()),
                   **_DECODED}),
         # Functions of their own, with real tables
-        Relative("ltx", (0, 33),
-                 _pipeline("LTXPipeline",
-                           transformer=_small("LTXVideoTransformer3DModel", in_channels=8, out_channels=8)),
-                 {**_ATTENDED, "num_frames": 17}),
+        Relative("ltx", (0, 33), _pipeline("LTXPipeline", transformer=_LTX), {**_ATTENDED, "num_frames": 17}),
+        Relative("ltx_i2v", (0, 33),
+                 _pipeline("LTXImageToVideoPipeline", vae=_LTX_VAE, transformer=_LTX),
+                 {**_ATTENDED, "num_frames": 17, **_LARGER}),
+        Relative("ltx_condition", (0, 33),
+                 _pipeline("LTXConditionPipeline", vae=_LTX_VAE, transformer=_LTX),
+                 {**_ATTENDED, "num_frames": 9, "video": [_FRAMES]}),
         Relative("ltx2", (0, 37),
                  _small("LTX2VideoTransformer3DModel", in_channels=8, out_channels=8, audio_in_channels=8,
                         audio_out_channels=8, **_AUDIO),
@@ -452,8 +492,11 @@ RELATIVES: Mapping[str, Relative] = {
                  {**_BY_BOOL, "use_resolution_binning": False}),
         Relative("kandinsky5", (0, 36),
                  _pipeline("Kandinsky5T2VPipeline", transformer=_small("Kandinsky5Transformer3DModel")),
-                 {**_guided(prompt_embeds_qwen=_PROMPT, prompt_embeds_clip=_POOLED,
-                            prompt_cu_seqlens=torch.tensor([0, TOKENS]).int()), **_CLIP}),
+                 {**_PROMPT_OF_KANDINSKY, **_CLIP}),
+        Relative("kandinsky5_i2v", (0, 36),
+                 _pipeline("Kandinsky5I2VPipeline", vae=_HUNYUAN_VAE, transformer=_small(
+                     "Kandinsky5Transformer3DModel", in_visual_dim=4, out_visual_dim=4, visual_cond=True)),
+                 {**_PROMPT_OF_KANDINSKY, "num_frames": 29, **_LARGER}),
         Relative("kandinsky6", (0, 42),
                  _pipeline("Kandinsky6TI2VAPipeline", transformer=_small(
                      "Kandinsky6Transformer3DModel", in_visual_dim=4, out_visual_dim=4)),
