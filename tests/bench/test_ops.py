@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -58,7 +59,7 @@ def test_json_has_rows_and_facts_and_no_paths(tmp_path):
     assert found["machine"].keys() >= {"cpu", "threads", "device", "torch", "diffusers", "pillow"}
     assert found["rows"][0].keys() == {
         "op", "shape", "dtype", "stock_ms", "patched_ms", "ratio", "stock_extra_mib", "patched_extra_mib", "exact",
-        "other_cores",
+        "other_cores", "low", "high", "cpu_ratio",
     }  # fmt: skip
     assert math.isclose(found["rows"][0]["ratio"], found["rows"][0]["stock_ms"] / found["rows"][0]["patched_ms"])
     assert found["machine"]["threads"] == 1
@@ -94,9 +95,37 @@ def test_peak_memory_includes_the_memory_of_a_call(sampled, monkeypatch):
 
 def test_calls_are_taken_in_turns():
     order = []
-    measure.interleaved(lambda: order.append("s"), lambda: order.append("p"), CPU, seconds=0.0, sample=0.0)
+    calls = {"stock": lambda: order.append("s"), "patched": lambda: order.append("p")}
+    measure.in_turns(calls, CPU, seconds=0.0, sample=0.0)
     assert order.count("p") == 3
     assert order.count("s") == 3
+
+
+def test_waiting_takes_time_but_no_cpu_time():
+    def work():
+        start = time.process_time()
+        while time.process_time() - start < 0.02:
+            pass
+
+    turns = measure.in_turns({"work": work, "wait": lambda: time.sleep(0.06)}, CPU, seconds=0.0)
+    assert turns.seconds["wait"] >= 0.06
+    assert turns.cpu_seconds("work") >= 0.02 > turns.cpu_seconds("wait")
+    low, high = turns.spread("wait", "work")
+    ratios = sorted(a / b for a, b in zip(turns.samples["wait"], turns.samples["work"]))
+    assert ratios[0] <= low <= ratios[1] <= high <= ratios[2]
+
+
+def test_turns_that_do_not_agree_give_no_verdict():
+    from wan_patches.tables import text
+
+    row = ops.Row("noisy", "3", "bf16", 1.0, 1.1, None, None, True, low=0.8, high=1.1, cpu_ratio=1.02)
+    assert row.is_slower is None
+    assert replace(row, high=0.95).is_slower
+    assert replace(row, patched_ms=1.0).is_slower is False
+    shown = " ".join(text(ops.table([row])).split())
+    assert "Slower than stock" not in shown
+    assert "The turns do not agree, run again: noisy 3, 0.91x" in shown
+    assert "0.80-1.10 1.02x" in shown
 
 
 def test_the_table_names_slower_rows_and_a_busy_machine():

@@ -84,7 +84,8 @@ def test_short_calls_are_repeated_in_a_sample_and_medians_are_per_call(monkeypat
     def took(call, device, times):  # a clock that does not depend on the load of the machine
         for _ in range(times):
             call()
-        return {"short": 0.001, "long": 0.02 + 0.001 * counts["long"]}[call.__name__]
+        seconds = {"short": 0.001, "long": 0.02 + 0.001 * counts["long"]}[call.__name__]
+        return seconds, 2 * seconds
 
     def short():
         counts["short"] += 1
@@ -96,6 +97,7 @@ def test_short_calls_are_repeated_in_a_sample_and_medians_are_per_call(monkeypat
     found = measure.in_turns({"short": short, "long": long}, CPU, seconds=0.0, sample=0.01)
     assert counts == {"short": 1 + 3 * 10, "long": 3}
     assert found.seconds == {"short": 0.001, "long": 0.022}
+    assert found.cpu_seconds("long") == 0.044
     counts.clear()
     measure.in_turns({"short": short, "long": long}, CPU, seconds=0.2, sample=0.01)
     assert counts == {"short": 1 + 6 * 10, "long": 6}
@@ -325,8 +327,9 @@ def test_the_notes_describe_the_measurement():
     assert "the same 406 matrix products and 80 attention calls alone" in shown
     assert "at 4,000 GB/s" in shown
     assert "patched 0.400 ms, 84%; bits the same" in shown
-    assert "~ other processes kept 1.5 cores busy" in shown
-    assert "Slower than compiled stock: compiled patched, 0.93x" in shown
+    assert "~ other processes kept 1.5 cores busy: no verdict" in shown
+    assert "Slower than" not in shown
+    assert "Slower than compiled stock: compiled patched, 0.93x" in text(variants.table(_result()))
     assert "within 0.25" in shown
     assert "~0.800" in shown
     assert "NO" not in shown
@@ -357,3 +360,17 @@ def test_a_chart_is_drawn_if_matplotlib_is_installed(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match="matplotlib must be installed for charts"):
         variants.chart(_result(), CPU)
+
+
+def test_a_floor_above_what_contains_it_gives_no_verdict():
+    result = _result()
+    assert not result.is_disturbed
+    slow = replace(
+        result, rows=tuple(replace(row, ms=row.ms and row.ms * (1 + (row.way == "patched"))) for row in result.rows)
+    )
+    assert [way for way, _, _ in slow.slower()] == ["patched", "compiled patched"]
+    noisy = replace(slow, floor_ms=result.row("stock").ms + 1)
+    assert noisy.is_disturbed
+    assert noisy.slower() == []
+    shown = " ".join(text(variants.table(noisy)).split())
+    assert "the floor took longer than what contains it: no verdict. Run again." in shown

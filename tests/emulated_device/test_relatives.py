@@ -9,6 +9,8 @@ import torch
 from diffusers import CogVideoXDPMScheduler
 
 import wan_patches
+from wan_patches.ops.conditioning import valid_first
+from wan_patches.patching import tally
 from wan_patches.testing.relatives import RELATIVES, available
 
 #: Pipelines with each kind of rotary tables and each autoencoder.
@@ -82,6 +84,23 @@ def test_a_scheduler_that_looks_back_reads_its_schedule_once(device):
         waits, patched = run(4)
     assert torch.equal(stock, patched)
     assert waits == {"copy to host": 1, "copy to device": 2 * 4}  # the schedule; noise that is drawn on the CPU
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_tokens_are_sorted_on_the_device(share, batch, device):
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(batch, 300, 16, generator=generator)
+    valid = torch.rand(batch, 300, generator=generator) < share
+    on_device = tokens.to("npu"), valid.to("npu")
+    expected = valid_first.reference(tokens, valid)
+    valid_first(*on_device)  # the gate's comparison
+    tally.reset()
+    device.reset()
+    found = valid_first(*on_device)
+    assert device.waits().total() == 0
+    assert [way.form for way in tally.counted()] == ["sorted, without a wait for the number of valid tokens"]
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(found, expected))
 
 
 @pytest.mark.parametrize("is_absent", [True, False])

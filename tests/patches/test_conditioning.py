@@ -158,7 +158,7 @@ def test_tokens_of_several_prompts_are_bit_identical(name, image, dtype):
         ways = {way.form: calls for way, calls in tally.counted().items() if way.op == "order of prompt tokens"}
     assert stock.isfinite().all()
     assert torch.equal(stock, patched)
-    assert ways == {"sorted, without a wait for the number of valid tokens": 1}
+    assert ways == {"": 1}  # stock's operations, the fastest on CPUs
 
 
 @pytest.mark.skipif("hunyuan_image" not in relatives_available(), reason="an older diffusers")

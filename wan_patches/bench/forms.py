@@ -128,7 +128,7 @@ def _row(sample: Sample, device: torch.device, dtype: torch.dtype, seconds: floa
 
 def samples(device: torch.device, dtype: torch.dtype, quick: bool = False) -> list[Sample]:
     """Returns the samples for a device: inputs of all ops that have forms for it."""
-    found = [*_of_tokens(device, dtype, quick), *_of_videos(quick)]
+    found = [*_of_tokens(device, dtype, quick), *_of_prompts(quick), *_of_videos(quick)]
     return [sample for sample in found if sample.op._forms_on(device.type)]
 
 
@@ -188,6 +188,12 @@ def _of_tokens(device: torch.device, dtype: torch.dtype, quick: bool) -> Iterato
                 )
 
 
+def _of_prompts(quick: bool) -> Iterator[Sample]:
+    for tokens in (64,) if quick else (64, 512, 1985):
+        make = functools.partial(_for_prompts, tokens)
+        yield Sample(conditioning.valid_first, "a third is valid", f"1x{tokens}x2048", make)
+
+
 def _lengths(op: Op[Any, Any], width: int, device: torch.device, dtype: torch.dtype, quick: bool) -> Iterable[int]:
     """Returns the smallest number of tokens with a form and, unless `quick`, its double and a model's usual number."""
     fewest = max(1, -(-op.least_for(torch.empty(0, dtype=dtype, device=device)) // width))
@@ -241,6 +247,11 @@ def _for_complex_rope(
 ) -> tuple[Any, ...]:
     x, cos, sin = _for_rope(seq, dim, False, device, dtype)
     return x, torch.complex(cos.to(precision), sin.to(precision)), precision
+
+
+def _for_prompts(tokens: int, device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
+    valid = torch.arange(tokens, device=device)[None] % 3 == 0
+    return torch.randn(1, tokens, 2048).to(device, dtype), valid
 
 
 # Pictures and videos

@@ -9,7 +9,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,33 +113,32 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class Times:
-    """Median seconds of a stock and a patched call, and the number of cores other processes used (None: unknown)."""
-
-    stock: float
-    patched: float
-    other_cores: float | None
-
-
-@dataclass(frozen=True)
 class Turns:
-    """Median seconds of a call by name, and the number of cores that other processes used meanwhile (None: unknown)."""
+    """The times of calls that ran in turns.
 
-    seconds: Mapping[str, float]
+    samples: by name, the seconds of a call in each round.
+    cpu_samples: the same in CPU seconds of all threads of this process; empty on accelerators.
+    other_cores: the number of cores that other processes used meanwhile (None: unknown).
+    """
+
+    samples: Mapping[str, Sequence[float]]
+    cpu_samples: Mapping[str, Sequence[float]]
     other_cores: float | None
 
+    @property
+    def seconds(self) -> dict[str, float]:
+        """The median seconds of a call, by name."""
+        return {name: statistics.median(found) for name, found in self.samples.items()}
 
-def interleaved(
-    stock: Callable[[], Any],
-    patched: Callable[[], Any],
-    device: torch.device,
-    *,
-    seconds: float = 3.0,
-    sample: float = 0.01,
-) -> Times:
-    """Measures two calls with `in_turns`."""
-    found = in_turns({"stock": stock, "patched": patched}, device, seconds=seconds, sample=sample)
-    return Times(found.seconds["stock"], found.seconds["patched"], found.other_cores)
+    def cpu_seconds(self, name: str) -> float | None:
+        """Returns the median CPU seconds of a call; None on accelerators."""
+        return statistics.median(self.cpu_samples[name]) if self.cpu_samples else None
+
+    def spread(self, name: str, other: str) -> tuple[float, float]:
+        """Returns the quartiles of the time of one call divided by that of another, over the rounds."""
+        ratios = [a / b for a, b in zip(self.samples[name], self.samples[other])]
+        low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
+        return low, high
 
 
 def in_turns(
@@ -150,7 +149,7 @@ def in_turns(
     seconds: float = 3.0,
     sample: float = 0.01,
 ) -> Turns:
-    """Returns the median seconds of each call, measured in turns so that a busy machine affects all calls alike.
+    """Returns the times of each call, measured in turns so that a busy machine affects all calls alike.
 
     Every call must have run before. A sample repeats its call until it lasts at least `sample` seconds. Each call gets
     3 to 31 samples; all samples together take about `seconds`.
@@ -160,14 +159,16 @@ def in_turns(
     """
     around = around or {}
 
-    def timed(name: str, times: int) -> float:
+    def timed(name: str, times: int) -> tuple[float, float]:
         with around.get(name, contextlib.nullcontext)():
             return _time(calls[name], device, times)
 
     start, busy = time.perf_counter(), others_cpu_seconds()
-    once = {name: max(timed(name, 1), 1e-7) for name in calls}
+    first_times = {name: timed(name, 1) for name in calls}
+    once = {name: max(seconds, 1e-7) for name, (seconds, _) in first_times.items()}
     times = {name: max(1, math.ceil(sample / once[name])) for name in calls}
-    samples = {name: [once[name]] if times[name] == 1 else [] for name in calls}  # long calls need no repetition
+    # long calls need no repetition
+    samples = {name: [first_times[name]] if times[name] == 1 else [] for name in calls}
     rounds = min(31, max(3, int(seconds / sum(once[name] * times[name] for name in calls))))
     names = list(calls)
     for nth in range(rounds):
@@ -179,7 +180,8 @@ def in_turns(
     # not taken from the spread of samples: a thread that waits for a busy core is slow in every sample
     others = None if busy is None else (others_cpu_seconds() or busy) - busy
     cores = None if others is None else max(0.0, others) / (time.perf_counter() - start)
-    return Turns({name: statistics.median(found) for name, found in samples.items()}, cores)
+    by_wall, by_cpu = ({name: [one[nth] for one in found] for name, found in samples.items()} for nth in (0, 1))
+    return Turns(by_wall, by_cpu if device.type == "cpu" else {}, cores)
 
 
 def others_cpu_seconds(pids: Iterable[int] = ()) -> float | None:
@@ -200,13 +202,14 @@ def others_cpu_seconds(pids: Iterable[int] = ()) -> float | None:
     return float(seconds)
 
 
-def _time(call: Callable[[], Any], device: torch.device, calls: int) -> float:
+def _time(call: Callable[[], Any], device: torch.device, calls: int) -> tuple[float, float]:
+    """Returns the seconds and the CPU seconds of one of these calls."""
     synchronize(device)
-    start = time.perf_counter()
+    start, start_cpu = time.perf_counter(), time.process_time()
     for _ in range(calls):
         call()
     synchronize(device)
-    return (time.perf_counter() - start) / calls
+    return (time.perf_counter() - start) / calls, (time.process_time() - start_cpu) / calls
 
 
 # Memory

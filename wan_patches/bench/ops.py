@@ -24,7 +24,7 @@ from rich.console import Group
 from rich.table import Table
 
 import wan_patches
-from wan_patches.bench.measure import DTYPES, identical, interleaved, peak_extra_bytes, using_threads, write_rows
+from wan_patches.bench.measure import DTYPES, identical, in_turns, peak_extra_bytes, using_threads, write_rows
 from wan_patches.bench.parts import AttentionWithoutLayers, block_without_layers
 from wan_patches.patching.codeswap import with_code
 from wan_patches.testing.families import images
@@ -40,7 +40,9 @@ Call = Callable[[], Any]
 class Row:
     """One operation on one kind of input: milliseconds and MiB of a call; MiB are None if memory cannot be measured.
 
-    `other_cores`: the number of cores that other processes used meanwhile. Above `CALM`, times and ratios mean little.
+    other_cores: the number of cores that other processes used meanwhile. Above `CALM`, times and ratios mean little.
+    low, high: quartiles of the speed relative to stock, over the turns.
+    cpu_ratio: the speed relative to stock by CPU seconds of all threads; None on accelerators.
     """
 
     op: str
@@ -52,11 +54,21 @@ class Row:
     patched_extra_mib: float | None
     exact: bool
     other_cores: float | None = None
+    low: float | None = None
+    high: float | None = None
+    cpu_ratio: float | None = None
 
     @property
     def ratio(self) -> float:
         """Speed relative to stock."""
         return self.stock_ms / self.patched_ms
+
+    @property
+    def is_slower(self) -> bool | None:
+        """Whether it is slower than stock by more than noise; None if the turns do not agree."""
+        if self.ratio >= SLOWER:
+            return False
+        return None if self.high is not None and self.high >= 1 else True
 
 
 @dataclass(frozen=True)
@@ -87,14 +99,27 @@ def _row(case: Case, device: torch.device, dtype: torch.dtype, seconds: float) -
         stock, patched = case.make(device, dtype)
         patched()  # on accelerators, the first-sight gate returns stock's result for the first call
         exact = identical(stock(), patched())
-        times = interleaved(stock, patched, device, seconds=seconds)
+        turns = in_turns({"stock": stock, "patched": patched}, device, seconds=seconds)
         peaks = [peak_extra_bytes(call, device) for call in (stock, patched)]
     del stock, patched
     gc.collect()
     extra = [None if peak is None else peak / _MIB for peak in peaks]
     shown = case.dtype or next(name for name, known in DTYPES.items() if known == dtype)
+    cpu = [turns.cpu_seconds(name) for name in ("stock", "patched")]
+    low, high = turns.spread("stock", "patched")
     return Row(
-        case.op, case.shape, shown, times.stock * 1e3, times.patched * 1e3, extra[0], extra[1], exact, times.other_cores
+        op=case.op,
+        shape=case.shape,
+        dtype=shown,
+        stock_ms=turns.seconds["stock"] * 1e3,
+        patched_ms=turns.seconds["patched"] * 1e3,
+        stock_extra_mib=extra[0],
+        patched_extra_mib=extra[1],
+        exact=exact,
+        other_cores=turns.other_cores,
+        low=low,
+        high=high,
+        cpu_ratio=cpu[0] / cpu[1] if cpu[0] and cpu[1] else None,
     )
 
 
@@ -106,21 +131,28 @@ def table(rows: Sequence[Row]) -> Group:
     found = Table(box=box.SIMPLE, pad_edge=False)
     for column in ("op", "shape", "dtype"):
         found.add_column(column, overflow="fold")
-    for column in ("stock ms", "patched ms", "ratio", "stock MiB", "patched MiB"):
+    for column in ("stock ms", "patched ms", "ratio", "middle half", "CPU time", "stock MiB", "patched MiB"):
         found.add_column(column, justify="right")
     found.add_column("exact")
     for row in rows:
         busy = "~" if _is_disturbed(row) else ""
-        times = (_number(row.stock_ms), _number(row.patched_ms), f"{busy}{row.ratio:.2f}x")
+        spread = "-" if row.low is None else f"{row.low:.2f}-{row.high:.2f}"
+        cpu = "-" if row.cpu_ratio is None else f"{row.cpu_ratio:.2f}x"
+        times = (_number(row.stock_ms), _number(row.patched_ms), f"{busy}{row.ratio:.2f}x", spread, cpu)
         memory = (_number(row.stock_extra_mib), _number(row.patched_extra_mib))
         found.add_row(row.op, row.shape, row.dtype, *times, *memory, "yes" if row.exact else "NO")
-    notes = ["Medians of calls in turns. MiB: peak of a call beyond what was held before, its result included."]
+    notes = [
+        "Medians of calls in turns, and the middle half of their ratios. CPU time: the ratio by CPU seconds of all "
+        "threads. MiB: peak of a call beyond what was held before, its result included."
+    ]
     if disturbed := sum(map(_is_disturbed, rows)):
         most = max(row.other_cores or 0.0 for row in rows)
         notes.append(
             f"~ in {disturbed} of {len(rows)} rows: other processes kept up to {most:.1f} cores busy. Run again."
         )
-    notes += [f"Slower than stock: {row.op} {row.shape}, {row.ratio:.2f}x" for row in rows if row.ratio < SLOWER]
+    notes += [f"Slower than stock: {row.op} {row.shape}, {row.ratio:.2f}x" for row in rows if row.is_slower]
+    unsure = [f"{row.op} {row.shape}, {row.ratio:.2f}x" for row in rows if row.is_slower is None]
+    notes += [f"Slower or not? The turns do not agree, run again: {what}" for what in unsure]
     return Group(found, *notes)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from xml.sax.saxutils import escape
 
 from wan_patches.bench import compatibility, reach, variants
-from wan_patches.bench.ops import CALM, SLOWER
+from wan_patches.bench.ops import SLOWER
 
 PICTURE = "stock-and-patched.svg"
 
@@ -251,7 +251,7 @@ def _everything(facts: dict[str, Any], result: variants.Result) -> list[str]:
 
 
 def _busy(result: variants.Result) -> str:
-    return "~" if (result.other_cores or 0.0) > CALM else ""
+    return "~" if result.is_disturbed else ""
 
 
 def _production(results: Path) -> str:

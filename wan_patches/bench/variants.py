@@ -26,6 +26,7 @@ from wan_patches.bench.floor import Copy, Floor, recording
 from wan_patches.bench.measure import (
     DTYPES,
     MeasurementError,
+    Turns,
     identical,
     in_turns,
     machine,
@@ -77,6 +78,8 @@ class Subject:
 class Row:
     """One variant (`way`): milliseconds of a call, its peak memory above the memory in use before, and its result.
 
+    low, high: quartiles of the time relative to stock, over the turns.
+    cpu_ms: CPU milliseconds of all threads; None on accelerators.
     exact: whether the result has the bits of stock's eager code; None if it did not run, or stock is nondeterministic.
     difference: the largest difference from stock's result, for tensors and arrays.
     reason: why the variant did not run, or why its numbers are unreliable.
@@ -88,6 +91,9 @@ class Row:
     exact: bool | None = None
     difference: float | None = None
     reason: str = ""
+    low: float | None = None
+    high: float | None = None
+    cpu_ms: float | None = None
 
 
 @dataclass(frozen=True)
@@ -174,13 +180,24 @@ class Result:
         ms = self.row(way).ms
         return None if ms is None else max(0.0, ms - self.floor_ms) / 1e3 * self.copy_gb_s
 
+    @property
+    def is_disturbed(self) -> bool:
+        """Whether other work shows in the times: on other cores, or because the floor exceeds what contains it."""
+        eager = [self.row(way).ms for way in (STOCK, PATCHED)]
+        return (self.other_cores or 0.0) > CALM or any(ms is not None and self.floor_ms > ms for ms in eager)
+
     def different(self) -> list[str]:
         """Returns the results that should have stock's bits, but differ."""
         found = [row.way for row in self.rows if row.way == PATCHED and row.exact is False]
         return found + ["rotary embedding"] * (self.rope is not None and not self.rope.exact)
 
     def slower(self) -> list[tuple[str, str, float]]:
-        """Returns the variants that are slower than their rivals by more than noise: variant, rival, relative speed."""
+        """Returns the variants that are slower than their rivals by more than noise: variant, rival, relative speed.
+
+        None are if the times are disturbed.
+        """
+        if self.is_disturbed:
+            return []
         pairs = [(way, rival, self.of(rival, way)) for way, rival in RIVALS.items()]
         return [(way, rival, ratio) for way, rival, ratio in pairs if ratio is not None and ratio < SLOWER]
 
@@ -238,7 +255,7 @@ def measure(
         tokens=shape.tokens,
         layers=shape.layers,
         of_layers=shape.published.layers,
-        rows=tuple(trial.finished(turns.seconds) for trial in trials),
+        rows=tuple(trial.finished(turns) for trial in trials),
         floor_ms=turns.seconds[_FLOOR] * 1e3,
         matmuls=floor.matmuls,
         attentions=floor.attentions,
@@ -320,7 +337,7 @@ class _Trial:
         self._graphs = 0 if self._handle is None else self._handle.graphs
         return expected
 
-    def finished(self, seconds: Mapping[str, float]) -> Row:
+    def finished(self, turns: Turns) -> Row:
         """Returns the row, with the time if the variant ran."""
         if self.call is None:
             return self.row
@@ -329,7 +346,16 @@ class _Trial:
             reason = "nothing was compiled"
         elif self._handle is not None and self._handle.graphs != self._graphs:
             reason = "recompiled during the measurement"
-        return replace(self.row, ms=seconds[self.way] * 1e3, reason=reason)
+        cpu = turns.cpu_seconds(self.way)
+        low, high = turns.spread(self.way, STOCK)
+        return replace(
+            self.row,
+            ms=turns.seconds[self.way] * 1e3,
+            reason=reason,
+            low=low,
+            high=high,
+            cpu_ms=None if cpu is None else cpu * 1e3,
+        )
 
 
 class _Handle:
@@ -392,12 +418,15 @@ def table(result: Result) -> Group:
     """Returns the rows as a table, with notes on how the numbers were measured."""
     found = Table(box=box.SIMPLE, pad_edge=False)
     found.add_column(result.bench)
-    for column in ("ms", "of stock", "x floor", "GB moved", "peak MiB", "of stock"):
+    for column in ("ms", "of stock", "middle half", "CPU time", "x floor", "GB moved", "peak MiB", "of stock"):
         found.add_column(column, justify="right")
     found.add_column("exact")
     for row in result.rows:
-        busy = "~" if _is_disturbed(result) and row.ms is not None else ""
-        cells = [_number(row.ms), busy + _number(result.of(row.way)), busy + _number(result.of_floor(row.way))]
+        busy = "~" if result.is_disturbed and row.ms is not None else ""
+        spread = "-" if row.low is None else f"{row.low:.2f}-{row.high:.2f}"
+        cpu = _number(_ratio(row.cpu_ms, result.row(STOCK).cpu_ms))
+        cells = [_number(row.ms), busy + _number(result.of(row.way)), spread, cpu]
+        cells.append(busy + _number(result.of_floor(row.way)))
         cells += [_number(result.moved_gb(row.way)), _number(row.peak_mib), _number(result.memory_of(row.way))]
         found.add_row(row.way, *cells, bits(result, row))
     found.add_row("floor", _number(result.floor_ms), _number(_ratio(result.floor_ms, result.row(STOCK).ms)))
@@ -433,7 +462,8 @@ def bits(result: Result, row: Row) -> str:
 
 def _notes(result: Result) -> list[str]:
     notes = [
-        "Medians of calls in turns. MiB: peak of a call beyond what was held before, its result included.",
+        "Medians of calls in turns, and the middle half of their ratios to stock. CPU time: that of all threads, of "
+        "stock's. MiB: peak of a call beyond what was held before, its result included.",
         f"Floor: the same {result.matmuls:,} matrix products and {result.attentions:,} attention calls alone. "
         f"GB moved: what a copy, at {result.copy_gb_s:,.4g} GB/s, would read and write in the time above it.",
     ]
@@ -445,17 +475,19 @@ def _notes(result: Result) -> list[str]:
         )
     if not result.deterministic:
         notes.append("Two calls of stock differ here: no comparison of bits means anything.")
-    if _is_disturbed(result):
-        notes.append(f"~ other processes kept {result.other_cores:.1f} cores busy. Run again.")
+    if result.is_disturbed:
+        cores = result.other_cores or 0.0
+        why = (
+            f"other processes kept {cores:.1f} cores busy"
+            if cores > CALM
+            else "the floor took longer than what contains it"
+        )
+        notes.append(f"~ {why}: no verdict. Run again.")
     if result.regional and any(result.row(way).ms is not None for way in _COMPILED):
         notes.append("Compiled: the blocks, not the whole model.")
     notes += [f"{row.way}: {row.reason}" for row in result.rows if row.reason]
     notes += [f"Slower than {rival}: {way}, {ratio:.2f}x" for way, rival, ratio in result.slower()]
     return notes
-
-
-def _is_disturbed(result: Result) -> bool:
-    return result.other_cores is not None and result.other_cores > CALM
 
 
 def _number(value: float | None) -> str:
@@ -523,4 +555,4 @@ def from_json(content: Mapping[str, Any]) -> Result:
 
 def _known(cls: Any, content: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the fields of `cls` in `content`, without derived numbers."""
-    return {field.name: content[field.name] for field in fields(cls)}
+    return {field.name: content[field.name] for field in fields(cls) if field.name in content}

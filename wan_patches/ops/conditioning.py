@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from wan_patches.ops.dispatch import Key, op
+from wan_patches.ops.dispatch import ACCELERATOR, Key, op
 
 
 def _key(*args: Any) -> Key | None:
@@ -86,7 +86,8 @@ def valid_first(tokens: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor
     return torch.stack(ordered), torch.stack(masks)
 
 
-@valid_first.form("sorted, without a wait for the number of valid tokens")
+# on CPUs it takes two to four times as long as stock's operations
+@valid_first.form("sorted, without a wait for the number of valid tokens", device=ACCELERATOR)
 def sorted_by_validity(tokens: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     order = (~valid).to(torch.uint8).argsort(dim=1, stable=True)
     return tokens.gather(1, order.unsqueeze(2).expand_as(tokens)), valid.gather(1, order)

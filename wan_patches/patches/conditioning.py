@@ -68,7 +68,7 @@ def _prompts(module: str, model: str, call: str, fingerprint: str, *before: Edit
             name: f"wan_patches.bindings.conditioning:{name.removeprefix('_wan_patches_')}"
             for name in (_TOKENS, _IMAGE)
         },
-        implementations={"all devices": "the tokens of prompts are sorted by validity"},
+        implementations={"CPUs": "stock", "other devices": "the tokens of prompts are sorted by validity"},
         since=since(module),
     )
 
