@@ -45,7 +45,7 @@ def test_views_allocations_and_expanded_axes_count_nothing():
 def test_operations_of_matrix_products_are_counted():
     with counting() as calls:
         torch.ones(4, 8) @ torch.ones(8, 16)
-    assert calls[-1] == Call("mm", "", (4 * 8 + 8 * 16 + 4 * 16) * 4, flops=2 * 4 * 8 * 16)
+    assert calls[-1] == Call("mm", "", (4 * 8 + 8 * 16 + 4 * 16) * 4, flops=2 * 4 * 8 * 16, dtype=torch.float32)
 
 
 @pytest.fixture
@@ -78,7 +78,18 @@ def test_ops_take_their_kernels_on_paper_and_nothing_is_left_behind():
     assert calls == [Call("kernel", "rotary embedding", 2 * x.nbytes + 2 * table, is_kernel=True)]
     assert traffic.Op.__call__ is before
     assert x.is_meta
-    rope.apply_rotary_emb.forget()
+    assert not rope.apply_rotary_emb.decisions()
+
+
+def test_the_bias_of_a_convolution_is_a_pass_of_its_own_on_paper():
+    x, weight, bias = (torch.empty(size, device=META) for size in ((1, 4, 3, 8, 8), (6, 4, 1, 1, 1), (6,)))
+    with on_paper() as calls:
+        F.conv3d(x, weight, bias)
+    assert [call.name for call in calls] == ["convolution", "add_"]
+    out = 6 * 3 * 8 * 8 * 4
+    assert calls[0].bytes == x.nbytes + weight.nbytes + out
+    assert calls[1].bytes == 2 * out + bias.nbytes
+    assert calls[0].flops == 2 * 4 * 6 * 3 * 8 * 8
 
 
 def _per_element(shape, layers):

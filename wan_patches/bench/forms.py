@@ -174,7 +174,7 @@ _MODULATIONS: dict[str, Callable[..., Any]] = {
         torch.randn(1, 2, dim, device=device), seq // 2, seq
     ),
     "a row per token": lambda seq, dim, device, dtype: RowPerToken(
-        torch.randn(1, 1, dim, device=device), torch.randn(1, seq, dim).to(device, dtype)
+        torch.randn(1, 1, dim, device=device), torch.randn(1, seq, dim, device=device, dtype=dtype)
     ),
 }
 
@@ -250,9 +250,9 @@ def _for_block(
     kind: str, seq: int, dim: int, layout: str, modulated: str, device: torch.device, dtype: torch.dtype
 ) -> tuple[Any, ...]:
     def hidden() -> torch.Tensor:
-        return torch.randn(1, seq, dim).to(device, dtype)
+        return torch.randn(1, seq, dim, device=device, dtype=dtype)
 
-    x = hidden() if layout == _LAYOUTS[0] else torch.randn(1, dim, seq).to(device, dtype).transpose(1, 2)
+    x = hidden() if layout == _LAYOUTS[0] else torch.randn(1, dim, seq, device=device, dtype=dtype).transpose(1, 2)
     norm = torch.nn.LayerNorm(dim, 1e-6, elementwise_affine=kind == "cast norm").to(device)
 
     def modulations(count: int) -> tuple[Any, ...]:
@@ -269,17 +269,17 @@ def _for_block(
 
 
 def _for_rms_norm(seq: int, dim: int, device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
-    return torch.randn(1, seq, dim).to(device, dtype), torch.randn(dim).to(device, dtype), 1e-6
+    return torch.randn(1, seq, dim, device=device, dtype=dtype), torch.randn(dim, device=device, dtype=dtype), 1e-6
 
 
 def _for_rms_norm_rope(seq: int, dim: int, device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
     x, cos, sin = _for_rope(seq, dim, False, device, dtype)
-    return x, torch.randn(dim).to(device, dtype), 1e-6, cos, sin
+    return x, torch.randn(dim, device=device, dtype=dtype), 1e-6, cos, sin
 
 
 def _for_rope(seq: int, dim: int, both: bool, device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
     angles = torch.rand(1, seq, 1, _HEAD // 2, device=device) * 100
-    x = [torch.randn(1, seq, dim // _HEAD, _HEAD).to(device, dtype) for _ in range(1 + both)]
+    x = [torch.randn(1, seq, dim // _HEAD, _HEAD, device=device, dtype=dtype) for _ in range(1 + both)]
     return *x, angles.cos(), angles.sin()
 
 
@@ -350,7 +350,7 @@ def _for_norm_silu(shape: tuple[int, ...], device: torch.device, dtype: torch.dt
     norm = WanRMS_norm(shape[1], images=False).to(device, dtype)
     plain = functools.partial(_plain_norm, norm)
     return (
-        torch.randn(shape).to(device, dtype),
+        torch.randn(shape, device=device, dtype=dtype),
         plain,
         norm.scale,
         norm.gamma.data,

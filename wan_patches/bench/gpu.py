@@ -109,28 +109,39 @@ class Outcome:
 # Running
 
 
-def run(folder: Path, device: str, dtype: str, *, part: int | None, budget: float, tell: Callable[[str], None]) -> None:
+def run(
+    folder: Path,
+    device: str,
+    dtype: str,
+    *,
+    part: int | None = None,
+    only: str = "",
+    budget: float,
+    tell: Callable[[str], None],
+) -> None:
     """Runs the steps of a part, or all, and writes to `folder` after each. Steps without a result there come first.
 
     Args:
         folder: is created if it does not exist.
         device: "cuda", "npu" or "emulated".
         dtype: of the denoisers and operations: fp32, bf16 or fp16.
+        only: a part of the names of the steps to run.
         budget: seconds; what has not begun by then is not run.
         tell: takes a line about each step.
 
     Raises:
-        MeasurementError: there is no such device, or the folder has results of another one.
+        MeasurementError: there is no such device or step, or the folder has results of another device.
         OSError: the folder cannot be written to.
     """
     deadline = time.monotonic() + budget
+    if not (steps := [step for step in STEPS if part in (None, step.part) and only in step.name]):
+        raise MeasurementError(f"No step is called {only!r}; there are: {', '.join(step.name for step in STEPS)}.")
     found = _device_name(device)
     folder.mkdir(parents=True, exist_ok=True)
     record = _read(folder)
     for name, value in (("device", found), ("dtype", dtype)):
         if record.setdefault(name, value) != value:
             raise MeasurementError(f"{folder} has results of {record[name]}, not {value}: choose another folder.")
-    steps = [step for step in STEPS if part in (None, step.part)]
     with _metadata() as path:
         for step in sorted(steps, key=lambda step: _has_result(record, step)):
             limit = min(step.limit, deadline - time.monotonic())

@@ -102,8 +102,9 @@ def measure(
     cases = cases or _cases(quick)
     if not (chosen := [case for case in cases if only in case.name]):
         raise MeasurementError(f"No row is called {only!r}; there are: {'; '.join(case.name for case in cases)}.")
+    seconds = 0.5 if quick else 3.0 if device.type == "cpu" else 1.0
     with using_threads(threads):
-        return [_row(case, device, dtype, 0.5 if quick else 3.0) for case in chosen]
+        return [_row(case, device, dtype, seconds) for case in chosen]
 
 
 def _row(case: Case, device: torch.device, dtype: torch.dtype, seconds: float) -> Row:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
 
-from wan_patches.bench import compatibility, variants
+from wan_patches.bench import compatibility, predict, variants
 from wan_patches.bench.ops import CALM, SLOWER
 
 PAGE, PICTURE = "README.md", "stock-and-patched.svg"
@@ -53,6 +53,18 @@ def parts(text: str, name: str) -> tuple[str, str, str]:
     if not mark or not closing:
         raise ValueError(f"the page needs the lines {start} and {end}: a table goes between them")
     return before + start, table.strip(), end + after
+
+
+def _predicted(results: Path) -> str:
+    """Returns the tables of predicted times, in seconds for a whole run and in milliseconds for its operations."""
+    rows = predict.read_json(results / predict.FILE)
+    subjects = list(dict.fromkeys(row.subject for row in rows))
+    cards = [card.name for card in predict.CARDS]
+    whole = [[subject, *predict.totals(rows, subject)] for subject in subjects]
+    parts = [[subject, *cells] for subject in subjects for cells in predict.operations(rows, subject)]
+    header = ("one run", "TFLOP", "calls: stock, patched", "GB", *(f"{card}, s" for card in cards))
+    header_of_parts = ("patched", "operation", "calls", "GB", "TFLOP", *(f"{card}, ms" for card in cards))
+    return f"{_table(header, whole)}\n\n{_table(header_of_parts, parts)}"
 
 
 def _ops(results: Path) -> str:
@@ -275,6 +287,7 @@ _OTHERS = {"named segments": "named segments", "torch.mp": "torch.multiprocessin
 
 TABLES: dict[str, Callable[[Path], str]] = {
     "performance": _performance,
+    "predicted": _predicted,
     "ops": _ops,
     "vae": _vae,
     "tiles": _tiles,

@@ -24,7 +24,7 @@ from torch.utils.flop_counter import flop_registry
 
 from wan_patches.ops import tracing
 from wan_patches.ops import triton as kernels
-from wan_patches.ops.dispatch import Op
+from wan_patches.ops.dispatch import Op, ops
 
 META = torch.device("meta")
 
@@ -34,13 +34,14 @@ class Call:
     """An ATen call or a launch.
 
     name: of the operator or the kernel. op: the op of this package that made it, or an empty string.
-    flops: of matrix products, convolutions and attention, a multiply-add counted as two.
+    flops, dtype: of matrix products, convolutions and attention, a multiply-add counted as two; else 0 and None.
     """
 
     name: str
     op: str
     bytes: int
     flops: int = 0
+    dtype: torch.dtype | None = None
     is_kernel: bool = False
 
 
@@ -77,7 +78,13 @@ def on_paper() -> Iterator[list[Call]]:
             stack.enter_context(mock.patch.object(launcher, "run", _nothing))
         recorder = stack.enter_context(_observed(_Recorder()))
         stack.enter_context(_AsOnCuda(recorder))
+        stack.callback(_forget)  # forms that only a GPU can run
         yield recorder.calls
+
+
+def _forget() -> None:
+    for op in ops():
+        op.forget()
 
 
 def _nothing(*_: Any, **__: Any) -> None:
@@ -119,8 +126,8 @@ class _Recorder(TorchDispatchMode):
         if touched := _touched(function, args, kwargs, result):
             packet = function.overloadpacket
             formula = flop_registry.get(packet)
-            flops = formula(*args, **kwargs, out_val=result) if formula else 0
-            self.add(packet.__name__, touched, flops=flops)
+            more = {"flops": formula(*args, **kwargs, out_val=result), "dtype": args[0].dtype} if formula else {}
+            self.add(packet.__name__, touched, **more)
         return result
 
     def add(self, name: str, touched: int, **more: Any) -> None:
@@ -154,7 +161,7 @@ class _Recorder(TorchDispatchMode):
 
 
 class _AsOnCuda(TorchFunctionMode):
-    """Makes one call of what CUDA computes in one kernel, where tensors on "meta" take it apart."""
+    """Calls what CUDA computes in one kernel, where tensors on "meta" take it apart, and the other way round."""
 
     def __init__(self, recorder: _Recorder) -> None:
         super().__init__()
@@ -164,12 +171,30 @@ class _AsOnCuda(TorchFunctionMode):
         kwargs = kwargs or {}
         if function is F.scaled_dot_product_attention:
             return _attention(*args, **kwargs)
+        if function in _CONVOLUTIONS:
+            return _convolution(function, *args, **kwargs)
         if function is F.rms_norm and hasattr(torch.ops.aten, "_fused_rms_norm"):  # from torch 2.9
             with _disable_current_modes():
                 result = function(*args, **kwargs)
             self._recorder.add("rms_norm", sum(map(_held, _tensors((args, kwargs, result)))))
             return result
         return function(*args, **kwargs)
+
+
+_CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)
+
+
+def _convolution(
+    function: Callable[..., torch.Tensor],
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """Adds the bias after the convolution, as ATen does for cuDNN."""
+    result = function(input, weight, None, *args, **kwargs)
+    return result if bias is None else result.add_(bias.view(-1, *[1] * (weight.dim() - 2)))
 
 
 def _attention(

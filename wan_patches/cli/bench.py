@@ -226,9 +226,15 @@ def _ways(
 
 @app.command()
 def gpu(
-    out: Annotated[Path, typer.Option(help="Folder for logs and JSON; later runs on the same device add to it.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for logs and JSON; later runs on the same device add to it.")
+    ] = None,
     part: Annotated[int | None, typer.Option(min=1, max=3, help="Part, of at most 9 minutes; default: all.")] = None,
     budget: Annotated[float | None, typer.Option(min=1, help="Seconds; what has not begun by then is not run.")] = None,
+    only: Annotated[str, typer.Option(help="Run or predict only what has this in its name.")] = "",
+    predict: Annotated[
+        bool, typer.Option("--predict", help="Predict times from counted bytes, without a GPU, beside those in --out.")
+    ] = False,
     device: Annotated[str, options.one_of(options.ACCELERATORS, "Device; a checkout has an emulated one.")] = "cuda",
     dtype: options.Dtype = "bf16",
 ) -> None:
@@ -236,18 +242,33 @@ def gpu(
 
     Exits with status 1 if a bit differs or a test fails, and with 2 if a step failed or was stopped.
     """
+    if out is None and not predict:
+        raise typer.BadParameter("name a folder for the results", param_hint="--out")
     shared.preflight(check_folder, out)
+    if predict or out is None:
+        _predict(out, only)
+        return
     with shared.errors("bench"):
         from wan_patches.bench import gpu as run
 
         seconds = budget or run.PART_SECONDS * (len(run.PARTS) if part is None else 1)
         try:
             with shared.progress("looking for the device") as tell:
-                run.run(out, device, dtype, part=part, budget=seconds, tell=tell)
+                run.run(out, device, dtype, part=part, only=only, budget=seconds, tell=tell)
         except OSError as error:
             shared.fail(f"{out} cannot be written: {error}")
         typer.echo(text(run.report(out)))
     raise typer.Exit(run.status(out))
+
+
+def _predict(out: Path | None, only: str) -> None:
+    with shared.errors("bench"):
+        from wan_patches.bench import predict
+
+        rows = predict.measure(only)
+        typer.echo(text(predict.table(rows, out)))
+    file = None if out is None or only else out / predict.FILE
+    shared.end([], (file, lambda path: predict.write_json(path, rows)))
 
 
 @app.command()
