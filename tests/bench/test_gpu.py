@@ -16,7 +16,7 @@ import typer
 from typer.testing import CliRunner
 
 from wan_patches.bench import forms, gpu, ops, variants
-from wan_patches.bench.gpu import DIFFERS, DONE, FAILED, FILE, NOT_RUN, STOPPED, Step
+from wan_patches.bench.gpu import DONE, FAILED, FILE, FINDING, NOT_RUN, STOPPED, Step
 from wan_patches.cli import app
 from wan_patches.diagnostics.doctor.probes import Answer
 from wan_patches.tables import text
@@ -64,7 +64,7 @@ def test_nothing_that_goes_wrong_ends_the_rest(steps, tmp_path):
     steps("crashes", "fails", "differs", "well")
     found = _run(tmp_path)
     assert {name: outcome.state for name, outcome in found.items()} == {
-        "crashes": FAILED, "fails": FAILED, "differs": DIFFERS, "well": DONE,
+        "crashes": FAILED, "fails": FAILED, "differs": FINDING, "well": DONE,
     }  # fmt: skip
     assert found["crashes"].why == "it was killed by SIGSEGV"
     assert found["fails"].why == "Error: no memory"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 
@@ -30,6 +31,7 @@ def test_every_step_runs_and_the_report_says_so(names, tmp_path, monkeypatch):
     assert {name for name, outcome in gpu.outcomes(tmp_path).items() if outcome.state != gpu.DONE} == set(left_out)
     assert re.search(r"^OK +kernels: \d\d exact; ", done.output, re.M)
     rows = json.loads((tmp_path / "kernels.json").read_text())["rows"]
+    importlib.import_module("wan_patches.bench.forms")  # declares the ops
     with_kernels = {op.name for op in ops() if any(form.device == "cuda" for form in op.forms)}
     assert {row["op"] for row in rows if row["kernels"]} == with_kernels
     assert all(row["gb"] > 0 and row["copy_gb_s"] > 0 for row in rows if row["form"])

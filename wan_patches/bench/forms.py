@@ -22,7 +22,7 @@ from rich.console import Group
 from rich.table import Table
 
 from wan_patches.bench.floor import Copy
-from wan_patches.bench.measure import identical, in_turns, name_of, using_threads, write_rows
+from wan_patches.bench.measure import MeasurementError, identical, in_turns, name_of, using_threads, write_rows
 from wan_patches.bench.traffic import counting
 from wan_patches.ops import (
     conditioning,
@@ -93,12 +93,25 @@ class Sample:
     make: Callable[[torch.device, torch.dtype], tuple[Any, ...]]
 
 
-def measure(device: torch.device, dtype: torch.dtype, *, quick: bool = False, threads: int | None = None) -> list[Row]:
-    """Measures every op on `device`; with `quick`, only at the smallest sizes and in less time."""
+def measure(
+    device: torch.device, dtype: torch.dtype, *, quick: bool = False, threads: int | None = None, only: str = ""
+) -> list[Row]:
+    """Measures every op on `device`; with `quick`, only at the smallest sizes and in less time.
+
+    Args:
+        only: a part of the op and shape of the rows to measure.
+
+    Raises:
+        MeasurementError: there is no such row.
+    """
+    known = samples(device, dtype, quick)
+    if not (chosen := [sample for sample in known if only in f"{sample.op.name} {sample.shape}"]):
+        names = dict.fromkeys(sample.op.name for sample in known)
+        raise MeasurementError(f"No row is called {only!r}; there are: {'; '.join(names)}.")
     with using_threads(threads), torch.no_grad():
         copy = None if device.type == "cpu" else Copy(device, (16 if quick else 1024) << 20)
         seconds = 0.1 if quick else 1.0 if copy is None else 0.3
-        return [_row(sample, device, dtype, seconds, copy) for sample in samples(device, dtype, quick)]
+        return [_row(sample, device, dtype, seconds, copy) for sample in chosen]
 
 
 def table(rows: Sequence[Row]) -> Group:
@@ -162,7 +175,7 @@ def _row(subject: Sample, device: torch.device, dtype: torch.dtype, seconds: flo
 
 def samples(device: torch.device, dtype: torch.dtype, quick: bool = False) -> list[Sample]:
     """Returns the samples for a device: inputs of all ops that have forms for it."""
-    found = [*_of_tokens(device, dtype, quick), *_of_videos(quick)]
+    found = [*_of_tokens(device, dtype, quick), *_of_videos(device, quick)]
     return [sample for sample in found if sample.op._forms_on(device.type)]
 
 
@@ -298,7 +311,7 @@ def _for_complex_rope(
 # Pictures and videos
 
 
-def _of_videos(quick: bool) -> Iterator[Sample]:
+def _of_videos(device: torch.device, quick: bool) -> Iterator[Sample]:
     for height, width, count in ((64, 96, 5),) if quick else ((64, 96, 5), (480, 832, 81)):
         shape = f"{count}x{height}x{width}"
         latent = (1, count, height // 8, width // 8, 4)
@@ -309,7 +322,8 @@ def _of_videos(quick: bool) -> Iterator[Sample]:
         yield Sample(pictures.preprocessed, "a video", shape, of_pictures)
         yield Sample(frames.to_uint8, "", shape, _to_bytes((count, height, width)))
         yield Sample(frames.to_float, "", shape, _to_floats((count, height, width)))
-    features = (1, 96, 2, 16, 24) if quick else (1, 96, 4, 60, 104)
+    of_last_layers = (1, 96, 4, 60, 104) if device.type == "cpu" else (1, 96, 4, 480, 832)
+    features = (1, 96, 2, 16, 24) if quick else of_last_layers
     yield Sample(norm_silu.norm_silu, "", "x".join(map(str, features)), functools.partial(_for_norm_silu, features))
 
 

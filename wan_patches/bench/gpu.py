@@ -39,7 +39,7 @@ PART_SECONDS = 540
 WANTED_OF_COPY = 0.85  # of the bandwidth of a copy, for kernels
 WANTED_OF_DECODE = {"time": ("ms", 0.80), "memory": ("extra_mib", 0.70)}  # of stock's
 
-DONE, DIFFERS, FAILED, STOPPED, NOT_RUN = "done", "differs", "failed", "stopped", "not run"
+DONE, FINDING, FAILED, STOPPED, NOT_RUN = "done", "finding", "failed", "stopped", "not run"
 
 _ROOT = Path(wan_patches.__file__).parents[1]
 _EMULATED = _ROOT / "tests" / "emulated_device" / "command_line.py"
@@ -72,6 +72,7 @@ STEPS = (
     Step("doctor", 1, 90, "doctor", ""),
     Step("kernels", 1, 150, "bench forms --quick", "bench forms --quick"),
     Step("forms", 1, 200, "bench forms", ""),
+    Step("forms-fp32", 1, 60, "bench forms --dtype fp32 --only 'RMS norm + SiLU'", ""),  # as autoencoders are loaded
     Step("ops", 1, 120, "bench ops", "bench ops --quick --only 'rope, tiny'"),
     Step("block-14b-480p", 1, 150, "bench block --shape 14b-480p --seconds 8", "bench block --shape tiny"),
     Step("tests-ops", 1, 200, "pytest -k 'not final_videos and not wait'", ""),
@@ -145,10 +146,10 @@ def run(
     with _metadata() as path:
         for step in sorted(steps, key=lambda step: _has_result(record, step)):
             limit = min(step.limit, deadline - time.monotonic())
-            tell(f"{step.name}, at most {max(limit, 0):.0f} s")
             if why := _why_not(step, device, limit, budget):
                 outcome = Outcome(NOT_RUN, why)
             else:
+                tell(f"{step.name}, at most {limit:.0f} s")
                 outcome = _run(step, folder, device, dtype, limit, path)
             if outcome.state != NOT_RUN or not _has_result(record, step):
                 record["steps"][step.name] = asdict(outcome)
@@ -207,7 +208,7 @@ def _run(step: Step, folder: Path, device: str, dtype: str, limit: float, path: 
         return Outcome(STOPPED, f"it was stopped after {seconds:.0f} s", seconds)
     if status == 0:
         return Outcome(DONE, "", seconds)
-    return Outcome(DIFFERS if status == 1 else FAILED, _last_line(log, status), seconds)
+    return Outcome(FINDING if status == 1 else FAILED, _last_line(log, status), seconds)
 
 
 def _command(step: Step, device: str, dtype: str, result: Path) -> list[str]:
@@ -332,7 +333,7 @@ def report(folder: Path) -> Group:
 def status(folder: Path) -> int:
     """Returns the exit status: 1 if bits or tests differ, 2 if a step failed or was stopped, else 0."""
     states = {outcome.state for outcome in outcomes(folder).values()}
-    return 1 if DIFFERS in states else 2 if states & {FAILED, STOPPED} else 0
+    return 1 if FINDING in states else 2 if states & {FAILED, STOPPED} else 0
 
 
 def _headline(folder: Path) -> str:
@@ -418,10 +419,11 @@ def _of_forms(name: str, rows: list[dict[str, Any]], is_timed: bool) -> Iterator
 
 
 def _subject(row: Mapping[str, Any]) -> str:
-    """Returns an op and the model that its channels are from."""
+    """Returns an op and the model that its channels are from; the dtype only if it is fp32."""
     _, _, *channels = row["shape"].split("x")
     width = _elements({"shape": "x".join(channels or "1")})
-    return f"{row['op']} {_WIDTHS[width]}" if width in _WIDTHS else f"{row['op']} {row['input']}".strip()
+    subject = f"{row['op']} {_WIDTHS.get(width, row['input'])}".strip()
+    return f"{subject}, fp32" if row["dtype"] == "fp32" else subject
 
 
 def _elements(row: Mapping[str, Any]) -> int:

@@ -38,9 +38,10 @@ def forms(
     dtype: options.Dtype = "bf16",
     quick: Annotated[bool, typer.Option("--quick", help="Use only the smallest sizes and shorter runs.")] = False,
     threads: options.Threads = None,
+    only: Only = "",
 ) -> None:
     """Measure each form against its op's reference, smallest size first. Exits with status 1 if a bit differs."""
-    _operations("forms", json, device, dtype, quick=quick, threads=threads)
+    _operations("forms", json, device, dtype, quick=quick, threads=threads, only=only)
 
 
 def _operations(name: str, json: Path | None, device: str, dtype: str, **more: Any) -> None:
