@@ -231,7 +231,9 @@ def gpu(
         Path | None, typer.Option(help="Folder for logs and JSON; later runs on the same device add to it.")
     ] = None,
     part: Annotated[int | None, typer.Option(min=1, max=3, help="Part, of at most 9 minutes; default: all.")] = None,
-    budget: Annotated[float | None, typer.Option(min=1, help="Seconds; what has not begun by then is not run.")] = None,
+    budget: Annotated[
+        float | None, typer.Option(min=1, help="Seconds in which all must end; default: 540 a part.")
+    ] = None,
     only: Annotated[str, typer.Option(help="Run or predict only what has this in its name.")] = "",
     predict: Annotated[
         bool, typer.Option("--predict", help="Predict times from counted bytes, without a GPU, beside those in --out.")
