@@ -78,8 +78,10 @@ LONG = (
     "test_soak.py",
     "beside/test_warnings.py",
     "bench/test_demo.py",
+    "bench/test_gpu.py",
     "emulated_device/test_pipelines.py",
     "emulated_device/test_offload.py",
+    "emulated_device/test_bench_gpu.py",
 )
 
 STAND_IN = Path(__file__).with_name("emulated_device") / "torch_npu_stand_in.py"

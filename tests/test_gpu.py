@@ -33,7 +33,7 @@ def test_final_videos_are_bit_identical(name, dtype, output_type):
         generator = torch.Generator("cuda").manual_seed(0)
         return pipe(**family.inputs(generator=generator, output_type=output_type)).frames
 
-    with torch.backends.cudnn.flags(deterministic=True, benchmark=False):
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True, benchmark=False):
         first, stock = run(), run()
         if not _same(first, stock):
             pytest.skip("two stock runs differ here")

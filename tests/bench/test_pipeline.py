@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from wan_patches.bench import pipeline, shapes
+from wan_patches.bench import pipeline, shapes, variants
 
 CPU = torch.device("cpu")
 TINY = [name for name, shape in shapes.SHAPES.items() if name.startswith("tiny") and shape.available]
@@ -36,3 +36,13 @@ def test_videos_are_finite_and_equal_for_every_call_and_have_the_right_size(name
     assert np.isfinite(first).all()
     assert first.std() > 0
     assert np.array_equal(first, second)
+
+
+def test_the_autoencoder_can_have_a_dtype_of_its_own():
+    shape = shapes.shape_of("tiny", CPU)
+    pipe, _ = pipeline.build_pipeline(shape, CPU, torch.bfloat16, steps=1, vae_dtype=torch.float32)
+    assert (pipe.vae.dtype, pipe.transformer.dtype) == (torch.float32, torch.bfloat16)
+    result = pipeline.measure(shape, CPU, torch.bfloat16, compiled=False, seconds=0.0, steps=1, vae_dtype=torch.float32)
+    assert result.row("patched").exact is True
+    assert "bf16, autoencoder fp32" in variants.describe(result)
+    assert variants.from_json(variants.to_json(result)).vae_dtype == "fp32"

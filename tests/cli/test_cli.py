@@ -127,6 +127,7 @@ def test_a_broken_torch_is_reported_in_one_line(command, autoload, what, broken_
         ["bench", "block", "--json", "/proc/rows.json"],
         ["bench", "sharding", "--json", "/proc/rows.json"],
         ["bench", "compatibility", "--json", "/proc/records"],
+        ["bench", "gpu", "--out", "/proc/folder"],
         ["verify", "tiny:wan_t2v", "--json", "/"],
         ["verify", "tiny:wan_t2v", "--report", "/proc/report.html"],
         ["demo", "--out", "/proc/demo"],
@@ -167,6 +168,7 @@ def test_the_names_of_the_command_line_are_those_that_there_are():
         ["verify", "tiny:wan_t2v", "--dtype", "fp8"],
         ["run", "--patches", "rope", "--patches", "rpoe", "script.py"],
         ["bench", "block", "--shape", "nope"],
+        ["bench", "gpu", "--out", "x", "--device", "tpu"],
     ],
 )
 def test_a_wrong_name_is_refused_before_torch_is_imported(arguments):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import types
+
 import torch
 
 from wan_patches.diagnostics import machine
@@ -17,3 +19,8 @@ def test_the_facts_of_a_gpu_contain_the_driver(monkeypatch, tmp_path):
     version.write_text("nothing")
     monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 12080, raising=False)
     assert machine._cuda() == {"cuda": "12.8", "driver": "for CUDA 12.8"}
+
+
+def test_a_gpu_is_described_as_far_as_torch_knows_it():
+    known = types.SimpleNamespace(total_memory=80 * 2**30, multi_processor_count=132, major=9, minor=0)
+    assert machine._properties(known) == {"memory_gib": 80.0, "multiprocessors": 132, "capability": "9.0"}

@@ -1,5 +1,7 @@
 """Benchmarks each form against the reference of its op, at the form's minimum size and at published sizes.
 
+On accelerators a copy is measured in turns with them, to compare it with the bytes that a form moves.
+
 Forms declare their supported inputs (`smallest`, `refuses`). A form that takes more than `FAST` of the reference's time
 should not support the input, since its calls are counted as fast.
 """
@@ -19,7 +21,9 @@ from rich import box
 from rich.console import Group
 from rich.table import Table
 
-from wan_patches.bench.measure import DTYPES, identical, in_turns, using_threads, write_rows
+from wan_patches.bench.floor import Copy
+from wan_patches.bench.measure import MeasurementError, identical, in_turns, name_of, using_threads, write_rows
+from wan_patches.bench.traffic import counting
 from wan_patches.ops import (
     conditioning,
     frames,
@@ -40,7 +44,8 @@ from wan_patches.testing.families import images
 FAST = 0.9
 _HEAD = 128
 _WIDTHS = (1536, 5120)
-_TOKENS = 4095  # an eighth of the published 32,760, for CPUs
+_TOKENS = 32760  # as published: 81 frames of 480x832
+_TOKENS_ON_CPU = 4095
 _LAYOUTS = ("rows", "as convolutions leave it")
 
 
@@ -48,7 +53,10 @@ _LAYOUTS = ("rows", "as convolutions leave it")
 class Row:
     """The times of one op on one kind of input, in milliseconds per call.
 
-    form: the form that the op selected. Empty for the reference; then `reason` explains why, and nothing was measured.
+    form: the form that the op selected. Empty for the reference; then nothing was measured.
+    reason: why the op took the reference, or failed to take an earlier form.
+    gb, kernels: what the form's own calls read and write, and the kernels that it launches; on accelerators only, like
+        `copy_gb_s`, the bandwidth of a copy within the device.
     """
 
     op: str
@@ -60,6 +68,14 @@ class Row:
     reference_ms: float | None = None
     form_ms: float | None = None
     exact: bool | None = None
+    gb: float | None = None
+    kernels: tuple[str, ...] = ()
+    copy_gb_s: float | None = None
+
+    @property
+    def of_copy(self) -> float | None:
+        """The form's share of the bandwidth of a copy."""
+        return self.gb / self.form_ms * 1e3 / self.copy_gb_s if self.gb and self.form_ms and self.copy_gb_s else None
 
     @property
     def share(self) -> float | None:
@@ -77,10 +93,25 @@ class Sample:
     make: Callable[[torch.device, torch.dtype], tuple[Any, ...]]
 
 
-def measure(device: torch.device, dtype: torch.dtype, *, quick: bool = False, threads: int | None = None) -> list[Row]:
-    """Measures every op on `device`; with `quick`, only at the smallest sizes and in less time."""
+def measure(
+    device: torch.device, dtype: torch.dtype, *, quick: bool = False, threads: int | None = None, only: str = ""
+) -> list[Row]:
+    """Measures every op on `device`; with `quick`, only at the smallest sizes and in less time.
+
+    Args:
+        only: a part of the op and shape of the rows to measure.
+
+    Raises:
+        MeasurementError: there is no such row.
+    """
+    known = samples(device, dtype, quick)
+    if not (chosen := [sample for sample in known if only in f"{sample.op.name} {sample.shape}"]):
+        names = dict.fromkeys(sample.op.name for sample in known)
+        raise MeasurementError(f"No row is called {only!r}; there are: {'; '.join(names)}.")
     with using_threads(threads), torch.no_grad():
-        return [_row(sample, device, dtype, 0.1 if quick else 1.0) for sample in samples(device, dtype, quick)]
+        copy = None if device.type == "cpu" else Copy(device, (16 if quick else 1024) << 20)
+        seconds = 0.1 if quick else 1.0 if copy is None else 0.3
+        return [_row(sample, device, dtype, seconds, copy) for sample in chosen]
 
 
 def table(rows: Sequence[Row]) -> Group:
@@ -88,16 +119,18 @@ def table(rows: Sequence[Row]) -> Group:
     found = Table(box=box.SIMPLE, pad_edge=False)
     for column in ("op", "input", "shape", "dtype", "form"):
         found.add_column(column, overflow="fold")
-    for column in ("reference ms", "form ms", "of reference"):
+    for column in ("reference ms", "form ms", "of reference", "of a copy"):
         found.add_column(column, justify="right")
     found.add_column("exact")
     for row in rows:
         first = (row.op, row.input, row.shape, row.dtype)
         if row.share is None or row.form_ms is None:
-            found.add_row(*first, f"reference: {row.reason}", "", "", "", "")
+            found.add_row(*first, f"reference: {row.reason}", "", "", "", "", "")
         else:
             exact = "-" if row.exact is None else "yes" if row.exact else "NO"
-            found.add_row(*first, row.form, f"{row.reference_ms:.3f}", f"{row.form_ms:.3f}", f"{row.share:.2f}", exact)
+            of_copy = "-" if row.of_copy is None else f"{row.of_copy:.0%}"
+            times = (f"{row.reference_ms:.3f}", f"{row.form_ms:.3f}", f"{row.share:.2f}", of_copy)
+            found.add_row(*first, row.form, *times, exact)
     slow = [row for row in rows if row.share is not None and row.share > FAST]
     notes = [f"Above {FAST} of the reference: {row.op}, {row.input}, {row.shape}: {row.share:.2f}" for row in slow]
     return Group(found, "Medians of calls in turns.", *notes)
@@ -105,13 +138,14 @@ def table(rows: Sequence[Row]) -> Group:
 
 def write_json(path: Path, rows: Sequence[Row], device: torch.device, threads: int | None = None) -> None:
     """Writes the rows and the facts about the machine; `threads` is the value passed to `measure`."""
-    write_rows(path, [{**asdict(row), "share": row.share} for row in rows], device, threads)
+    derived = [{**asdict(row), "share": row.share, "of_copy": row.of_copy} for row in rows]
+    write_rows(path, derived, device, threads)
 
 
-def _row(sample: Sample, device: torch.device, dtype: torch.dtype, seconds: float) -> Row:
-    op, args = sample.op, sample.make(device, dtype)
-    name = next(name for name, known in DTYPES.items() if known == dtype)
-    about = (op.name, sample.input, sample.shape, name)
+def _row(subject: Sample, device: torch.device, dtype: torch.dtype, seconds: float, copy: Copy | None = None) -> Row:
+    op, args = subject.op, subject.make(device, dtype)
+    name = name_of(dtype)
+    about = (op.name, subject.input, subject.shape, name)
     if isinstance(args[0], torch.Tensor) and op.why_small(args[0]):
         return Row(*about, "", SMALL)
     op.forget()
@@ -120,15 +154,28 @@ def _row(sample: Sample, device: torch.device, dtype: torch.dtype, seconds: floa
     if decision is None or decision.form is None:
         return Row(*about, "", decision.reason if decision else "nothing was decided")
     form = decision.form
+    reason = "; ".join(f"{name} {failure}" for name, failure in decision.tried if failure)
     exact = identical(form(*args), op.reference(*args)) if op.fidelity is Fidelity.EXACT else None
-    calls = {"reference": lambda: op.reference(*args), "form": lambda: op(*args)}
-    times = in_turns(calls, device, seconds=seconds).seconds
-    return Row(*about, form.name, "", times["reference"] * 1e3, times["form"] * 1e3, exact)
+    sample = min(0.01, seconds / 100)  # a row has nine samples and more
+    calls: dict[str, Callable[[], Any]] = {"reference": lambda: op.reference(*args), "form": lambda: op(*args)}
+    if copy is None:
+        times = in_turns(calls, device, seconds=seconds, sample=sample).seconds
+        return Row(*about, form.name, reason, times["reference"] * 1e3, times["form"] * 1e3, exact)
+    with counting() as counted:
+        op(*args)
+    copy()
+    times = in_turns({**calls, "copy": copy}, device, seconds=seconds, sample=sample).seconds
+    return Row(
+        *(*about, form.name, reason, times["reference"] * 1e3, times["form"] * 1e3, exact),
+        gb=sum(call.bytes for call in counted) / 1e9,
+        kernels=tuple(dict.fromkeys(call.name for call in counted if call.is_kernel)),
+        copy_gb_s=copy.bytes / times["copy"] / 1e9,
+    )
 
 
 def samples(device: torch.device, dtype: torch.dtype, quick: bool = False) -> list[Sample]:
     """Returns the samples for a device: inputs of all ops that have forms for it."""
-    found = [*_of_tokens(device, dtype, quick), *_of_prompts(quick), *_of_videos(quick)]
+    found = [*_of_tokens(device, dtype, quick), *_of_prompts(quick), *_of_videos(device, quick)]
     return [sample for sample in found if sample.op._forms_on(device.type)]
 
 
@@ -140,13 +187,14 @@ _MODULATIONS: dict[str, Callable[..., Any]] = {
         torch.randn(1, 2, dim, device=device), seq // 2, seq
     ),
     "a row per token": lambda seq, dim, device, dtype: RowPerToken(
-        torch.randn(1, 1, dim, device=device), torch.randn(1, seq, dim).to(device, dtype)
+        torch.randn(1, 1, dim, device=device), torch.randn(1, seq, dim, device=device, dtype=dtype)
     ),
 }
 
 
 def _of_tokens(device: torch.device, dtype: torch.dtype, quick: bool) -> Iterator[Sample]:
     on_cpu = device.type == "cpu"
+    widths = _WIDTHS[:1] if quick else _WIDTHS
     exact: dict[str, Op[Any, Any]] = {
         "modulated norm": modulation.modulated_norm,
         "gated residual": modulation.gated_residual,
@@ -160,15 +208,20 @@ def _of_tokens(device: torch.device, dtype: torch.dtype, quick: bool) -> Iterato
     }
     for kinds in (exact,) if on_cpu else (exact, close):  # on CPUs, close ops have no forms of their own
         for kind, op in kinds.items():
-            for width in _WIDTHS:
+            for width in widths:
                 for seq in _lengths(op, width, device, dtype, quick):
                     for layout in _LAYOUTS:
                         for modulated in _MODULATIONS if kind != "cast norm" else ("",):
                             yield _sample(op, kind, seq, width, layout, modulated)
-    for width in _WIDTHS:
+    for width in widths:
         for seq in _lengths(rms_norm.rms_norm, width, device, dtype, quick):
             make = functools.partial(_for_rms_norm, seq, width)
             yield Sample(rms_norm.rms_norm, _LAYOUTS[0], f"1x{seq}x{width}", make)
+        if not on_cpu:
+            for seq in _lengths(fused_norm.rms_norm_rope, width, device, dtype, quick):
+                shape = f"1x{seq}x{width // _HEAD}x{_HEAD}"
+                make = functools.partial(_for_rms_norm_rope, seq, width)
+                yield Sample(fused_norm.rms_norm_rope, _LAYOUTS[0], shape, make)
         for op, both in ((rope.apply_rotary_emb, False), (rope.apply_rotary_emb_qk, True)):
             for seq in _lengths(rope.apply_rotary_emb, width, device, dtype, quick):
                 shape = f"1x{seq}x{width // _HEAD}x{_HEAD}"
@@ -195,9 +248,16 @@ def _of_prompts(quick: bool) -> Iterator[Sample]:
 
 
 def _lengths(op: Op[Any, Any], width: int, device: torch.device, dtype: torch.dtype, quick: bool) -> Iterable[int]:
-    """Returns the smallest number of tokens with a form and, unless `quick`, its double and a model's usual number."""
-    fewest = max(1, -(-op.least_for(torch.empty(0, dtype=dtype, device=device)) // width))
-    return (fewest,) if quick else (fewest, 2 * fewest, max(_TOKENS, 2 * fewest))
+    """Returns the smallest number of tokens with a form and, unless `quick`, the usual one, on CPUs also the double."""
+    like, on_cpu = torch.empty(0, dtype=dtype, device=device), device.type == "cpu"
+    limits = [form.limits.least(like) for form in op._forms_on(device.type)[:1]]  # of the form that is tried first
+    least = op.least_for(like) if on_cpu else max(limits, default=0)
+    fewest = max(1, -(-least // width))
+    if quick:
+        return (fewest,)
+    if not on_cpu:
+        return (fewest, _TOKENS)
+    return (fewest, 2 * fewest, max(_TOKENS_ON_CPU, 2 * fewest))
 
 
 def _sample(op: Op[Any, Any], kind: str, seq: int, dim: int, layout: str, modulated: str) -> Sample:
@@ -209,9 +269,9 @@ def _for_block(
     kind: str, seq: int, dim: int, layout: str, modulated: str, device: torch.device, dtype: torch.dtype
 ) -> tuple[Any, ...]:
     def hidden() -> torch.Tensor:
-        return torch.randn(1, seq, dim).to(device, dtype)
+        return torch.randn(1, seq, dim, device=device, dtype=dtype)
 
-    x = hidden() if layout == _LAYOUTS[0] else torch.randn(1, dim, seq).to(device, dtype).transpose(1, 2)
+    x = hidden() if layout == _LAYOUTS[0] else torch.randn(1, dim, seq, device=device, dtype=dtype).transpose(1, 2)
     norm = torch.nn.LayerNorm(dim, 1e-6, elementwise_affine=kind == "cast norm").to(device)
 
     def modulations(count: int) -> tuple[Any, ...]:
@@ -228,12 +288,17 @@ def _for_block(
 
 
 def _for_rms_norm(seq: int, dim: int, device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
-    return torch.randn(1, seq, dim).to(device, dtype), torch.randn(dim).to(device, dtype), 1e-6
+    return torch.randn(1, seq, dim, device=device, dtype=dtype), torch.randn(dim, device=device, dtype=dtype), 1e-6
+
+
+def _for_rms_norm_rope(seq: int, dim: int, device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
+    x, cos, sin = _for_rope(seq, dim, False, device, dtype)
+    return x, torch.randn(dim, device=device, dtype=dtype), 1e-6, cos, sin
 
 
 def _for_rope(seq: int, dim: int, both: bool, device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
     angles = torch.rand(1, seq, 1, _HEAD // 2, device=device) * 100
-    x = [torch.randn(1, seq, dim // _HEAD, _HEAD).to(device, dtype) for _ in range(1 + both)]
+    x = [torch.randn(1, seq, dim // _HEAD, _HEAD, device=device, dtype=dtype) for _ in range(1 + both)]
     return *x, angles.cos(), angles.sin()
 
 
@@ -257,7 +322,7 @@ def _for_prompts(tokens: int, device: torch.device, dtype: torch.dtype) -> tuple
 # Pictures and videos
 
 
-def _of_videos(quick: bool) -> Iterator[Sample]:
+def _of_videos(device: torch.device, quick: bool) -> Iterator[Sample]:
     for height, width, count in ((64, 96, 5),) if quick else ((64, 96, 5), (480, 832, 81)):
         shape = f"{count}x{height}x{width}"
         latent = (1, count, height // 8, width // 8, 4)
@@ -268,7 +333,8 @@ def _of_videos(quick: bool) -> Iterator[Sample]:
         yield Sample(pictures.preprocessed, "a video", shape, of_pictures)
         yield Sample(frames.to_uint8, "", shape, _to_bytes((count, height, width)))
         yield Sample(frames.to_float, "", shape, _to_floats((count, height, width)))
-    features = (1, 96, 4, 60, 104)
+    of_last_layers = (1, 96, 4, 60, 104) if device.type == "cpu" else (1, 96, 4, 480, 832)
+    features = (1, 96, 2, 16, 24) if quick else of_last_layers
     yield Sample(norm_silu.norm_silu, "", "x".join(map(str, features)), functools.partial(_for_norm_silu, features))
 
 
@@ -309,7 +375,7 @@ def _for_norm_silu(shape: tuple[int, ...], device: torch.device, dtype: torch.dt
     norm = WanRMS_norm(shape[1], images=False).to(device, dtype)
     plain = functools.partial(_plain_norm, norm)
     return (
-        torch.randn(shape).to(device, dtype),
+        torch.randn(shape, device=device, dtype=dtype),
         plain,
         norm.scale,
         norm.gamma.data,

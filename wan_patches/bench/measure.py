@@ -40,6 +40,11 @@ def dtype_of(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
+def name_of(dtype: torch.dtype) -> str:
+    """Returns the name that `dtype_of` takes."""
+    return next(name for name, known in DTYPES.items() if known == dtype)
+
+
 def device_of(name: str) -> torch.device:
     """Returns the device named `name`; `auto` is the accelerator that torch finds, or else the CPU.
 

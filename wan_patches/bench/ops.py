@@ -24,7 +24,15 @@ from rich.console import Group
 from rich.table import Table
 
 import wan_patches
-from wan_patches.bench.measure import DTYPES, identical, in_turns, peak_extra_bytes, using_threads, write_rows
+from wan_patches.bench.measure import (
+    MeasurementError,
+    identical,
+    in_turns,
+    name_of,
+    peak_extra_bytes,
+    using_threads,
+    write_rows,
+)
 from wan_patches.bench.parts import AttentionWithoutLayers, block_without_layers
 from wan_patches.patching.codeswap import with_code
 from wan_patches.testing.families import images
@@ -80,6 +88,11 @@ class Case:
     make: Callable[[torch.device, torch.dtype], tuple[Call, Call]]
     dtype: str | None = None  # if different from the requested one
 
+    @property
+    def name(self) -> str:
+        """Operation and shape."""
+        return f"{self.op} {self.shape}"
+
 
 def measure(
     device: torch.device,
@@ -87,11 +100,23 @@ def measure(
     *,
     quick: bool = False,
     threads: int | None = None,
+    only: str = "",
     cases: Sequence[Case] | None = None,
 ) -> list[Row]:
-    """Measures the cases (by default all, or the smaller ones with `quick`) with `threads` threads of torch."""
+    """Measures the cases (by default all, or the smaller ones with `quick`) with `threads` threads of torch.
+
+    Args:
+        only: a part of the operation and shape of the cases to measure, such as "decode 81x480x832".
+
+    Raises:
+        MeasurementError: there is no such case.
+    """
+    cases = cases or _cases(quick)
+    if not (chosen := [case for case in cases if only in case.name]):
+        raise MeasurementError(f"No row is called {only!r}; there are: {'; '.join(case.name for case in cases)}.")
+    seconds = 0.5 if quick else 3.0 if device.type == "cpu" else 1.0
     with using_threads(threads):
-        return [_row(case, device, dtype, 0.5 if quick else 3.0) for case in (cases or _cases(quick))]
+        return [_row(case, device, dtype, seconds) for case in chosen]
 
 
 def _row(case: Case, device: torch.device, dtype: torch.dtype, seconds: float) -> Row:
@@ -104,7 +129,7 @@ def _row(case: Case, device: torch.device, dtype: torch.dtype, seconds: float) -
     del stock, patched
     gc.collect()
     extra = [None if peak is None else peak / _MIB for peak in peaks]
-    shown = case.dtype or next(name for name, known in DTYPES.items() if known == dtype)
+    shown = case.dtype or name_of(dtype)
     cpu = [turns.cpu_seconds(name) for name in ("stock", "patched")]
     low, high = turns.spread("stock", "patched")
     return Row(

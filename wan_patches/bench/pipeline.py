@@ -6,6 +6,7 @@ Prompts are embeddings. The denoiser and the autoencoder have the published size
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import diffusers
@@ -13,7 +14,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 
 from wan_patches.bench import variants
-from wan_patches.bench.measure import generator, using_threads
+from wan_patches.bench.measure import generator, name_of, using_threads
 from wan_patches.bench.shapes import TEXT_TOKENS, Shape, build
 from wan_patches.testing.families import images, unipc
 
@@ -27,34 +28,44 @@ def measure(
     regional: bool = False,
     seconds: float = 10.0,
     steps: int = 4,
+    vae_dtype: torch.dtype | None = None,
     threads: int | None = None,
 ) -> variants.Result:
     """Measures the pipeline of a shape with `steps` denoising steps; see `variants.measure`.
 
+    vae_dtype: of the autoencoder; by default that of the denoiser.
+
     The compiled variants compile the denoiser or, with `regional`, its blocks, which share one graph.
     """
     with using_threads(threads):
-        pipe, arguments = build_pipeline(shape, device, dtype, steps=steps)
+        pipe, arguments = build_pipeline(shape, device, dtype, steps=steps, vae_dtype=vae_dtype)
 
         def make() -> variants.Call:
             return lambda: pipe(**arguments()).frames
 
         subject = variants.Subject(make, variants.compilable(pipe.transformer, regional))
         more: dict[str, Any] = {"compiled": compiled, "regional": regional, "seconds": seconds, "steps": steps}
-        return variants.measure("pipeline", shape, subject, device, dtype, **more)
+        found = variants.measure("pipeline", shape, subject, device, dtype, **more)
+        return replace(found, vae_dtype=None if vae_dtype is None else name_of(vae_dtype))
 
 
 def build_pipeline(
-    shape: Shape, device: torch.device, dtype: torch.dtype, *, steps: int, seed: int = 0
+    shape: Shape,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    steps: int,
+    vae_dtype: torch.dtype | None = None,
+    seed: int = 0,
 ) -> tuple[Any, Callable[[], dict[str, Any]]]:
     """Returns the pipeline and a function that returns new arguments for a call.
 
-    The pipeline is text to video, or image to video for TI2V. The autoencoder has the denoiser's dtype.
+    The pipeline is text to video, or image to video for TI2V. See `measure` for the other arguments.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         vae: Any = diffusers.AutoencoderKLWan(**shape.vae)
-    torch.nn.Module.to(vae.eval(), device, dtype)  # diffusers' own `to` warns about unnamed modules
+    torch.nn.Module.to(vae.eval(), device, vae_dtype or dtype)  # diffusers' own `to` warns about unnamed modules
     transformer = build(shape, device, dtype, seed)
     common = {"tokenizer": None, "text_encoder": None, "vae": vae, "transformer": transformer}
     pipe: Any

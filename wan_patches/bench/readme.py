@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
 
-from wan_patches.bench import compatibility, reach, variants
+from wan_patches.bench import compatibility, predict, reach, variants
 from wan_patches.bench.ops import SLOWER
 
 PICTURE = "stock-and-patched.svg"
@@ -54,6 +54,18 @@ def parts(text: str, name: str) -> tuple[str, str, str]:
     if not mark or not closing:
         raise ValueError(f"the page needs the lines {start} and {end}: a table goes between them")
     return before + start, table.strip(), end + after
+
+
+def _predicted(results: Path) -> str:
+    """Returns the tables of predicted times, in seconds for a whole run and in milliseconds for its operations."""
+    rows = predict.read_json(results / predict.FILE)
+    subjects = list(dict.fromkeys(row.subject for row in rows))
+    cards = [card.name for card in predict.CARDS]
+    whole = [[subject, *predict.totals(rows, subject)] for subject in subjects]
+    parts = [[subject, *cells] for subject in subjects for cells in predict.operations(rows, subject)]
+    header = ("one run", "TFLOP", "calls: stock, patched", "GB", *(f"{card}, s" for card in cards))
+    header_of_parts = ("patched", "operation", "calls", "GB", "TFLOP", *(f"{card}, ms" for card in cards))
+    return f"{_table(header, whole)}\n\n{_table(header_of_parts, parts)}"
 
 
 def _ops(results: Path) -> str:
@@ -135,7 +147,7 @@ def _transport(results: Path) -> str:
 
 
 @dataclass(frozen=True)
-class _Goal:
+class Goal:
     """A goal set in advance, and a function to read the number from a result.
 
     limit: the maximum of the number, or with `at_least` the minimum.
@@ -150,6 +162,11 @@ class _Goal:
     read: Callable[[variants.Result], float | None]
     at_least: bool = False
 
+    def fits(self, result: variants.Result, on_cpu: bool) -> bool:
+        """Whether the goal is one for this result; all goals are set for bf16."""
+        wanted = (self.bench, self.shape, self.on_cpu, "bf16")
+        return (result.bench, result.shape, on_cpu, result.dtype) == wanted
+
     def is_met(self, number: float) -> bool:
         return number >= self.limit if self.at_least else number <= self.limit
 
@@ -157,9 +174,9 @@ class _Goal:
         return f"{number:.0%}" if self.at_least else f"{number:.3f}"
 
 
-def _goals_of_forward(what: str, shape: str, of_floor: float, of_stock: float | None) -> Iterator[_Goal]:
-    def goal(of: str, limit: float, read: Callable[[variants.Result], float | None]) -> _Goal:
-        return _Goal(what, "model", shape, False, of, limit, read)
+def _goals_of_forward(what: str, shape: str, of_floor: float, of_stock: float | None) -> Iterator[Goal]:
+    def goal(of: str, limit: float, read: Callable[[variants.Result], float | None]) -> Goal:
+        return Goal(what, "model", shape, False, of, limit, read)
 
     yield goal("the floor", of_floor, lambda found: found.of_floor(variants.PATCHED))
     if of_stock is not None:
@@ -172,13 +189,13 @@ def _rope_share(found: variants.Result) -> float | None:
     return None if found.rope is None else found.rope.patched_share
 
 
-_GOALS = (
-    _Goal("rotary embedding of q and k, 14B 480p", "block", "14b-480p", False, "a copy's bandwidth", 0.85, _rope_share,
+GOALS = (
+    Goal("rotary embedding of q and k, 14B 480p", "block", "14b-480p", False, "a copy's bandwidth", 0.85, _rope_share,
           at_least=True),
-    *_goals_of_forward("forward, Wan 14B 480p", "14b-480p", 1.08, 0.82),
-    *_goals_of_forward("forward, Helios", "helios", 1.10, None),
-    _Goal("block, Helios, on a CPU", "block", "helios", True, "stock", 0.70, lambda found: found.of(variants.PATCHED)),
-    _Goal(
+    *_goals_of_forward("forward, Wan 14B 480p", "14b-480p", 1.04, 0.82),
+    *_goals_of_forward("forward, Helios", "helios", 1.06, None),
+    Goal("block, Helios, on a CPU", "block", "helios", True, "stock", 0.70, lambda found: found.of(variants.PATCHED)),
+    Goal(
         "block, Wan 1.3B, on a CPU", "block", "1.3b-480p", True, "stock", 0.86, lambda found: found.of(variants.PATCHED)
     ),
 )  # fmt: skip
@@ -189,14 +206,13 @@ def _performance(results: Path) -> str:
     """Returns the table of goals and results in bf16, and the table of all measurements, in milliseconds."""
     found = list(_results(results))
     lines = []
-    for goal in _GOALS:
+    for goal in GOALS:
         sign = "at least" if goal.at_least else "at most"
         start = [goal.what, f"{sign} {goal.shown(goal.limit)} of {goal.of}"]
         reached = 0
         for facts, result in found:
-            here = (result.bench, result.shape, facts["device"] == "cpu", result.dtype)
-            number = goal.read(result)
-            if here == (goal.bench, goal.shape, goal.on_cpu, "bf16") and number is not None:
+            number = goal.read(result) if goal.fits(result, facts["device"] == "cpu") else None
+            if number is not None:
                 reached += 1
                 met = f"**{goal.shown(number)}**" if goal.is_met(number) else f"{goal.shown(number)}, missed"
                 lines.append([*start, _busy(result) + met, variants.device_name(facts)])
@@ -211,9 +227,12 @@ def _performance(results: Path) -> str:
 
 
 def _results(folder: Path) -> Iterator[tuple[dict[str, Any], variants.Result]]:
-    """Yields the facts about the machine and the result of each file of `bench block`, `model` and `pipeline`."""
+    """Yields the facts about the machine and the result of each file of `bench block`, `model` and `pipeline`.
+
+    Folders in `folder` are those of `bench gpu`.
+    """
     for bench in ("block", "model", "pipeline"):
-        for path in sorted(folder.glob(f"*-{bench}-*.json")):
+        for path in sorted([*folder.glob(f"*-{bench}-*.json"), *folder.glob(f"*/{bench}-*.json")]):
             content = json.loads(path.read_text())
             yield content["machine"], variants.from_json(content)
 
@@ -227,7 +246,8 @@ def _slowest(found: Sequence[tuple[dict[str, Any], variants.Result]], folder: Pa
         for way, rival in variants.RIVALS.items()
         if (speed := result.of(rival, way)) is not None
     ]
-    for path in sorted([*folder.glob("*-ops-*.json"), *folder.glob("*-vae-*.json")]):
+    names = ("*-ops-*.json", "*-vae-*.json", "*/ops.json", "*/vae-*.json")
+    for path in sorted(path for name in names for path in folder.glob(name)):
         content = json.loads(path.read_text())
         device = variants.device_name(content["machine"])
         speeds += [(row["ratio"], f"{row['op']} {row['shape']}, {row['dtype']}, {device}") for row in content["rows"]]
@@ -285,6 +305,7 @@ _OTHERS = {"named segments": "named segments", "torch.mp": "torch.multiprocessin
 
 TABLES: dict[str, Callable[[Path], str]] = {
     "performance": _performance,
+    "predicted": _predicted,
     "ops": _ops,
     "vae": _vae,
     "tiles": _tiles,

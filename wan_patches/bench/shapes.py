@@ -16,7 +16,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from wan_patches.bench.measure import MeasurementError, generator
 
-__all__ = ["SHAPES", "WAN_22_VAE", "Shape", "build", "inputs", "shape_of"]
+__all__ = ["SHAPES", "WAN_22_VAE", "Shape", "build", "build_on_paper", "inputs", "shape_of"]
 
 TEXT_TOKENS = 512
 _TIMESTEP = 500
@@ -193,23 +193,33 @@ def shape_of(
     return shape
 
 
-def build(shape: Shape, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Any:
-    """Builds the model in evaluation mode with seeded random weights; the whole model only ever exists on `device`.
+def build_on_paper(shape: Shape, dtype: torch.dtype) -> Any:
+    """Builds the model in evaluation mode on "meta", so without values.
 
-    Parameters have `dtype`, or float32 if `from_pretrained` keeps them in it; buffers are those of the constructor.
-
-    Raises:
-        MeasurementError: the attention backend cannot be used.
+    Parameters have `dtype`, or float32 if `from_pretrained` keeps them in it.
     """
     cls = getattr(diffusers, shape.model)
     with torch.device("meta"):
         model = cls(**shape.config)
-    drawing = generator(device, seed)
     kept = set(getattr(cls, "_keep_in_fp32_modules", None) or ())
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(torch.float32 if kept & set(name.split(".")) else dtype)
+    return model.requires_grad_(False).eval()
+
+
+def build(shape: Shape, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Any:
+    """Builds the model in evaluation mode with seeded random weights; the whole model only ever exists on `device`.
+
+    Parameters are as in `build_on_paper`; buffers are those of the constructor.
+
+    Raises:
+        MeasurementError: the attention backend cannot be used.
+    """
+    model = build_on_paper(shape, dtype)
+    drawing = generator(device, seed)
     weights = {}
     for name, parameter in model.named_parameters():
-        used = torch.float32 if kept & set(name.split(".")) else dtype
-        weight = randn_tensor(parameter.shape, generator=drawing, device=device, dtype=used)
+        weight = randn_tensor(parameter.shape, generator=drawing, device=device, dtype=parameter.dtype)
         if parameter.ndim > 1:  # preserves the magnitude of activations
             weight.mul_(parameter[0].numel() ** -0.5)
         else:  # weights of norms are near one, biases near zero
@@ -218,7 +228,7 @@ def build(shape: Shape, device: torch.device, dtype: torch.dtype, seed: int = 0)
     model.load_state_dict(weights, assign=True)
     # buffers are computed, which "meta" does not do; they depend on neither width nor depth
     narrow = {"num_attention_heads": 1, "num_layers": 1, "ffn_dim": 8, "text_dim": 8}
-    for name, buffer in cls(**{**shape.config, **narrow}).named_buffers():
+    for name, buffer in type(model)(**{**shape.config, **narrow}).named_buffers():
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, buffer.to(device))
     if shape.attention is not None:

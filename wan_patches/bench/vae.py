@@ -49,10 +49,19 @@ def cases(device: torch.device, quick: bool = False) -> list[ops.Case]:
 
 
 def measure(
-    device: torch.device, dtype: torch.dtype, *, quick: bool = False, threads: int | None = None, parallel: bool = True
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    quick: bool = False,
+    threads: int | None = None,
+    parallel: bool = True,
+    only: str = "",
 ) -> tuple[list[ops.Row], list[vae_parallel.Row]]:
-    """Returns the rows of a device and, with `parallel`, of tiles shared by two processes, always on two CPU cores."""
-    rows = ops.measure(device, dtype, quick=quick, threads=threads, cases=cases(device, quick))
+    """Returns the rows of a device and, with `parallel`, of tiles shared by two processes, always on two CPU cores.
+
+    only: as in `ops.measure`.
+    """
+    rows = ops.measure(device, dtype, quick=quick, threads=threads, only=only, cases=cases(device, quick))
     return rows, vae_parallel.measure(quick=quick) if parallel else []
 
 

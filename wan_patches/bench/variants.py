@@ -24,12 +24,12 @@ from rich.table import Table
 import wan_patches
 from wan_patches.bench.floor import Copy, Floor, recording
 from wan_patches.bench.measure import (
-    DTYPES,
     MeasurementError,
     Turns,
     identical,
     in_turns,
     machine,
+    name_of,
     peak_extra_bytes,
     using_threads,
 )
@@ -133,6 +133,7 @@ class Result:
     other_cores: the number of cores that other processes used meanwhile; above `CALM`, times mean little.
     attention: the selected backend; None for diffusers' own choice.
     regional: whether blocks were compiled instead of the whole model.
+    vae_dtype: of the autoencoder of a pipeline; None for `dtype`.
     """
 
     bench: str
@@ -154,6 +155,7 @@ class Result:
     regional: bool = False
     steps: int | None = None
     rope: Rope | None = None
+    vae_dtype: str | None = None
 
     def row(self, way: str) -> Row:
         """Returns the row of a variant, or an empty row if there is none."""
@@ -250,7 +252,7 @@ def measure(
     return Result(
         bench=bench,
         shape=shape.name,
-        dtype=next(name for name, known in DTYPES.items() if known == dtype),
+        dtype=name_of(dtype),
         video=shape.latents,
         tokens=shape.tokens,
         layers=shape.layers,
@@ -438,7 +440,8 @@ def describe(result: Result) -> str:
     fewer = result.layers < result.of_layers and result.bench != "block"
     layers = f"{result.layers} of {result.of_layers} layers" if fewer else ""
     steps = "" if result.steps is None else f"{result.steps} {'step' if result.steps == 1 else 'steps'}"
-    parts = [f"{result.tokens:,} tokens", layers, steps, result.dtype, result.attention]
+    vae = "" if result.vae_dtype is None else f"autoencoder {result.vae_dtype}"
+    parts = [f"{result.tokens:,} tokens", layers, steps, result.dtype, vae, result.attention]
     return f"{result.bench} {result.shape}: {', '.join(filter(None, parts))}"
 
 
@@ -555,4 +558,4 @@ def from_json(content: Mapping[str, Any]) -> Result:
 
 def _known(cls: Any, content: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the fields of `cls` in `content`, without derived numbers."""
-    return {field.name: content[field.name] for field in fields(cls) if field.name in content}
+    return {field.name: content[field.name] for field in fields(cls) if field.name in content}  # or it is older

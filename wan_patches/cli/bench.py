@@ -14,6 +14,7 @@ from wan_patches.tables import text
 
 app = typer.Typer(help="Measure the patches, executors and parallel VAE against stock.", no_args_is_help=True)
 
+Only = Annotated[str, typer.Option(help="Measure only rows with this in their name, such as 'decode 81x480x832'.")]
 Rows = Annotated[Path | None, typer.Option(help="JSON file to write the rows and the machine's facts to.")]
 
 
@@ -24,9 +25,10 @@ def ops(
     dtype: options.Dtype = "bf16",
     quick: Annotated[bool, typer.Option("--quick", help="Use smaller shapes and shorter runs.")] = False,
     threads: options.Threads = None,
+    only: Only = "",
 ) -> None:
     """Measure each patched operation: time, memory, bit equality. Exits with status 1 if a single bit differs."""
-    _operations("ops", json, device, dtype, quick, threads)
+    _operations("ops", json, device, dtype, quick=quick, threads=threads, only=only)
 
 
 @app.command()
@@ -36,21 +38,22 @@ def forms(
     dtype: options.Dtype = "bf16",
     quick: Annotated[bool, typer.Option("--quick", help="Use only the smallest sizes and shorter runs.")] = False,
     threads: options.Threads = None,
+    only: Only = "",
 ) -> None:
     """Measure each form against its op's reference, smallest size first. Exits with status 1 if a bit differs."""
-    _operations("forms", json, device, dtype, quick, threads)
+    _operations("forms", json, device, dtype, quick=quick, threads=threads, only=only)
 
 
-def _operations(name: str, json: Path | None, device: str, dtype: str, quick: bool, threads: int | None) -> None:
+def _operations(name: str, json: Path | None, device: str, dtype: str, **more: Any) -> None:
     shared.preflight(check_file, json)
     with shared.errors("bench"):
         from wan_patches.bench.measure import device_of, dtype_of
 
         run = importlib.import_module(f"wan_patches.bench.{name}")
-        rows = run.measure(device_of(device), dtype_of(dtype), quick=quick, threads=threads)
+        rows = run.measure(device_of(device), dtype_of(dtype), **more)
         typer.echo(text(run.table(rows)))
     different = [f"{row.op} {row.shape}" for row in rows if row.exact is False]
-    shared.end(different, (json, lambda path: run.write_json(path, rows, device_of(device), threads)))
+    shared.end(different, (json, lambda path: run.write_json(path, rows, device_of(device), more["threads"])))
 
 
 @app.command()
@@ -106,6 +109,7 @@ def vae(
     parallel: Annotated[
         bool, typer.Option(help="Also measure VAE tiles split between two processes, on two cores.")
     ] = True,
+    only: Only = "",
 ) -> None:
     """Measure the VAE: time, memory, bit equality. Exits with status 1 if a single bit differs."""
     shared.preflight(check_file, json)
@@ -114,7 +118,8 @@ def vae(
         from wan_patches.bench.measure import device_of, dtype_of
 
         on = device_of(device)
-        rows, tiles = run.measure(on, dtype_of(dtype), quick=quick, threads=threads, parallel=parallel)
+        more: dict[str, Any] = {"quick": quick, "threads": threads, "parallel": parallel, "only": only}
+        rows, tiles = run.measure(on, dtype_of(dtype), **more)
         typer.echo(text(run.table(rows, tiles)))
     different = [f"{row.op} {row.shape}" for row in rows if not row.exact]
     different += [f"{row.case.operation} in tiles" for row in tiles if not row.equal]
@@ -177,6 +182,9 @@ def pipeline(
     shape: options.Shape = "14b-480p", device: options.Device = "auto", dtype: options.Dtype = "bf16",
     frames: Frames = None, size: Size = None, layers: Layers = None,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 4,
+    vae_dtype: Annotated[
+        str | None, options.one_of(options.DTYPES, "Data type of the autoencoder; default: that of the denoiser.")
+    ] = None,
     attention: Attention = None, compiled: Compile = None, regional: Regional = False,
     threads: options.Threads = None, seconds: Seconds = 10.0, json: Result = None, chart: options.Chart = None,
 ) -> None:  # fmt: skip
@@ -185,7 +193,7 @@ def pipeline(
     Exits with status 1 if a single bit differs.
     """
     wanted = {"name": shape, "frames": frames, "size": options.size(size), "layers": layers, "attention": attention}
-    others = {"regional": regional, "steps": steps, "threads": threads, "seconds": seconds}
+    others = {"regional": regional, "steps": steps, "vae_dtype": vae_dtype, "threads": threads, "seconds": seconds}
     _ways("pipeline", wanted, device, dtype, compiled, json, chart, **others)
 
 
@@ -205,6 +213,8 @@ def _ways(
         on, precision = device_of(device), dtype_of(dtype)
         wanted = shape_of(device=on, **shape)
         run = importlib.import_module(f"wan_patches.bench.{name}")
+        if others.get("vae_dtype") is not None:
+            others["vae_dtype"] = dtype_of(others["vae_dtype"])
         compiled = on.type != "cpu" if compiled is None else compiled
         found = run.measure(wanted, on, precision, compiled=compiled, **others)
         typer.echo(text(variants.table(found)))
@@ -213,6 +223,55 @@ def _ways(
         (json, lambda path: variants.write_json(path, found, on, others["threads"])),
         (chart, lambda path: variants.chart(found, on).savefig(path)),
     )
+
+
+@app.command()
+def gpu(
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for logs and JSON; later runs on the same device add to it.")
+    ] = None,
+    part: Annotated[int | None, typer.Option(min=1, max=3, help="Part, of at most 9 minutes; default: all.")] = None,
+    budget: Annotated[
+        float | None, typer.Option(min=1, help="Seconds in which all must end; default: 540 a part.")
+    ] = None,
+    only: Annotated[str, typer.Option(help="Run or predict only what has this in its name.")] = "",
+    predict: Annotated[
+        bool, typer.Option("--predict", help="Predict times from counted bytes, without a GPU, beside those in --out.")
+    ] = False,
+    device: Annotated[str, options.one_of(options.ACCELERATORS, "Device; a checkout has an emulated one.")] = "cuda",
+    dtype: options.Dtype = "bf16",
+) -> None:
+    """Run all measurements on a GPU, each in its own process with a time limit, and say what to mend.
+
+    Exits with status 1 if a bit differs or a test fails, and with 2 if a step failed or was stopped.
+    """
+    if out is None and not predict:
+        raise typer.BadParameter("name a folder for the results", param_hint="--out")
+    shared.preflight(check_folder, out)
+    if predict or out is None:
+        _predict(out, only)
+        return
+    with shared.errors("bench"):
+        from wan_patches.bench import gpu as run
+
+        seconds = budget or run.PART_SECONDS * (len(run.PARTS) if part is None else 1)
+        try:
+            with shared.progress("looking for the device") as tell:
+                run.run(out, device, dtype, part=part, only=only, budget=seconds, tell=tell)
+        except OSError as error:
+            shared.fail(f"{out} cannot be written: {error}")
+        typer.echo(text(run.report(out)))
+    raise typer.Exit(run.status(out))
+
+
+def _predict(out: Path | None, only: str) -> None:
+    with shared.errors("bench"):
+        from wan_patches.bench import predict
+
+        rows = predict.measure(only)
+        typer.echo(text(predict.table(rows, out)))
+    file = None if out is None or only else out / predict.FILE
+    shared.end([], (file, lambda path: predict.write_json(path, rows)))
 
 
 @app.command()

@@ -14,10 +14,11 @@ PATCHES = (
 )
 DTYPES = ("fp32", "bf16", "fp16")
 FIDELITIES = ("exact", "close")
+ACCELERATORS = ("cuda", "npu", "emulated")
 SHAPES = ("14b-480p", "14b-720p", "1.3b-480p", "ti2v-5b", "helios", "tiny", "tiny-ti2v", "tiny-helios")
 
 
-def _one_of(known: tuple[str, ...], help: str) -> Any:
+def one_of(known: tuple[str, ...], help: str) -> Any:
     """An option that takes one of several words, and refuses others before anything is imported."""
 
     def check(value: str | None) -> str | None:
@@ -40,7 +41,7 @@ Patches = Annotated[
         autocompletion=lambda: list(PATCHES),
     ),
 ]
-Fidelity = Annotated[str, _one_of(FIDELITIES, "`close` also allows patches that change rounding.")]
+Fidelity = Annotated[str, one_of(FIDELITIES, "`close` also allows patches that change rounding.")]
 Gate = Annotated[
     bool, typer.Option("--gate/--no-gate", help="On accelerators, compare each operation with stock the first time.")
 ]
@@ -55,8 +56,8 @@ Seed = Annotated[int, typer.Option(help="Seed of the noise and of random weights
 # Machine and files
 
 Device = Annotated[str, typer.Option(help="Device: auto, cpu, cuda, npu, ...")]
-Dtype = Annotated[str, _one_of(DTYPES, "Data type.")]
-Shape = Annotated[str, _one_of(SHAPES, "Model, and the size of its video.")]
+Dtype = Annotated[str, one_of(DTYPES, "Data type.")]
+Shape = Annotated[str, one_of(SHAPES, "Model, and the size of its video.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Number of torch threads on the CPU.")]
 Chart = Annotated[Path | None, typer.Option(help="PNG file to draw a chart of the result to.")]
 

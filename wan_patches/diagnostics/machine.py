@@ -24,7 +24,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     if device.type != "cpu" and hasattr(getattr(torch, device.type), "get_device_name"):
         facts["device"] = getattr(torch, device.type).get_device_name()
     if device.type == "cuda":
-        facts |= _cuda()
+        facts |= _cuda() | _properties(torch.cuda.get_device_properties(device))
     for package in ("wan-patches", "torch", "torch-npu", "triton", "diffusers", "pillow", "numpy"):
         with contextlib.suppress(PackageNotFoundError):
             facts[package] = version(package)
@@ -41,6 +41,14 @@ def _cuda() -> dict[str, Any]:
         number = torch._C._cuda_getDriverVersion()
         facts["driver"] = f"for CUDA {number // 1000}.{number % 1000 // 10}"
     return {name: value for name, value in facts.items() if value}
+
+
+def _properties(found: Any) -> dict[str, Any]:
+    """Returns a GPU's memory, multiprocessors, cache and architecture; torch's builds do not know all of them."""
+    names = {"multi_processor_count": "multiprocessors", "L2_cache_size": "l2_bytes", "gcnArchName": "architecture"}
+    facts: dict[str, Any] = {"memory_gib": round(found.total_memory / 2**30, 1)}
+    facts |= {ours: getattr(found, name) for name, ours in names.items() if hasattr(found, name)}
+    return facts | {"capability": f"{found.major}.{found.minor}"}
 
 
 def _cpu() -> str:
