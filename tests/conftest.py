@@ -55,6 +55,7 @@ LONG = (
     "upstream/test_relatives.py",
     "diagnostics/test_doctor.py",
     "bench/test_model.py",
+    "ops/triton/test_layer_norm.py",
     "ops/triton/test_close.py",
     "bench/test_block.py",
     "bench/test_pipeline.py",

@@ -39,6 +39,17 @@ def load_own(shared, rows, row_stride, token, split_index, place, inside, KIND: 
     return shared[0]
 
 
+@triton.jit
+def row_of(rows, batch_stride, row_stride, batch, token, split_index, KIND: tl.constexpr):
+    """Returns a pointer to the row of one token."""
+    row = batch * batch_stride
+    if KIND == "each":
+        row += token * row_stride
+    if KIND == "two":
+        row += (token >= split_index).to(tl.int64) * row_stride
+    return rows + row
+
+
 @triton.jit(do_not_specialize=["seq", "split_index"])  # which change from chunk to chunk
 def _modulate(
     normed, scale, shift, out, seq, dim, split_index, scale_batch, scale_row, shift_batch, shift_row,
