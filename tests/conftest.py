@@ -57,6 +57,7 @@ LONG = (
     "bench/test_model.py",
     "ops/triton/test_layer_norm.py",
     "ops/triton/test_close.py",
+    "ops/triton/test_rms_norm.py",
     "bench/test_block.py",
     "bench/test_pipeline.py",
     "patches/test_modulation.py",

@@ -43,6 +43,15 @@ HAS_GATHER = hasattr(tl, "gather")  # from Triton 3.3 on
 
 
 @triton.jit
+def in_vectors(tile, TILE: tl.constexpr):
+    """Splits a tile into the four channels of each of ATen's threads, in fp32."""
+    even, odd = tl.split(tile.to(tl.float32).reshape(TILE // 4, 2, 2))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth
+
+
+@triton.jit
 def _updated(mean, squares, value, RECIPROCAL: tl.constexpr):
     """Adds a value to each thread's mean and sum of squares."""
     delta = value - mean
@@ -101,9 +110,7 @@ def _layer_norm(
     mean = tl.zeros((TILE // 4,), tl.float32)
     squares = tl.zeros((TILE // 4,), tl.float32)
     for i in tl.static_range(DIM // TILE):
-        even, odd = tl.split(tiles[i].to(tl.float32).reshape(TILE // 4, 2, 2))
-        first, third = tl.split(even)
-        second, fourth = tl.split(odd)
+        first, second, third, fourth = in_vectors(tiles[i], TILE)
         mean, squares = _updated(mean, squares, first, 1.0 / (4 * i + 1))
         mean, squares = _updated(mean, squares, second, 1.0 / (4 * i + 2))
         mean, squares = _updated(mean, squares, third, 1.0 / (4 * i + 3))

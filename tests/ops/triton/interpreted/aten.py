@@ -1,4 +1,4 @@
-"""ATen's layer norm on CUDA in NumPy: `vectorized_layer_norm_kernel`, thread by thread, in fp32.
+"""ATen's layer norm and RMS norm on CUDA in NumPy: `vectorized_layer_norm_kernel`, thread by thread, in fp32.
 
 Written from the algorithm: 128 threads share a row, by vectors of four channels; Welford's update with a reciprocal;
 the parallel form of it between lanes at a falling distance (`shfl.down`), then between warps. `fma` stands where nvcc
@@ -52,16 +52,25 @@ def _combine(mine, other):
     return np.where(empty, np.float32(0), united), np.where(empty, np.float32(0), spread), total
 
 
-def moments(rows):
-    """Returns mean and variance of each row, `(rows, 1)`; rows: `(rows, channels)`, fp32."""
+def _update_square(state, value):
+    (squares,) = state
+    return (fma(value, value, squares),)
+
+
+def _add(mine, other):
+    return (mine[0] + other[0],)
+
+
+def _of_row(rows, state, update, combine):
+    """Returns the statistics that all threads of a row have together, `(rows, 1)` each; `state`: those of none."""
     vectors = rows.reshape(len(rows), -1, _VECTOR)
     threads = _LANES * _WARPS
-    state = tuple(np.zeros((3, len(rows), threads), np.float32))
+    state = tuple(np.full((len(rows), threads), part, np.float32) for part in state)
     for start in range(0, vectors.shape[1], threads):
         busy = vectors[:, start : start + threads]
         of_busy = tuple(part[:, : busy.shape[1]] for part in state)
         for i in range(_VECTOR):
-            of_busy = _update(of_busy, busy[..., i])
+            of_busy = update(of_busy, busy[..., i])
         state = tuple(
             np.concatenate((new, old[:, busy.shape[1] :]), axis=1) for new, old in zip(of_busy, state, strict=True)
         )
@@ -69,23 +78,32 @@ def moments(rows):
     lane, distance = np.arange(_LANES), _LANES // 2
     while distance:
         source = np.where(lane + distance < _LANES, lane + distance, lane)
-        state = _combine(state, tuple(part[..., source] for part in state))
+        state = combine(state, tuple(part[..., source] for part in state))
         distance //= 2
     state, distance = tuple(part[..., 0] for part in state), _WARPS // 2
     while distance:
         lower, upper = (tuple(part[:, half] for part in state) for half in (slice(distance), slice(distance, None)))
-        state = _combine(lower, upper)
+        state = combine(lower, upper)
         distance //= 2
-    mean, squares, _ = state
-    return mean, squares / np.float32(rows.shape[1])
+    return state
 
 
 def layer_norm(rows, weight, bias, eps):
     """Returns the norm of each row; weight, bias: `(channels,)` or None. All fp32."""
-    mean, variance = moments(rows)
-    factor = _ONE / np.sqrt(variance + np.float32(eps))
+    mean, squares, _ = _of_row(rows, (0, 0, 0), _update, _combine)
+    factor = _factor(squares, rows, eps)
     centred = rows - mean
     if weight is None:
         return factor * centred if bias is None else fma(factor, centred, bias)
     scaled = factor * centred
     return weight * scaled if bias is None else fma(weight, scaled, bias)
+
+
+def rms_norm(rows, weight, eps):
+    """Returns the RMS norm of each row, before it is rounded to another dtype; weight: `(channels,)`. All fp32."""
+    (squares,) = _of_row(rows, (0,), _update_square, _add)
+    return weight * (_factor(squares, rows, eps) * rows)
+
+
+def _factor(squares, rows, eps):
+    return _ONE / np.sqrt(squares / np.float32(rows.shape[1]) + np.float32(eps))
