@@ -328,7 +328,7 @@ _KERNEL = "one kernel after the norm"
 def modulated_norm_in_one(x: torch.Tensor, norm: LayerNorm, scale: Modulation, shift: Modulation) -> torch.Tensor:
     from wan_patches.ops.triton.layer_norm import layer_norm_modulate
 
-    rows = as_rows(scale), as_rows(shift)
+    rows = of_kernel(scale), of_kernel(shift)
     return layer_norm_modulate(x, norm.weight, norm.bias, *rows, norm.eps, border_of(scale))
 
 
@@ -351,7 +351,7 @@ def residual_norm_in_one(
     from wan_patches.ops.triton.layer_norm import residual_layer_norm_modulate
 
     modulations = (gate, scale, shift)
-    by, factor, term = (None if modulation is None else as_rows(modulation) for modulation in modulations)
+    by, factor, term = (None if modulation is None else of_kernel(modulation) for modulation in modulations)
     border = next((border_of(modulation) for modulation in modulations if modulation is not None), None)
     return residual_layer_norm_modulate(x, y, by, norm.weight, norm.bias, factor, term, norm.eps, border)
 
@@ -360,14 +360,14 @@ def residual_norm_in_one(
 def modulated_norm_kernel(x: torch.Tensor, norm: LayerNorm, scale: Modulation, shift: Modulation) -> torch.Tensor:
     from wan_patches.ops.triton.modulation import modulate
 
-    return modulate(norm(x.float()), as_rows(scale), as_rows(shift), x.dtype, border_of(scale))
+    return modulate(norm(x.float()), of_kernel(scale), of_kernel(shift), x.dtype, border_of(scale))
 
 
 @gated_residual.form("one kernel", device="cuda", smallest=SMALL_ELSEWHERE)
 def gated_residual_kernel(x: torch.Tensor, y: torch.Tensor, gate: Modulation, cast: bool = False) -> torch.Tensor:
     from wan_patches.ops.triton.modulation import gated_residual
 
-    return gated_residual(x, y, as_rows(gate), border_of(gate))
+    return gated_residual(x, y, of_kernel(gate), border_of(gate))
 
 
 @residual_norm.form("a kernel before the norm, and one after it", device="cuda", smallest=SMALL_ELSEWHERE)
@@ -389,7 +389,7 @@ def residual_norm_kernels(
     normed = norm(wide)
     if scale is None or shift is None:
         return h, normed.type_as(x)
-    return h, modulate(normed, as_rows(scale), as_rows(shift), x.dtype, border_of(scale))
+    return h, modulate(normed, of_kernel(scale), of_kernel(shift), x.dtype, border_of(scale))
 
 
 @modulated_norm.form(_IN_PLACE, device=ACCELERATOR, smallest=SMALL_ELSEWHERE)
@@ -433,8 +433,13 @@ def _kinds_of_tokens(modulation: Modulation) -> Iterator[tuple[slice, torch.Tens
         yield slice(None), as_rows(modulation)
 
 
+def of_kernel(modulation: Modulation) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Returns a modulation as EXACT kernels expect it: they make a row for each token where they use it."""
+    return (modulation.table, modulation.temb) if isinstance(modulation, RowPerToken) else as_rows(modulation)
+
+
 def as_rows(modulation: Modulation) -> torch.Tensor:
-    """Returns a modulation as kernels expect it."""
+    """Returns a modulation's rows."""
     if isinstance(modulation, SegmentedModulation):
         return modulation.rows
     return modulation.dense() if isinstance(modulation, RowPerToken) else modulation

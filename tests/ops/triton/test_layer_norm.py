@@ -18,7 +18,9 @@ def arguments(dtype, dim, residual=True, weight=False, bias=False, modulated=Tru
     from wan_patches.ops.triton import layer_norm
 
     x = torch.randn(1, 9, dim).to(dtype)
-    gate, scale, shift = torch.randn(1, rows, 6, dim)[:, :, :3].unbind(2)
+    gate, scale, shift = torch.randn(1, rows or 9, 6, dim)[:, :, :3].unbind(2)
+    if not rows:  # a row for each token, to be added to another
+        gate, scale, shift = ((torch.randn(1, 1, dim), part.to(dtype)) for part in (gate, scale, shift))
     affine = [torch.randn(dim) if given else None for given in (weight, bias)]
     rest = (*affine, *((scale, shift) if modulated else (None, None)), 1e-6, 4 if rows == 2 else None)
     if residual:
@@ -59,11 +61,13 @@ def test_compiled_kernel(compiled, dtype, dim, capability):
     assert len(spilled) <= 2 * (dtype == torch.float16)  # fp16 may spill one register, once
 
 
-@pytest.mark.parametrize("rows", [2, 9])
-def test_rows_of_other_kinds_are_read_once(compiled, rows):
-    text = compiled(*arguments(torch.bfloat16, 5120, rows=rows)).asm["ptx"]
-    assert text.count("ld.global.v4.b32") == text.count("ld.global") == 2 * 10 + 3 * 20
+@pytest.mark.parametrize(("rows", "loads"), [(2, 20), (9, 20), (0, 10 + 20)])
+def test_rows_of_other_kinds_are_read_once(compiled, rows, loads):
+    built = compiled(*arguments(torch.bfloat16, 5120, rows=rows))
+    text = built.asm["ptx"]
+    assert text.count("ld.global.v4.b32") == text.count("ld.global") == 2 * 10 + 3 * loads
     assert text.count("fma.") == multiply_adds(torch.bfloat16, 5120)
+    assert not re.search(r"\b(?:LDL|STL)\b", built.asm["sass"])
 
 
 @pytest.mark.parametrize(

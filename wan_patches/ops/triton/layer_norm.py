@@ -35,7 +35,7 @@ import triton
 import triton.language as tl
 
 from wan_patches.ops.triton import launching_on
-from wan_patches.ops.triton.modulation import kind_of, row_of, row_strides
+from wan_patches.ops.triton.modulation import Rows, kind_of, parts_of, row_of, row_strides
 
 TILE = 512  # channels that ATen's threads load together
 MAX_DIM = 8192  # channels that a program keeps in registers
@@ -86,9 +86,18 @@ def _folded(mean, squares, COUNT: tl.constexpr):
     return mean, squares
 
 
+@triton.jit
+def _row(table, row, place, KIND: tl.constexpr):
+    """Loads a part of the row of one token."""
+    value = tl.load(row + place).to(tl.float32)
+    if KIND == "sum":
+        value += tl.load(table + place).to(tl.float32)
+    return value
+
+
 @triton.jit(do_not_specialize=["seq", "split_index"])  # these change from chunk to chunk
 def _layer_norm(
-    x, y, gate, weight, bias, scale, shift, h, out, eps, seq, split_index,
+    x, y, weight, bias, gate_table, gate, scale_table, scale, shift_table, shift, h, out, eps, seq, split_index,
     gate_batch, gate_row, scale_batch, scale_row, shift_batch, shift_row,
     RESIDUAL: tl.constexpr, GATE: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
     SCALE: tl.constexpr, SHIFT: tl.constexpr, DIM: tl.constexpr, TILE: tl.constexpr,
@@ -96,6 +105,9 @@ def _layer_norm(
     batch = (tl.program_id(0) // seq).to(tl.int64)
     token = (tl.program_id(0) % seq).to(tl.int64)
     row = tl.program_id(0).to(tl.int64) * DIM
+    gate = row_of(gate, gate_batch, gate_row, batch, token, split_index, GATE)
+    scale = row_of(scale, scale_batch, scale_row, batch, token, split_index, SCALE)
+    shift = row_of(shift, shift_batch, shift_row, batch, token, split_index, SHIFT)
     tiles = ()
     for start in tl.static_range(0, DIM, TILE):
         place = start + tl.arange(0, TILE)
@@ -103,7 +115,7 @@ def _layer_norm(
         if RESIDUAL:
             added = tl.load(y + row + place).to(tl.float32)
             if GATE is not None:
-                added *= tl.load(row_of(gate, gate_batch, gate_row, batch, token, split_index, GATE) + place)
+                added *= _row(gate_table, gate, place, GATE)
             tile = (tile.to(tl.float32) + added).to(h.dtype.element_ty)
             tl.store(h + row + place, tile)
         tiles += (tile,)  # type: ignore[assignment]
@@ -131,8 +143,7 @@ def _layer_norm(
             if WEIGHT:
                 value = tl.load(weight + place).to(tl.float32) * value
         if SCALE is not None:
-            value *= 1.0 + tl.load(row_of(scale, scale_batch, scale_row, batch, token, split_index, SCALE) + place)
-            value += tl.load(row_of(shift, shift_batch, shift_row, batch, token, split_index, SHIFT) + place)
+            value = value * (1.0 + _row(scale_table, scale, place, SCALE)) + _row(shift_table, shift, place, SHIFT)
         tl.store(out + row + place, value.to(out.dtype.element_ty))
 
 
@@ -140,8 +151,8 @@ def layer_norm_modulate(
     x: torch.Tensor,
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
-    scale: torch.Tensor | None,
-    shift: torch.Tensor | None,
+    scale: Rows | None,
+    shift: Rows | None,
     eps: float,
     split_index: int | None = None,
 ) -> torch.Tensor:
@@ -166,11 +177,11 @@ def layer_norm_modulate(
 def residual_layer_norm_modulate(
     x: torch.Tensor,
     y: torch.Tensor,
-    gate: torch.Tensor | None,
+    gate: Rows | None,
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
-    scale: torch.Tensor | None,
-    shift: torch.Tensor | None,
+    scale: Rows | None,
+    shift: Rows | None,
     eps: float,
     split_index: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -190,11 +201,11 @@ def residual_layer_norm_modulate(
 def _launch(
     x: torch.Tensor,
     y: torch.Tensor | None,
-    gate: torch.Tensor | None,
+    gate: Rows | None,
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
-    scale: torch.Tensor | None,
-    shift: torch.Tensor | None,
+    scale: Rows | None,
+    shift: Rows | None,
     eps: float,
     split_index: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -207,12 +218,14 @@ def _launch(
         name: None if rows is None else kind_of(rows, seq, split_index)
         for name, rows in (("GATE", gate), ("SCALE", scale), ("SHIFT", shift))
     }
-    given = [x if tensor is None else tensor for tensor in (y, gate, weight, bias, scale, shift)]
-    strides = [stride for rows in (gate, scale, shift) for stride in ((0, 0) if rows is None else row_strides(rows))]
+    given = [x if tensor is None else tensor for tensor in (y, weight, bias)]
+    modulations = gate, scale, shift
+    parts = [part for rows in modulations for part in parts_of(x if rows is None else rows)]
+    strides = [stride for rows in modulations for stride in ((0, 0) if rows is None else row_strides(rows))]
     launch: Any = _layer_norm[(batch * seq,)]
     with launching_on(x.device):
         launch(
-            x, *given, h, out, eps, seq, split_index or 0, *strides,
+            x, *given, *parts, h, out, eps, seq, split_index or 0, *strides,
             RESIDUAL=y is not None, WEIGHT=weight is not None, BIAS=bias is not None, **kinds,
             DIM=dim, TILE=TILE,
             num_warps=TILE * x.element_size() // 512, enable_fp_fusion=False,

@@ -19,7 +19,7 @@ from wan_patches.patching.fidelity import gate
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 DIMS = [5120, 1536, 3072, 512]  # 14B and Helios, 1.3B, 5B; the least
-KINDS = ["one", "one for a sample", "each", "two", "two of a sample", "two at the start"]
+KINDS = ["one", "one for a sample", "each", "sum", "two", "two of a sample", "two at the start"]
 EPS = 1e-6
 
 
@@ -46,9 +46,11 @@ def drawn(*shape, dtype=torch.float32):
     return (torch.randn(shape) * outliers * scale + torch.randn(*shape[:-1], 1) * offset).to(dtype)
 
 
-def rows(kind, shape):
+def rows(kind, shape, dtype=torch.float32):
     """A modulation of one kind: a view of all six of a block, as in stock."""
     batch, seq, dim = shape
+    if kind == "sum":
+        return RowPerToken(torch.randn(1, 6, dim)[:, 3:4].to(dtype), torch.randn(batch, seq, 6, dim).to(dtype)[:, :, 3])
     count = {"one": 1, "eac": seq, "two": 2}[kind[:3]]
     of_all = torch.randn(batch if "sample" in kind else 1, count, 6, dim)[:, :, 3]
     return SegmentedModulation(of_all, 0 if "start" in kind else seq // 2, seq) if count == 2 else of_all
@@ -59,7 +61,7 @@ def affine(norm):
 
 
 def of_kernel(x, norm, scale=None, shift=None):
-    given = (None if modulation is None else ops.as_rows(modulation) for modulation in (scale, shift))
+    given = (None if modulation is None else ops.of_kernel(modulation) for modulation in (scale, shift))
     return layer_norm_modulate(x, *affine(norm), *given, norm.eps, None if scale is None else ops.border_of(scale))
 
 
@@ -93,7 +95,7 @@ def test_emulation_computes_the_norm(dim):
 @torch.no_grad()
 def test_norm_and_modulation(dim, kind, dtype):
     shape = (2, 4, dim)
-    x, norm, scale, shift = drawn(*shape, dtype=dtype), a_norm(dim), rows(kind, shape), rows(kind, shape)
+    x, norm, scale, shift = drawn(*shape, dtype=dtype), a_norm(dim), rows(kind, shape, dtype), rows(kind, shape)
     same(of_kernel(x, norm, scale, shift), ops.modulated_norm.reference(x, norm, scale, shift))
 
 
@@ -119,9 +121,9 @@ def test_residual_sum_and_norm(modulated, kind, dtype, of_y):
     if kind is None:
         of_y = dtype
     x, y, norm = drawn(*shape, dtype=dtype), drawn(*shape, dtype=of_y), a_norm(1536, affine=not modulated)
-    by = None if kind is None else rows(kind, shape)
+    by = None if kind is None else rows(kind, shape, dtype)
     scale, shift = (rows(kind or "one", shape) for _ in range(2)) if modulated else (None, None)
-    given = (None if modulation is None else ops.as_rows(modulation) for modulation in (by, scale, shift))
+    given = (None if modulation is None else ops.of_kernel(modulation) for modulation in (by, scale, shift))
     gate_rows, factor, term = given
     border = next((ops.border_of(modulation) for modulation in (by, scale) if modulation is not None), None)
     found = residual_layer_norm_modulate(x, y, gate_rows, *affine(norm), factor, term, EPS, border)
@@ -176,15 +178,12 @@ def test_another_order_is_noticed():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", ["one", "two", "row per token"])
+@pytest.mark.parametrize("kind", ["one", "two", "sum"])
 @torch.no_grad()
 def test_dispatch_and_gate(kind, dtype, as_on_cuda):
     shape = (2, 4, 512)
     x, y, norm = drawn(*shape, dtype=dtype), drawn(*shape, dtype=dtype), a_norm(512, affine=True, dtype=dtype)
-    if kind == "row per token":
-        by, scale, shift = (RowPerToken(torch.randn(1, 1, 512), torch.randn(shape).to(dtype)) for _ in range(3))
-    else:
-        by, scale, shift = (rows(kind, shape) for _ in range(3))
+    by, scale, shift = (rows(kind, shape, dtype) for _ in range(3))
     for _ in range(2):  # at first sight, and after it
         same(ops.modulated_norm(x, norm, scale, shift), ops.modulated_norm.reference(x, norm, scale, shift))
         same(ops.cast_norm(x, norm), ops.cast_norm.reference(x, norm))
