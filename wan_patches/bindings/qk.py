@@ -118,7 +118,8 @@ def _normed(norm: nn.RMSNorm, x: torch.Tensor) -> torch.Tensor:
 def _is_left_to_rotation(norm: nn.RMSNorm, x: torch.Tensor) -> bool:
     """Whether one kernel applies norm and rotation; splitting `x` into heads does not change the answer."""
     return (
-        triton.is_usable(x.device)
+        not torch.compiler.is_compiling()
+        and triton.is_usable(x.device)
         and _is_plain_rms_norm(norm, x)
         and norm.weight is not None
         and norm.eps is not None

@@ -198,6 +198,23 @@ def test_dispatch_and_gate(kind, dtype, as_on_cuda):
 
 
 @torch.no_grad()
+def test_norm_of_another_order_takes_the_next_form(as_on_cuda):
+    """As on a GPU whose torch has changed; here the other order is that of CPUs."""
+
+    class OnCpu(torch.nn.LayerNorm):
+        def forward(self, x):
+            return F.layer_norm(x.float(), self.normalized_shape, None, None, self.eps).to(x.dtype)
+
+    x, norm, (scale, shift) = drawn(1, 16, 5120), OnCpu(5120, EPS, elementwise_affine=False), torch.randn(2, 1, 1, 5120)
+    for _ in range(2):
+        same(ops.modulated_norm(x, norm, scale, shift), ops.modulated_norm.reference(x, norm, scale, shift))
+    first, second = gate.verdicts()
+    assert (first.form, first.exact) == ("one kernel, in the order of ATen's norm", False)
+    assert (second.form, second.exact) == ("one kernel after the norm", True)
+    assert {way.form for way in tally.counted() if way.is_fast} == {second.form}
+
+
+@torch.no_grad()
 def test_other_norms_take_other_forms(as_on_cuda, monkeypatch):
     x, (scale, shift) = drawn(1, 4, 512), torch.randn(2, 1, 1, 512)
     norm = a_norm(512)
