@@ -179,6 +179,41 @@ def test_modulation_and_residuals_have_the_bits_of_stock(batch, seq, dim, kind, 
         _identical(wide, (x + y).float())
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize(("batch", "seq", "dim"), [(1, 32760, 5120), (2, 8190, 1536), (1, 27280, 3072), (1, 33, 512)])
+@torch.no_grad()
+def test_norms_in_one_pass_have_the_bits_of_torch(batch, seq, dim, affine, kind, dtype, fresh_gate):
+    from wan_patches.ops.triton.layer_norm import layer_norm_modulate, residual_layer_norm_modulate
+
+    x, y = torch.randn(2, batch, seq, dim, device="cuda", dtype=dtype) * 3 + 1
+    weight, bias = torch.randn(2, dim, device="cuda") if affine else (None, None)
+    (gate_, split_index, dense_gate), (scale, _, dense_scale) = (_rows(kind, seq, dim) for _ in range(2))
+    expected = (x.float() + y.float() * dense_gate).to(dtype)
+    normed = F.layer_norm(expected.float(), (dim,), weight, bias, 1e-6)
+    h, modulated = residual_layer_norm_modulate(x, y, gate_, weight, bias, scale, gate_, 1e-6, split_index)
+    _identical(h, expected)
+    _identical(modulated, (normed * (1 + dense_scale) + dense_gate).to(dtype))
+    _identical(layer_norm_modulate(h, weight, bias, None, None, 1e-6), normed.to(dtype))
+
+
+@pytest.mark.skipif(torch.__version__ < (2, 9), reason="before torch 2.9 the RMS norm has another order")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(("batch", "seq", "heads"), [(1, 32760, 40), (2, 8190, 12), (1, 27280, 24), (1, 33, 4)])
+@torch.no_grad()
+def test_rms_norm_and_rotation_in_one_pass_have_the_bits_of_stock(batch, seq, heads, fused, dtype, fresh_gate):
+    from wan_patches.ops.triton.rms_norm import rms_norm_rope
+
+    dim = heads * 128
+    x = torch.randn(batch, seq, 3 * dim if fused else dim, device="cuda", dtype=dtype)
+    x, weight = x[..., :dim], torch.randn(dim, device="cuda").to(dtype)
+    cos, sin = _tables(seq, 128)
+    stock = _stock_rotation(F.rms_norm(x, (dim,), weight, 1e-6).unflatten(2, (heads, -1)), cos, sin)
+    _identical(rms_norm_rope(x, weight, 1e-6, cos[..., 0::2], sin[..., 1::2], heads), stock)
+
+
 def _error(found, exact):
     return (found.double() - exact).abs().mean().item()
 

@@ -12,6 +12,7 @@ import torch
 import wan_patches
 from wan_patches.ops import rms_norm as op
 from wan_patches.ops import rope
+from wan_patches.patching import tally
 from wan_patches.patching.fidelity import Fidelity, gate
 
 pytestmark = pytest.mark.upstream
@@ -38,7 +39,7 @@ def fast_forms(any_size, monkeypatch):
     return calls
 
 
-def _attention(module, dtype=torch.bfloat16, **more):
+def _attention(module, dtype=torch.bfloat16, dim=DIM, heads=2, **more):
     try:
         library = importlib.import_module(f"diffusers.models.transformers.{module}")
         kind = getattr(library, ATTENTION[module])
@@ -46,7 +47,7 @@ def _attention(module, dtype=torch.bfloat16, **more):
         pytest.skip("this diffusers has none")
     torch.manual_seed(0)
     processor = getattr(library, ATTENTION[module].replace("Attention", "AttnProcessor"))()
-    attention = kind(dim=DIM, heads=2, dim_head=24, eps=1e-6, processor=processor, **more).eval()
+    attention = kind(dim=dim, heads=heads, dim_head=dim // heads, eps=1e-6, processor=processor, **more).eval()
     for parameter in attention.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return attention.to(dtype)
@@ -54,7 +55,7 @@ def _attention(module, dtype=torch.bfloat16, **more):
 
 def _call(attention, module, dtype=torch.bfloat16, text=None, tables=None):
     torch.manual_seed(1)
-    x = torch.randn(2, SEQ, DIM).to(dtype)
+    x = torch.randn(2, SEQ, attention.norm_q.weight.numel()).to(dtype)
     more = {"original_context_length": SEQ} if module == "transformer_helios" else {}
     with torch.no_grad():
         return attention(x, text, None, tables, **more)
@@ -159,9 +160,9 @@ def fused(as_on_cuda, monkeypatch):
     return calls
 
 
-def _tables(module):
+def _tables(module, head_dim=24):
     torch.manual_seed(2)
-    angles = torch.rand(1, SEQ, 1, 12).repeat_interleave(2, -1) * 10
+    angles = torch.rand(1, SEQ, 1, head_dim // 2).repeat_interleave(2, -1) * 10
     if module == "transformer_helios":
         return torch.cat((angles.cos(), angles.sin()), -1).squeeze(2)
     return angles.cos(), angles.sin()
@@ -193,3 +194,64 @@ def test_unknown_rotation_is_applied_after_the_norm(fused):
         found = _call(attention, "transformer_wan", tables=_tables("transformer_wan"))
     assert torch.equal(found, expected)
     assert fused == []
+
+
+@pytest.fixture
+def in_one(as_on_cuda, monkeypatch):
+    """The kernel for norm and rotation is usable, and stock's operations stand for its arithmetic; how often it ran."""
+    calls, rotation = [], rope.apply_rotary_emb.reference
+
+    def rms_norm_rope(x, weight, eps, cos, sin, heads):
+        calls.append(heads)
+        normed = torch.nn.functional.rms_norm(x, weight.shape, weight, eps)
+        return rotation(normed.unflatten(2, (heads, -1)), cos, sin)
+
+    def rotate(q, k, cos, sin):
+        return rotation(q, cos, sin), None if k is None else rotation(k, cos, sin)
+
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.9.0"))
+    monkeypatch.setitem(sys.modules, "wan_patches.ops.triton.rms_norm", SimpleNamespace(rms_norm_rope=rms_norm_rope))
+    monkeypatch.setitem(sys.modules, "wan_patches.ops.triton.rope", SimpleNamespace(rotate=rotate))
+    widths = SimpleNamespace(HAS_GATHER=True, MAX_DIM=8192, TILE=512)
+    monkeypatch.setitem(sys.modules, "wan_patches.ops.triton.layer_norm", widths)
+    return calls
+
+
+@pytest.mark.parametrize("fused_projections", [False, True])
+@pytest.mark.parametrize("module", ATTENTION)
+def test_norm_and_rotation_in_one_kernel_are_bit_identical_to_stock(module, fused_projections, in_one):
+    attention, tables = _attention(module, dim=512, heads=4), _tables(module, 128)
+    if fused_projections:
+        attention.fuse_projections()
+    expected = _call(attention, module, tables=tables)
+    with wan_patches.enabled(["rope", "qk"]):
+        states = {r.module.rpartition(".")[2]: r for r in wan_patches.status().of("qk") if r.fidelity is Fidelity.EXACT}
+        if states[module].state == "skipped":
+            pytest.skip(states[module].reason)
+        for _ in range(2):
+            assert torch.equal(_call(attention, module, tables=tables), expected)
+    assert in_one == [4] * 4
+    (verdict,) = gate.verdicts()
+    assert (verdict.op, verdict.exact) == (op.rms_norm_rope_qk.name, True)
+
+
+@pytest.mark.parametrize("why", ["text", "hook of keys", "rope", "width", "difference"])
+def test_norms_that_no_kernel_takes_are_bit_identical_to_stock(why, in_one, monkeypatch):
+    module = "transformer_wan"
+    attention = _attention(module, **({} if why == "width" else {"dim": 512, "heads": 4}))
+    tables = _tables(module, 24 if why == "width" else 128)
+    text = torch.randn(2, 9, 512).bfloat16() if why == "text" else None
+    if why == "hook of keys":
+        attention.norm_k.register_forward_hook(lambda *args: args[2] * 2)
+    if why == "difference":
+        kernel = sys.modules["wan_patches.ops.triton.rms_norm"]
+        exact = kernel.rms_norm_rope
+        monkeypatch.setattr(kernel, "rms_norm_rope", lambda *args: exact(*args) * 1.01)
+    expected = _call(attention, module, text=text, tables=None if why == "text" else tables)
+    with wan_patches.enabled(["qk"] if why == "rope" else ["rope", "qk"]):
+        for _ in range(2):
+            found = _call(attention, module, text=text, tables=None if why == "text" else tables)
+            assert torch.equal(found, expected)
+    assert len(in_one) == (2 if why == "difference" else 0)
+    taken = {way.form for way in tally.counted() if way.op == op.rms_norm_rope_qk.name and way.is_fast}
+    assert taken == ({"the norms, then the rotation of both"} if why in ("width", "difference") else set())

@@ -222,6 +222,10 @@ def _of_tokens(device: torch.device, dtype: torch.dtype, quick: bool) -> Iterato
                 shape = f"1x{seq}x{width // _HEAD}x{_HEAD}"
                 make = functools.partial(_for_rms_norm_rope, seq, width)
                 yield Sample(fused_norm.rms_norm_rope, _LAYOUTS[0], shape, make)
+            for seq in _lengths(rms_norm.rms_norm_rope_qk, width, device, dtype, quick):
+                shape = f"1x{seq}x{width // _HEAD}x{_HEAD}"
+                make = functools.partial(_for_rms_norms_rope, seq, width)
+                yield Sample(rms_norm.rms_norm_rope_qk, _LAYOUTS[0], shape, make)
         for op, both in ((rope.apply_rotary_emb, False), (rope.apply_rotary_emb_qk, True)):
             for seq in _lengths(rope.apply_rotary_emb, width, device, dtype, quick):
                 shape = f"1x{seq}x{width // _HEAD}x{_HEAD}"
@@ -294,6 +298,12 @@ def _for_rms_norm(seq: int, dim: int, device: torch.device, dtype: torch.dtype) 
 def _for_rms_norm_rope(seq: int, dim: int, device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
     x, cos, sin = _for_rope(seq, dim, False, device, dtype)
     return x, torch.randn(dim, device=device, dtype=dtype), 1e-6, cos, sin
+
+
+def _for_rms_norms_rope(seq: int, dim: int, device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
+    query, key, cos, sin = _for_rope(seq, dim, True, device, dtype)
+    weights = tuple(torch.randn(dim, device=device).to(dtype) for _ in range(2))
+    return query, key, weights, (1e-6, 1e-6), cos, sin
 
 
 def _for_rope(seq: int, dim: int, both: bool, device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:

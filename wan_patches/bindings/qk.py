@@ -23,10 +23,17 @@ from wan_patches.patching import tally
 Rotate = Callable[..., torch.Tensor]
 
 
-def qk_norm(norm: nn.RMSNorm, x: torch.Tensor) -> torch.Tensor:
-    """Returns `norm(x)` for `x` of `(batch, seq, dim)`; a plain `torch.nn.RMSNorm` is not called as a module."""
+def qk_norm(norm: nn.RMSNorm, x: torch.Tensor, tables: object = None) -> torch.Tensor:
+    """Returns `norm(x)` for `x` of `(batch, seq, dim)`, or `x` unchanged if `norm_and_rotate_both` will apply the norm.
+
+    A plain `torch.nn.RMSNorm` is not called as a module.
+
+    tables: what `x` will be rotated by; None if it is not rotated.
+    """
     if torch.compiler.is_compiling():
         return norm(x)
+    if tables is not None and _is_left_to_rotation(norm, x):
+        return x
     reason = ops.rms_norm.why_small(x) or _reason_against_norm(norm, x)
     if reason is not None:
         tally.count(ops.rms_norm.name, "", reason)
@@ -46,6 +53,26 @@ def rotate_both(
     if _reason_against_both(rotate, query) is not None:
         return rotate(query, *tables), rotate(key, *tables)
     return apply_rotary_emb_qk(query, key, *_halves(tables))
+
+
+def norm_and_rotate_both(
+    rotate: Rotate,
+    norm_q: nn.RMSNorm,
+    norm_k: nn.RMSNorm,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    *tables: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Applies `rotate_both` after any norms that `qk_norm` deferred to it, in one pass if a kernel does both."""
+    left_q, left_k = _is_left_to_rotation(norm_q, query), _is_left_to_rotation(norm_k, key)
+    if left_q and left_k and _reason_against_both(rotate, query) is None:
+        assert norm_q.eps is not None  # a default eps has no known rounding; `_is_left_to_rotation` checked
+        assert norm_k.eps is not None
+        weights, eps = (norm_q.weight, norm_k.weight), (norm_q.eps, norm_k.eps)
+        return ops.rms_norm_rope_qk(query, key, weights, eps, *_halves(tables))
+    query = _normed(norm_q, query) if left_q else query
+    key = _normed(norm_k, key) if left_k else key
+    return rotate_both(rotate, query, key, *tables)
 
 
 def close_qk_norm(norm: nn.RMSNorm, x: torch.Tensor, tables: object = None) -> torch.Tensor:
@@ -79,15 +106,20 @@ def _normed_and_rotated(
     rotate: Rotate, norm: nn.RMSNorm, x: torch.Tensor, tables: tuple[torch.Tensor, ...]
 ) -> torch.Tensor:
     if _reason_against_both(rotate, x) is not None:
-        return rotate(norm(x.flatten(2)).unflatten(2, x.shape[2:]), *tables)
-    assert norm.eps is not None  # a default eps has no known rounding; `_is_left_to_rotation` checked
+        return rotate(_normed(norm, x), *tables)
+    assert norm.eps is not None
     return rms_norm_rope(x, norm.weight, norm.eps, *_halves(tables))
+
+
+def _normed(norm: nn.RMSNorm, x: torch.Tensor) -> torch.Tensor:
+    return norm(x.flatten(2)).unflatten(2, x.shape[2:])
 
 
 def _is_left_to_rotation(norm: nn.RMSNorm, x: torch.Tensor) -> bool:
     """Whether one kernel applies norm and rotation; splitting `x` into heads does not change the answer."""
     return (
-        triton.is_usable(x.device)
+        not torch.compiler.is_compiling()
+        and triton.is_usable(x.device)
         and _is_plain_rms_norm(norm, x)
         and norm.weight is not None
         and norm.eps is not None

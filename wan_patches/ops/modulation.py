@@ -31,6 +31,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SMALL, _SMALL_IN_FP32 = 1 << 21, 1 << 22
 SMALL_ELSEWHERE = 1 << 14  # the same on accelerators; not measured yet
 SLOW = "stock's operations are the fastest in fp32, where channels do not lie next to each other"
+_VECTOR = 16  # bytes that ATen's norm loads at once
 _CHUNK = 1 << 19  # elements processed at a time on CPUs: they stay in the cache from the first operation to the last
 
 
@@ -318,22 +319,55 @@ def _rows(modulation: Modulation, b: int, chunk: slice) -> torch.Tensor:
 
 # Accelerators
 
+_IN_ONE = "one kernel, in the order of ATen's norm"
 _IN_PLACE = "in place"
 _KERNEL = "one kernel after the norm"
+
+
+@modulated_norm.form(_IN_ONE, device="cuda", smallest=SMALL_ELSEWHERE)
+def modulated_norm_in_one(x: torch.Tensor, norm: LayerNorm, scale: Modulation, shift: Modulation) -> torch.Tensor:
+    from wan_patches.ops.triton.layer_norm import layer_norm_modulate
+
+    rows = of_kernel(scale), of_kernel(shift)
+    return layer_norm_modulate(x, norm.weight, norm.bias, *rows, norm.eps, border_of(scale))
+
+
+@cast_norm.form(_IN_ONE, device="cuda", smallest=SMALL_ELSEWHERE)
+def cast_norm_in_one(x: torch.Tensor, norm: LayerNorm) -> torch.Tensor:
+    from wan_patches.ops.triton.layer_norm import layer_norm_modulate
+
+    return layer_norm_modulate(x, norm.weight, norm.bias, None, None, norm.eps)
+
+
+@residual_norm.form(_IN_ONE, device="cuda", smallest=SMALL_ELSEWHERE)
+def residual_norm_in_one(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    gate: Modulation | None,
+    norm: LayerNorm,
+    scale: Modulation | None,
+    shift: Modulation | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from wan_patches.ops.triton.layer_norm import residual_layer_norm_modulate
+
+    modulations = (gate, scale, shift)
+    by, factor, term = (None if modulation is None else of_kernel(modulation) for modulation in modulations)
+    border = next((border_of(modulation) for modulation in modulations if modulation is not None), None)
+    return residual_layer_norm_modulate(x, y, by, norm.weight, norm.bias, factor, term, norm.eps, border)
 
 
 @modulated_norm.form(_KERNEL, device="cuda", smallest=SMALL_ELSEWHERE)
 def modulated_norm_kernel(x: torch.Tensor, norm: LayerNorm, scale: Modulation, shift: Modulation) -> torch.Tensor:
     from wan_patches.ops.triton.modulation import modulate
 
-    return modulate(norm(x.float()), as_rows(scale), as_rows(shift), x.dtype, border_of(scale))
+    return modulate(norm(x.float()), of_kernel(scale), of_kernel(shift), x.dtype, border_of(scale))
 
 
 @gated_residual.form("one kernel", device="cuda", smallest=SMALL_ELSEWHERE)
 def gated_residual_kernel(x: torch.Tensor, y: torch.Tensor, gate: Modulation, cast: bool = False) -> torch.Tensor:
     from wan_patches.ops.triton.modulation import gated_residual
 
-    return gated_residual(x, y, as_rows(gate), border_of(gate))
+    return gated_residual(x, y, of_kernel(gate), border_of(gate))
 
 
 @residual_norm.form("a kernel before the norm, and one after it", device="cuda", smallest=SMALL_ELSEWHERE)
@@ -355,7 +389,7 @@ def residual_norm_kernels(
     normed = norm(wide)
     if scale is None or shift is None:
         return h, normed.type_as(x)
-    return h, modulate(normed, as_rows(scale), as_rows(shift), x.dtype, border_of(scale))
+    return h, modulate(normed, of_kernel(scale), of_kernel(shift), x.dtype, border_of(scale))
 
 
 @modulated_norm.form(_IN_PLACE, device=ACCELERATOR, smallest=SMALL_ELSEWHERE)
@@ -399,8 +433,13 @@ def _kinds_of_tokens(modulation: Modulation) -> Iterator[tuple[slice, torch.Tens
         yield slice(None), as_rows(modulation)
 
 
+def of_kernel(modulation: Modulation) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Returns a modulation as EXACT kernels expect it: they make a row for each token where they use it."""
+    return (modulation.table, modulation.temb) if isinstance(modulation, RowPerToken) else as_rows(modulation)
+
+
 def as_rows(modulation: Modulation) -> torch.Tensor:
-    """Returns a modulation as kernels expect it."""
+    """Returns a modulation's rows."""
     if isinstance(modulation, SegmentedModulation):
         return modulation.rows
     return modulation.dense() if isinstance(modulation, RowPerToken) else modulation
@@ -437,6 +476,51 @@ def why_strided(*hidden_states: torch.Tensor) -> str | None:
 
 def _needs_triton(x: torch.Tensor) -> str | None:
     return None if kernels.is_usable(x.device) else "Triton is not installed"
+
+
+def _why_not_in_one(x: torch.Tensor, norm: LayerNorm, *modulations: Modulation | None) -> str | None:
+    """Returns why ATen's norm of `x` in fp32 is not the one whose order the kernel has, or None."""
+    if (reason := _needs_triton(x) or why_not(x, *modulations) or why_strided(x)) is not None:
+        return reason
+    if torch.version.hip is not None:
+        return "ATen's norm has another order on AMD's GPUs"
+    from wan_patches.ops.triton.layer_norm import HAS_GATHER, MAX_DIM, TILE
+
+    if not HAS_GATHER:
+        return "Triton is older than 3.3"
+    dim = x.shape[-1]
+    if dim % TILE or dim > MAX_DIM:
+        return f"the width is not a multiple of {TILE}, up to {MAX_DIM}"
+    parameters = [tensor for tensor in (norm.weight, norm.bias) if tensor is not None]
+    if any(tensor.dtype not in DTYPES or tensor.shape != (dim,) or tensor.device != x.device for tensor in parameters):
+        return "the weights do not fit"
+    if not all(tensor.is_contiguous() for tensor in parameters) or norm.eps < torch.finfo(torch.float32).tiny:
+        return "the weights do not fit"
+    if any(tensor.dtype == torch.float32 and tensor.data_ptr() % _VECTOR for tensor in (x, *parameters)):
+        return "ATen takes another norm for what lies unaligned in memory"
+    return None
+
+
+@modulated_norm_in_one.refuses
+def _(x: torch.Tensor, norm: LayerNorm, scale: Modulation, shift: Modulation) -> str | None:
+    return _why_not_in_one(x, norm, scale, shift)
+
+
+@cast_norm_in_one.refuses
+def _(x: torch.Tensor, norm: LayerNorm) -> str | None:
+    return "in fp32 there is nothing to cast" if x.dtype == torch.float32 else _why_not_in_one(x, norm)
+
+
+@residual_norm_in_one.refuses
+def _(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    gate: Modulation | None,
+    norm: LayerNorm,
+    scale: Modulation | None,
+    shift: Modulation | None,
+) -> str | None:
+    return _why_not_in_one(x, norm, gate, scale, shift) or why_not_sum(x, y, gate) or why_strided(y)
 
 
 @modulated_norm_kernel.refuses

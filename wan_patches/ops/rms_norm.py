@@ -1,8 +1,9 @@
-"""RMS norm over the last axis, as `torch.nn.RMSNorm` computes it for half dtypes on CPUs.
+"""RMS norm over the last axis, as `torch.nn.RMSNorm` computes it.
 
     y = x * rsqrt(mean(x ** 2) + eps) * weight
 
-in fp32, rounded once to the dtype of `x`. On accelerators the reduction, and therefore the norm, remains ATen's.
+in fp32, rounded once to the dtype of `x`. For the norm alone there are forms on CPUs, and elsewhere it is ATen's; on
+NVIDIA GPUs one kernel makes norm and rotary embedding.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ import functools
 import torch
 import torch.nn.functional as F
 
+from wan_patches.ops import rope
 from wan_patches.ops.dispatch import op
 
 _SMALL, _SMALL_IN_FP32 = 1 << 21, 6_000_000  # elements below which torch's operations are as fast
 _CHUNK = 1 << 19  # elements processed at a time: they stay in the cache from the first operation to the last
+_VECTOR = 16  # bytes: as aligned as any norm of ATen's requires
 
 
 @op("RMS norm")
@@ -70,3 +73,108 @@ def _is_exact(dtype: torch.dtype, dim: int, threads: int) -> bool:
     weight = torch.randn((dim,), generator=generator, dtype=torch.float32, device="cpu").to(dtype)
     with torch.no_grad():
         return torch.equal(in_chunks(x, weight, 1e-6), F.rms_norm(x, (dim,), weight, 1e-6))
+
+
+# Norm and rotary embedding of queries and keys
+
+_SMALL_ON_GPUS = 1 << 14  # not measured yet
+
+
+@op("RMS norms and rotary embedding of queries and keys")
+def rms_norm_rope_qk(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    weights: tuple[torch.Tensor, torch.Tensor],
+    eps: tuple[float, float],
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Applies the RMS norm over all heads of queries and of keys, then the rotary embedding.
+
+    Args:
+        query, key: `(batch, seq, heads, head_dim)`.
+        weights: of both norms, `(heads * head_dim,)` each.
+        eps: of both norms.
+        cos, sin: as in `wan_patches.ops.rope.apply_rotary_emb`.
+
+    Returns:
+        New tensors like `query` and `key`.
+    """
+    return rope.apply_rotary_emb_qk.reference(*_normed(query, key, weights, eps), cos, sin)
+
+
+def _normed(
+    query: torch.Tensor, key: torch.Tensor, weights: tuple[torch.Tensor, torch.Tensor], eps: tuple[float, float]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    q, k = (
+        F.rms_norm(x.flatten(2), weight.shape, weight, e).unflatten(2, x.shape[2:])
+        for x, weight, e in zip((query, key), weights, eps)
+    )
+    return q, k
+
+
+@rms_norm_rope_qk.form("one kernel each, in the order of ATen's norm", device="cuda", smallest=_SMALL_ON_GPUS)
+def in_one(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    weights: tuple[torch.Tensor, torch.Tensor],
+    eps: tuple[float, float],
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from wan_patches.ops.triton.rms_norm import rms_norm_rope
+
+    q, k = (
+        rms_norm_rope(x.flatten(2), weight, e, cos, sin, x.shape[2]) for x, weight, e in zip((query, key), weights, eps)
+    )
+    return q, k
+
+
+@in_one.refuses
+def _(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    weights: tuple[torch.Tensor, torch.Tensor],
+    eps: tuple[float, float],
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+) -> str | None:
+    return next(filter(None, (_why_not_in_one(*each, cos, sin) for each in zip((query, key), weights, eps))), None)
+
+
+def _why_not_in_one(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, cos: torch.Tensor, sin: torch.Tensor
+) -> str | None:
+    """Returns why ATen's norm of `x` is not the one whose order the kernel has, or None."""
+    if (reason := rope.why_no_kernel(x, cos, sin)) is not None:
+        return reason
+    if torch.version.hip is not None or torch.__version__ < (2, 9):  # type: ignore[operator]
+        return "torch's norm has another order, before 2.9 or on AMD's GPUs"
+    from wan_patches.ops.triton.layer_norm import HAS_GATHER, MAX_DIM, TILE
+
+    if not HAS_GATHER:
+        return "Triton is older than 3.3"
+    heads, dim = x.shape[2:]
+    if heads * dim % TILE or heads * dim > MAX_DIM or TILE % dim:
+        return f"the width is not a multiple of {TILE}, up to {MAX_DIM}, or that of a head does not divide it"
+    if (x.stride(3), x.stride(2)) != (1, dim):
+        return "the channels of a token do not lie next to each other"
+    if weight.dtype != x.dtype or weight.shape != (heads * dim,) or weight.device != x.device:
+        return "the weight does not fit"
+    if not weight.is_contiguous() or eps < torch.finfo(torch.float32).tiny:
+        return "the weight does not fit"
+    if x.data_ptr() % _VECTOR or weight.data_ptr() % _VECTOR:
+        return "ATen takes another norm for what lies unaligned in memory"
+    return None
+
+
+@rms_norm_rope_qk.form("the norms, then the rotation of both", device="cuda", smallest=rope.SMALL_ELSEWHERE)
+def one_after_the_other(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    weights: tuple[torch.Tensor, torch.Tensor],
+    eps: tuple[float, float],
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return rope.apply_rotary_emb_qk(*_normed(query, key, weights, eps), cos, sin)

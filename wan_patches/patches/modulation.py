@@ -88,7 +88,7 @@ def _patch(module: str, *targets: Target) -> Patch:
         calls={name: f"{_HERE}:{name.removeprefix(PREFIX)}" for name in _CALLS},
         implementations={
             "CPUs": "a few tokens at a time",
-            "CUDA with Triton": "a kernel after the norm, and one for a gated residual",
+            "CUDA with Triton": "one kernel for a residual sum, its norm in ATen's order and the modulation",
             "compilers, autograd": "stock's operations",
         },
         since=since(module),
@@ -103,7 +103,7 @@ def _close(patch: Patch) -> Patch:
         calls[name.replace(PREFIX, CLOSE_PREFIX)] = f"{_HERE}:close_{name.removeprefix(PREFIX)}"
     implementations = {
         **patch.implementations,
-        "CUDA with Triton": "one kernel for a residual sum, its norm and the modulation",
+        "CUDA with Triton": "one kernel for a residual sum, its norm in any order and the modulation",
         "NPUs": "npu_layer_norm_eval for norms without modulation",
     }
     return replace(patch, fidelity=Fidelity.CLOSE, targets=targets, calls=calls, implementations=implementations)

@@ -17,7 +17,8 @@ from wan_patches.patching.registry import Patch, Target
 from wan_patches.patching.rewrite import Block, Edit, Replace
 
 _HERE = "wan_patches.bindings.qk"
-_NORM, _BOTH = "_wan_patches_qk_norm", "_wan_patches_rotate_both"
+_NORM, _BOTH = "_wan_patches_qk_norm", "_wan_patches_norm_and_rotate_both"
+_ROTATIONS = "_wan_patches_rotate_both"
 _CLOSE_NORM, _CLOSE_BOTH = "_wan_patches_close_qk_norm", "_wan_patches_close_rotate_both"
 
 
@@ -55,41 +56,42 @@ class Attention:
 
 
 def exact(where: Attention) -> Patch:
-    """Returns a patch that bypasses the norms' module calls and rotates queries and keys in one call."""
-    edits = [Replace(f"attn.{norm}(X)", f"{_NORM}(attn.{norm}, X)") for norm in where.norms]
+    """Returns a patch that leaves the norms of rotated queries and keys to the rotation, where one kernel does both."""
     implementations = {
         "CPUs": "norms a few tokens at a time",
-        "CUDA with Triton": "where `rope` is in force, one kernel for queries and keys",
+        "CUDA with Triton": "where `rope` is in force, one kernel for norm and rotation, in ATen's order",
     }
-    calls = {_NORM: f"{_HERE}:qk_norm", _BOTH: f"{_HERE}:rotate_both"}
-    return _patch(where, edits, f"{_BOTH}({where.rotate}", calls, Fidelity.EXACT, implementations)
+    both = f"{_BOTH}({where.rotate}, attn.norm_q, attn.norm_k" if where.norms else f"{_ROTATIONS}({where.rotate}"
+    bindings = {_NORM: "qk_norm", _BOTH: "norm_and_rotate_both", _ROTATIONS: "rotate_both"}
+    calls = {name: f"{_HERE}:{binding}" for name, binding in bindings.items()}
+    return _patch(where, _NORM, both, calls, Fidelity.EXACT, implementations)
 
 
 def close(where: Attention) -> Patch:
-    """Returns a patch that leaves the norms of rotated queries and keys to the rotation."""
-    rotated = "norm_q", "norm_k"
-    edits = [
-        Replace(f"attn.{norm}(X)", f"{_CLOSE_NORM}(attn.{norm}, X{', rotary_emb' if norm in rotated else ''})")
-        for norm in where.norms
-    ]
-    both = f"{_CLOSE_BOTH}({where.rotate}, attn.norm_q, attn.norm_k"
+    """Returns the same patch with norms that round differently."""
     implementations = {
         "CPUs": "norms a few tokens at a time",
         "CUDA with Triton": "where `rope` is in force, one kernel for norm and rotation",
         "NPUs": "npu_rms_norm",
     }
+    both = f"{_CLOSE_BOTH}({where.rotate}, attn.norm_q, attn.norm_k"
     calls = {_CLOSE_NORM: f"{_HERE}:close_qk_norm", _CLOSE_BOTH: f"{_HERE}:close_rotate_both"}
-    return _patch(where, edits, both, calls, Fidelity.CLOSE, implementations)
+    return _patch(where, _CLOSE_NORM, both, calls, Fidelity.CLOSE, implementations)
 
 
 def _patch(
     where: Attention,
-    norms: list[Replace],
+    norm: str,
     both: str,
     calls: Mapping[str, object],
     fidelity: Fidelity,
     implementations: dict[str, str],
 ) -> Patch:
+    rotated = "norm_q", "norm_k"
+    norms = (
+        Replace(f"attn.{name}(X)", f"{norm}(attn.{name}, X{', rotary_emb' if name in rotated else ''})")
+        for name in where.norms
+    )
     edits: tuple[Edit, ...] = (*norms, _rotations(where.of, where.rotate, both, where.fingerprint))
     return Patch(
         name="qk",

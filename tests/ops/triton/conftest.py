@@ -9,6 +9,7 @@ import types
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,15 +37,21 @@ def interpret() -> Callable[[str], None]:
 
 
 @pytest.fixture
-def ptx() -> Callable[..., str]:
+def ptx(compiled) -> Callable[..., str]:
     """What a call compiles a kernel to, for an H100: `ptx(module, name of the kernel, call)`; nothing is launched."""
+    return lambda module, name, call: compiled(module, name, call).asm["ptx"]
+
+
+@pytest.fixture
+def compiled() -> Callable[..., Any]:
+    """A kernel as a call compiles it: `compiled(module, name of the kernel, call, capability)`; nothing is launched."""
     pytest.importorskip("triton")
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("Triton interprets")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    def build(module: types.ModuleType, name: str, call: Callable[[], object]) -> str:
+    def build(module: types.ModuleType, name: str, call: Callable[[], object], capability: int = 90) -> Any:
         kernel, launches = getattr(module, name), []
         grids = defaultdict(lambda: lambda *args, **named: launches.append((args, named)))
         with pytest.MonkeyPatch.context() as patch:
@@ -67,7 +74,7 @@ def ptx() -> Callable[..., str]:
         attributes = {i: [["tt.divisibility", 16]] for i, yes in aligned.items() if yes}
         source = ASTSource(fn=kernel, signature=types_, constexprs=constants, attrs=attributes)
         options = {k: v for k, v in named.items() if k not in kernel.arg_names}
-        return compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+        return compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
     return build
 

@@ -44,3 +44,12 @@ def test_sum_with_cast_moves_sixteen_bytes(ptx, dtype):
 
     x = torch.randn(1, 16, 5120).to(dtype)
     check(ptx(modulation, "_add_and_cast", lambda: modulation.add_and_cast(x, x)), dtype, loads=2, stores=3)
+
+
+def test_rows_that_are_sums_are_read_in_their_dtypes(ptx):
+    from wan_patches.ops.triton import modulation
+
+    x, table, temb = torch.randn(1, 9, 3072).bfloat16(), torch.randn(1, 1, 3072), torch.randn(1, 9, 6, 3072).bfloat16()
+    gate = table, temb[:, :, 2]
+    text = ptx(modulation, "_gated_residual", lambda: modulation.gated_residual(x, x, gate))
+    check(text, torch.bfloat16, loads=4 + 4 + 4 + 2, stores=4)

@@ -16,21 +16,10 @@ import triton
 import triton.language as tl
 
 from wan_patches.ops.triton import launching_on
-from wan_patches.ops.triton.modulation import kind_of, row_strides
+from wan_patches.ops.triton.modulation import kind_of, row_of, row_strides
 from wan_patches.ops.triton.rope import table_strides
 
 MAX_DIM = 8192  # channels that a program keeps in registers
-
-
-@triton.jit
-def _row(rows, batch_stride, row_stride, batch, token, split_index, place, inside, KIND: tl.constexpr):
-    """Loads a token's row of a scale, shift or gate."""
-    row = batch * batch_stride
-    if KIND == "each":
-        row += token * row_stride
-    if KIND == "two":
-        row += (token >= split_index).to(tl.int64) * row_stride
-    return tl.load(rows + row + place, mask=inside, other=0.0)
 
 
 @triton.jit(do_not_specialize=["seq", "split_index"])  # these change from chunk to chunk
@@ -49,7 +38,8 @@ def _layer_norm_modulate(
     if RESIDUAL:
         added = tl.load(y + batch * y_batch + token * y_token + place, mask=inside, other=0.0).to(tl.float32)
         if GATE is not None:
-            added *= _row(gate, gate_batch, gate_row, batch, token, split_index, place, inside, GATE)
+            row = row_of(gate, gate_batch, gate_row, batch, token, split_index, GATE)
+            added *= tl.load(row + place, mask=inside, other=0.0)
         rounded = (value + added).to(h.dtype.element_ty)
         tl.store(h + at, rounded, mask=inside)
         value = rounded.to(tl.float32)
@@ -62,8 +52,10 @@ def _layer_norm_modulate(
         term = tl.load(bias + place, mask=inside, other=0.0).to(tl.float32) if BIAS else 0.0
         value = tl.fma(value, factor, term)
     if SCALE is not None:
-        factor = 1.0 + _row(scale, scale_batch, scale_row, batch, token, split_index, place, inside, SCALE)
-        term = _row(shift, shift_batch, shift_row, batch, token, split_index, place, inside, SHIFT)
+        row = row_of(scale, scale_batch, scale_row, batch, token, split_index, SCALE)
+        factor = 1.0 + tl.load(row + place, mask=inside, other=0.0)
+        row = row_of(shift, shift_batch, shift_row, batch, token, split_index, SHIFT)
+        term = tl.load(row + place, mask=inside, other=0.0)
         value = tl.fma(value, factor, term)
     tl.store(out + at, value.to(out.dtype.element_ty), mask=inside)
 

@@ -2,7 +2,8 @@
 
 Scales, shifts and gates ("rows" below) are fp32, `(1 or batch, rows, dim)`, any strides with the last one 1: one row
 for all tokens, one for each token, or two with a `split_index`: the first for the tokens before it, the second for the
-rest. Every operation is rounded in fp32, like ATen's, and the result once more to its own dtype.
+rest. Or they are a pair, a row `(1, 1, dim)` and one for each token, `(batch, seq, dim)`, of any of the dtypes, to be
+added in fp32. Every operation is rounded in fp32, like ATen's, and the result once more to its own dtype.
 """
 
 from __future__ import annotations
@@ -15,14 +16,18 @@ import triton.language as tl
 
 from wan_patches.ops.triton import launching_on
 
+Rows = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+
 _BLOCK = 1024  # channels at a time: eight bf16 values, 16 bytes, for each of 128 threads
 _TOKENS = 4  # tokens per program, which loads shared rows once
 
 
 @triton.jit
-def load_shared(rows, row_stride, place, inside, KIND: tl.constexpr):
+def load_shared(table, rows, row_stride, place, inside, KIND: tl.constexpr):
     """Loads the row for all tokens twice, or the two rows."""
-    first = tl.load(rows + place, mask=inside, other=0.0)
+    if KIND == "sum":
+        rows = table
+    first = tl.load(rows + place, mask=inside, other=0.0).to(tl.float32)
     rest = first
     if KIND == "two":
         rest = tl.load(rows + row_stride + place, mask=inside, other=0.0)
@@ -34,14 +39,28 @@ def load_own(shared, rows, row_stride, token, split_index, place, inside, KIND: 
     """Returns the row of one token; `shared` are the rows that many tokens have."""
     if KIND == "each":
         return tl.load(rows + token * row_stride + place, mask=inside, other=0.0)
+    if KIND == "sum":
+        return shared[0] + tl.load(rows + token * row_stride + place, mask=inside, other=0.0).to(tl.float32)
     if KIND == "two":
         return tl.where(token < split_index, shared[0], shared[1])
     return shared[0]
 
 
+@triton.jit
+def row_of(rows, batch_stride, row_stride, batch, token, split_index, KIND: tl.constexpr):
+    """Returns a pointer to the row of one token."""
+    row = batch * batch_stride
+    if KIND == "each" or KIND == "sum":
+        row += token * row_stride
+    if KIND == "two":
+        row += (token >= split_index).to(tl.int64) * row_stride
+    return rows + row
+
+
 @triton.jit(do_not_specialize=["seq", "split_index"])  # which change from chunk to chunk
 def _modulate(
-    normed, scale, shift, out, seq, dim, split_index, scale_batch, scale_row, shift_batch, shift_row,
+    normed, scale_table, scale, shift_table, shift, out, seq, dim, split_index,
+    scale_batch, scale_row, shift_batch, shift_row,
     SCALE: tl.constexpr, SHIFT: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(2).to(tl.int64)
@@ -49,8 +68,8 @@ def _modulate(
     in_dim = place < dim
     scale += batch * scale_batch
     shift += batch * shift_batch
-    scales = load_shared(scale, scale_row, place, in_dim, SCALE)
-    shifts = load_shared(shift, shift_row, place, in_dim, SHIFT)
+    scales = load_shared(scale_table, scale, scale_row, place, in_dim, SCALE)
+    shifts = load_shared(shift_table, shift, shift_row, place, in_dim, SHIFT)
     for i in tl.static_range(TOKENS):
         token = tl.program_id(0).to(tl.int64) * TOKENS + i
         inside = place < tl.where(token < seq, dim, 0)
@@ -63,14 +82,14 @@ def _modulate(
 
 @triton.jit(do_not_specialize=["seq", "split_index"])  # which change from chunk to chunk
 def _gated_residual(
-    x, y, gate, out, seq, dim, split_index, y_batch, y_token, gate_batch, gate_row,
+    x, y, gate_table, gate, out, seq, dim, split_index, y_batch, y_token, gate_batch, gate_row,
     GATE: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(2).to(tl.int64)
     place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     in_dim = place < dim
     gate += batch * gate_batch
-    gates = load_shared(gate, gate_row, place, in_dim, GATE)
+    gates = load_shared(gate_table, gate, gate_row, place, in_dim, GATE)
     for i in tl.static_range(TOKENS):
         token = tl.program_id(0).to(tl.int64) * TOKENS + i
         inside = place < tl.where(token < seq, dim, 0)
@@ -93,7 +112,7 @@ def _add_and_cast(x, y, out, wide, size, BLOCK: tl.constexpr):
 
 
 def modulate(
-    normed: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, dtype: torch.dtype, split_index: int | None = None
+    normed: torch.Tensor, scale: Rows, shift: Rows, dtype: torch.dtype, split_index: int | None = None
 ) -> torch.Tensor:
     """Computes `(normed * (1 + scale) + shift).to(dtype)`.
 
@@ -111,16 +130,15 @@ def modulate(
     launch: Any = _modulate[_grid(batch, seq, dim)]
     with launching_on(normed.device):
         launch(
-            normed, scale, shift, out, seq, dim, split_index or 0, *row_strides(scale), *row_strides(shift),
+            normed, *parts_of(scale), *parts_of(shift), out, seq, dim, split_index or 0,
+            *row_strides(scale), *row_strides(shift),
             SCALE=kind_of(scale, seq, split_index), SHIFT=kind_of(shift, seq, split_index),
             TOKENS=_TOKENS, BLOCK=_BLOCK, num_warps=4, enable_fp_fusion=False,  # product and sum are rounded separately
         )  # fmt: skip
     return out
 
 
-def gated_residual(
-    x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor, split_index: int | None = None
-) -> torch.Tensor:
+def gated_residual(x: torch.Tensor, y: torch.Tensor, gate: Rows, split_index: int | None = None) -> torch.Tensor:
     """Computes `(x.float() + y.float() * gate).to(x.dtype)`.
 
     Args:
@@ -137,7 +155,7 @@ def gated_residual(
     launch: Any = _gated_residual[_grid(batch, seq, dim)]
     with launching_on(x.device):
         launch(
-            x, y, gate, out, seq, dim, split_index or 0, y.stride(0), y.stride(1), *row_strides(gate),
+            x, y, *parts_of(gate), out, seq, dim, split_index or 0, y.stride(0), y.stride(1), *row_strides(gate),
             GATE=kind_of(gate, seq, split_index), TOKENS=_TOKENS, BLOCK=_BLOCK,
             num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
@@ -161,9 +179,14 @@ def add_and_cast(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.
     return out, wide
 
 
-def kind_of(rows: torch.Tensor, seq: int, split_index: int | None) -> str:
-    """Returns `"one"` row for all tokens, `"each"` its own, or `"two"`. Raises ValueError for other numbers of rows."""
-    found = rows.shape[1]
+def kind_of(rows: Rows, seq: int, split_index: int | None) -> str:
+    """Returns `"one"` row for all tokens, `"each"` its own, `"two"`, or `"sum"` of the first and the second.
+
+    Raises ValueError for other numbers of rows.
+    """
+    found = parts_of(rows)[1].shape[1]
+    if isinstance(rows, tuple) and found == seq and split_index is None:
+        return "sum"
     if found == 1:
         return "one"
     if found == (seq if split_index is None else 2):
@@ -171,8 +194,14 @@ def kind_of(rows: torch.Tensor, seq: int, split_index: int | None) -> str:
     raise ValueError(f"{found} rows for {seq} tokens, and a split_index of {split_index}")
 
 
-def row_strides(rows: torch.Tensor) -> tuple[int, int]:
+def parts_of(rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the row for all tokens, which kernels read only of a sum, and the others."""
+    return rows if isinstance(rows, tuple) else (rows, rows)
+
+
+def row_strides(rows: Rows) -> tuple[int, int]:
     """Returns the strides of the batch and of the rows; 0 for the batch if all samples share the rows."""
+    _, rows = parts_of(rows)
     return (rows.stride(0) if rows.shape[0] > 1 else 0), rows.stride(1)
 
 

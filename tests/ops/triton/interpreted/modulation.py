@@ -10,12 +10,16 @@ from wan_patches.ops.triton.modulation import add_and_cast, gated_residual, modu
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(2, 6, 1100), (1, 9, 64), (1, 1, 8), (2, 2, 24)]  # more than a block; more tokens than one; the least
-KINDS = ["one", "one for a sample", "each", "each for a sample", "two", "two for a sample", "two at the start"]
+KINDS = ["one", "one for a sample", "each", "each for a sample", "sum", "two", "two for a sample", "two at the start"]
 
 
 def rows(kind, shape, strided=True):
     """Rows of one kind (a view of all six of a block, as in stock), the split_index, and the same for every token."""
     batch, seq, dim = shape
+    if kind == "sum":  # what is added to each token's row is fp32 or not, and so is that
+        table, temb = torch.randn(1, 1, dim), torch.randn(batch, seq, 6, dim).bfloat16()[:, :, 3]
+        table = table if strided else table.bfloat16()
+        return (table, temb), None, table + temb.float()
     of_batch = batch if "sample" in kind else 1
     count = {"one": 1, "eac": seq, "two": 2}[kind[:3]]
     all_rows = torch.randn(of_batch, count, 6, dim)[:, :, 3] if strided else torch.randn(of_batch, count, dim)
