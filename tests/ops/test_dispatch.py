@@ -560,3 +560,22 @@ def test_fidelity_allows():
     assert Fidelity.CLOSE.allows(Fidelity.EXACT)
     assert not Fidelity.EXACT.allows(Fidelity.CLOSE)
     assert Fidelity("close") is Fidelity.CLOSE
+
+
+@pytest.mark.parametrize("dim", [512, 5120])
+def test_orders_of_additions_differ_in_nearly_all_rows_for_comparisons(dim):
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    rows = proof.rows_that_tell_orders(dim, torch.device("cpu"))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert rows.shape == (1, proof.ROWS, dim)
+
+    def normed(mean, square):
+        return (rows - mean) * torch.rsqrt(square + 1e-6)
+
+    mean = rows.mean(-1, keepdim=True)
+    mirrored = rows.flip(-1).mean(-1, keepdim=True)
+    squares = (rows - mean).square().mean(-1, keepdim=True)
+    other = (rows - mirrored).square().flip(-1).mean(-1, keepdim=True)
+    differs = (normed(mean, squares) != normed(mirrored, other)).any(-1)
+    assert differs.float().mean() > 0.5

@@ -20,6 +20,7 @@ _DIFFERS = {
 }
 _TELLING = 1 / 16  # the share of sampled values that must differ from the first one
 _SAMPLE = 4096
+ROWS = 2048  # of a comparison of orders
 
 Agree = Callable[..., bool]
 
@@ -88,6 +89,16 @@ def is_shortage(error: Exception) -> bool:
 def is_capturing() -> bool:
     """Whether a graph is being captured, which forbids comparisons because they wait for the device."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def rows_that_tell_orders(dim: int, device: torch.device) -> torch.Tensor:
+    """Returns `(1, ROWS, dim)` fp32 values from which sums of rows in different orders differ, in about every row.
+
+    The user's random state is left unchanged.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    rows, scale, offset = (torch.randn((1, ROWS, last), generator=generator, device=device) for last in (dim, 1, 1))
+    return rows * torch.exp(2 * scale) + offset
 
 
 def identical(a: Any, b: Any) -> bool:

@@ -13,7 +13,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from wan_patches.ops import rope
+from wan_patches.ops import proof, rope
 from wan_patches.ops.dispatch import op
 
 _SMALL, _SMALL_IN_FP32 = 1 << 21, 6_000_000  # elements below which torch's operations are as fast
@@ -165,7 +165,21 @@ def _why_not_in_one(
         return "the weight does not fit"
     if x.data_ptr() % _VECTOR or weight.data_ptr() % _VECTOR:
         return "ATen takes another norm for what lies unaligned in memory"
-    return None
+    return _why_another_order(heads * dim, x.device) if x.is_cuda else None
+
+
+@functools.lru_cache(maxsize=64)
+def _why_another_order(dim: int, device: torch.device) -> str | None:
+    """Compares the kernel with torch's norm in fp32, whatever the dtype: half dtypes would hide another order."""
+    from wan_patches.ops.triton.rms_norm import rms_norm_rope
+
+    with torch.no_grad():
+        rows = proof.rows_that_tell_orders(dim, device)
+        weight = torch.ones(dim, device=device)
+        cos = torch.ones((1, rows.shape[1], 1, 64), device=device)  # no rotation, of heads of 128 channels
+        ours, failure = proof.attempt(rms_norm_rope, (rows, weight, 1e-6, cos, torch.zeros_like(cos), dim // 128))
+        same = not failure and torch.equal(ours.flatten(2), F.rms_norm(rows, (dim,), weight, 1e-6))
+    return None if same else f"the kernel {failure or 'adds in another order than torch on this device'}"
 
 
 @rms_norm_rope_qk.form("the norms, then the rotation of both", device="cuda", smallest=rope.SMALL_ELSEWHERE)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from comparing import same
 
 from wan_patches.ops import modulation as ops
+from wan_patches.ops import proof
 from wan_patches.ops.modulation import RowPerToken, SegmentedModulation
 from wan_patches.ops.triton.layer_norm import layer_norm_modulate, residual_layer_norm_modulate
 from wan_patches.patching import tally
@@ -244,3 +245,11 @@ def test_wrong_widths_raise():
     for dim in (516, 8704):
         with pytest.raises(ValueError, match=f"{dim} channels, not a multiple of 512 up to 8192"):
             layer_norm_modulate(torch.randn(1, 1, dim), None, None, None, None, EPS)
+
+
+def test_a_device_whose_norm_adds_in_another_order_is_refused(monkeypatch):
+    monkeypatch.setattr(proof, "ROWS", 8)
+    device = torch.device("cpu")
+    assert "in another order" in ops._why_another_order.__wrapped__(1536, device)  # the CPU's
+    monkeypatch.setattr(ops.F, "layer_norm", lambda x, shape, weight, bias, eps: Norm(*shape, eps, False)(x))
+    assert ops._why_another_order.__wrapped__(1536, device) is None

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from comparing import same
 
+from wan_patches.ops import proof, rope
 from wan_patches.ops import rms_norm as ops
-from wan_patches.ops import rope
 from wan_patches.ops.triton.rms_norm import rms_norm_rope
 from wan_patches.patching import tally
 from wan_patches.patching.fidelity import gate
@@ -148,3 +148,11 @@ def test_wrong_widths_raise():
         cos, sin = tables(1, 1, channels // heads)
         with pytest.raises(ValueError, match="not a multiple of 512 channels up to 8192"):
             rms_norm_rope(torch.randn(1, 1, channels), torch.randn(channels), EPS, cos, sin, heads)
+
+
+def test_a_device_whose_norm_adds_in_another_order_is_refused(monkeypatch):
+    monkeypatch.setattr(proof, "ROWS", 8)
+    device = torch.device("cpu")
+    assert "in another order" in ops._why_another_order.__wrapped__(1536, device)  # the CPU's
+    monkeypatch.setattr(ops.F, "rms_norm", lambda x, shape, weight, eps: normed(x, weight))
+    assert ops._why_another_order.__wrapped__(1536, device) is None
