@@ -18,6 +18,8 @@ DTYPES = [torch.bfloat16, torch.float32, torch.float16]
 #: Those with tables of complex numbers in single precision, which fp32 needs no cast for.
 SINGLE = {"lumina", "nucleus", "bria_fibo2", *(n for n in RELATIVES if n.startswith(("qwen_image", "z_image")))}
 NOT_CAST = "nothing is cast, and stock's operations are the fastest"
+#: Those whose blocks are patched too: modulation, residual sums, and norms of queries and keys.
+BLOCKS = {name for name in RELATIVES if name.startswith(("wan_animate_2", "kandinsky"))}
 TWICE = "fp16 would be rounded twice, as stock rounds to bf16"
 
 
@@ -41,11 +43,22 @@ def _check(name, dtype, patches=None):
     decoding = {way for way in tally.counted() if way.entry.partition(":")[0] == "wan_patches.bindings.vae"}
     assert bool(decoding) == RELATIVES[name].decodes
     assert all(way.is_fast for way in decoding)
+    if patches is None:
+        _check_blocks(name)
     assert stock.isfinite().all()
     assert stock.std() > 0
     assert (patched.dtype, patched.stride()) == (stock.dtype, stock.stride())
     assert torch.equal(patched, stock)
     return ways
+
+
+def _check_blocks(name):
+    """Compares the ops that had calls with those that the blocks have; all of these calls were fast."""
+    entries = "wan_patches.bindings.modulation", "wan_patches.bindings.qk"
+    ways = {way for way in tally.counted() if way.entry.startswith(entries)}
+    ops = {"modulated norm", "gated residual", "RMS norm"} | ({"cast norm"} if name == "wan_animate_2" else set())
+    assert {way.op for way in ways} == (ops if name in BLOCKS else set())
+    assert all(way.is_fast for way in ways)
 
 
 def _check_ways(name, dtype, ways):
@@ -70,13 +83,13 @@ def test_all_patches_together(name):
     _check_ways(name, torch.bfloat16, _check(name, torch.bfloat16))
 
 
-_COMPILED = ("flux", "qwen_image", "kandinsky5", "prx", "ltx")  # one of each kind of tables, and PRX
+_COMPILED = ("flux", "qwen_image", "kandinsky5", "kandinsky6", "prx", "ltx")  # one of each kind of tables, and PRX
 
 
 @pytest.mark.parametrize("name", [n for n in _COMPILED if n in available()])
 def test_compiled_transformers_are_bit_identical(name):
     results = []
-    for patches in ([], ["rope"]):
+    for patches in ([], None):
         torch.compiler.reset()
         pipe = RELATIVES[name].build()
         pipe.transformer.compile(backend="eager", fullgraph=True)
@@ -84,7 +97,7 @@ def test_compiled_transformers_are_bit_identical(name):
             try:
                 results.append(RELATIVES[name].run(pipe))
             except torch._dynamo.exc.Unsupported as error:
-                if patches:
+                if patches is None:
                     raise
                 pytest.skip(f"stock itself does not compile as one graph: {str(error).splitlines()[0]}")
     assert results[0].isfinite().all()
@@ -97,8 +110,14 @@ _ADAPTED = {
     "cogview4": ["to_q", "to_k", "to_v", "to_out.0"],
     "qwen_image": ["to_q", "to_k", "to_v", "to_out.0"],
     "kandinsky5": ["to_query", "to_key", "to_value"],
+    "kandinsky6": ["to_query", "to_key", "to_value"],
+    "wan_animate_2": ["to_q", "to_k", "to_v", "to_out.0"],
     "ltx": ["to_q", "to_k", "to_v", "to_out.0"],
 }
+
+
+def _transformer(name, model):
+    return model if RELATIVES[name].alone else model.transformer
 
 
 @pytest.mark.parametrize("name", [name for name in _ADAPTED if name in available()])
@@ -110,7 +129,7 @@ def test_adapter_on_attention(name, dtype):
     without = _stock(name, pipe, dtype)
     torch.manual_seed(0)
     projections = _ADAPTED[name]
-    pipe.transformer.add_adapter(peft.LoraConfig(r=4, init_lora_weights=False, target_modules=projections))
+    _transformer(name, pipe).add_adapter(peft.LoraConfig(r=4, init_lora_weights=False, target_modules=projections))
     stock = relative.run(pipe, dtype=dtype)
     tally.reset()
     with wan_patches.enabled():
@@ -118,6 +137,8 @@ def test_adapter_on_attention(name, dtype):
     assert not torch.equal(stock, without)
     assert torch.equal(patched, stock)
     _check_ways(name, dtype, {way for way in tally.counted() if way.op.startswith("rotary embedding")})
+    if dtype != torch.float32:
+        _check_blocks(name)
 
 
 @pytest.mark.parametrize("name", [name for name in _ADAPTED if name in available()])
@@ -129,7 +150,7 @@ def test_offloaded_transformers_are_bit_identical(name):
     stock = _stock(name, pipe, torch.bfloat16)
     device = torch.device("cpu")
     try:
-        hooks.apply_group_offloading(pipe.transformer, device, device, offload_type="leaf_level")
+        hooks.apply_group_offloading(_transformer(name, pipe), device, device, offload_type="leaf_level")
     except AttributeError as error:
         pytest.skip(f"stock itself fails without an accelerator, in older versions: {error}")
     assert torch.equal(relative.run(pipe, dtype=torch.bfloat16), stock)
@@ -137,3 +158,7 @@ def test_offloaded_transformers_are_bit_identical(name):
     with wan_patches.enabled():
         assert torch.equal(relative.run(pipe, dtype=torch.bfloat16), stock)
     assert {way.is_fast for way in tally.counted() if way.op.startswith("rotary embedding")} == {True}
+    # norms have hooks, and are called as modules
+    assert {way.is_fast for way in tally.counted() if way.op == "gated residual"} == (
+        {True} if name in BLOCKS else set()
+    )

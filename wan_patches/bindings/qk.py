@@ -34,6 +34,24 @@ def qk_norm(norm: nn.RMSNorm, x: torch.Tensor) -> torch.Tensor:
     return ops.rms_norm(x, norm.weight, norm.eps)
 
 
+def head_norm(norm: nn.RMSNorm, x: torch.Tensor, cast: bool = False) -> torch.Tensor:
+    """Returns the norm of each head in `x`, `(batch, seq, heads, head_dim)`, as `qk_norm` does that of each token.
+
+    cast: for `norm(x.float()).type_as(x)`.
+    """
+    if not torch.compiler.is_compiling():
+        reason = ops.rms_norm.why_small(x)
+        if reason is None and (x.dim() != 4 or not x.is_contiguous()):
+            reason = "the heads do not lie next to each other"
+        if reason is None:
+            heads = x.flatten(1, 2)
+            reason = _reason_against_norm(norm, heads)
+            if reason is None:
+                return ops.rms_norm(heads, norm.weight, norm.eps, cast).view(x.shape)
+        tally.count(ops.rms_norm.name, "", reason)
+    return norm(x.float()).type_as(x) if cast else norm(x)
+
+
 def rotate_both(
     rotate: Rotate, query: torch.Tensor, key: torch.Tensor, *tables: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -19,23 +19,26 @@ _CHUNK = 1 << 19  # elements processed at a time: they stay in the cache from th
 
 
 @op("RMS norm")
-def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float | None) -> torch.Tensor:
+def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float | None, cast: bool = False) -> torch.Tensor:
     """Returns the RMS norm of each row of `x`.
 
     Args:
         x: `(batch, seq, dim)`, any floating dtype and strides.
         weight: `(dim,)`, in the dtype of `x`; None for ones.
-        eps: None for the machine epsilon of the dtype, as in torch.
+        eps: None for torch's default.
+        cast: whether stock casts `x` to fp32 and the result back, around the norm.
 
     Returns:
         A new tensor.
     """
+    if cast:
+        return F.rms_norm(x.float(), x.shape[-1:], weight, eps).type_as(x)
     return F.rms_norm(x, x.shape[-1:], weight, eps)
 
 
 @rms_norm.form("a few tokens at a time", device="cpu", smallest=_SMALL, smallest_in_fp32=_SMALL_IN_FP32)
-def in_chunks(x: torch.Tensor, weight: torch.Tensor | None, eps: float | None) -> torch.Tensor:
-    assert eps is not None
+def in_chunks(x: torch.Tensor, weight: torch.Tensor | None, eps: float | None, cast: bool = False) -> torch.Tensor:
+    eps = torch.finfo(torch.float32).eps if eps is None else eps
     batch, seq, dim = x.shape
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     wide = None if weight is None else weight.float()
@@ -49,24 +52,28 @@ def in_chunks(x: torch.Tensor, weight: torch.Tensor | None, eps: float | None) -
 
 
 @in_chunks.refuses
-def _(x: torch.Tensor, weight: torch.Tensor | None, eps: float | None) -> str | None:
-    if x.dim() != 3 or eps is None or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+def _(x: torch.Tensor, weight: torch.Tensor | None, eps: float | None, cast: bool = False) -> str | None:
+    if x.dim() != 3 or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return "it is not (batch, seq, dim) in fp32, bf16 or fp16"
     batch, seq, dim = x.shape
     if x.stride(2) != 1 or x.stride(1) < dim or (batch > 1 and x.stride(0) < seq * x.stride(1)):
         return "the result would lie in another order in memory"
     if weight is not None and (weight.dtype != x.dtype or weight.shape != (dim,) or not weight.is_cpu):
         return "the weight does not fit"
-    exact = _is_exact(x.dtype, dim, torch.get_num_threads())
+    exact = _is_exact(x.dtype, dim, torch.get_num_threads(), eps is None, cast)
     return None if exact else "no other form is exact with this torch, on this processor"
 
 
 @functools.lru_cache(maxsize=64)
-def _is_exact(dtype: torch.dtype, dim: int, threads: int) -> bool:
-    """Tests `in_chunks` on this processor and torch version, where the order of operations may differ."""
+def _is_exact(dtype: torch.dtype, dim: int, threads: int, by_default: bool = False, cast: bool = False) -> bool:
+    """Tests `in_chunks` on this processor and torch version, where the order of operations may differ.
+
+    by_default: whether `eps` is torch's default, which may also differ.
+    """
     generator = torch.Generator("cpu").manual_seed(0)  # leaves the user's random state unchanged
     step = max(1, _CHUNK // dim)
     x = torch.randn((1, step + 3, dim), generator=generator, dtype=torch.float32, device="cpu").to(dtype)
     weight = torch.randn((dim,), generator=generator, dtype=torch.float32, device="cpu").to(dtype)
+    eps = None if by_default else 1e-6
     with torch.no_grad():
-        return torch.equal(in_chunks(x, weight, 1e-6), F.rms_norm(x, (dim,), weight, 1e-6))
+        return torch.equal(in_chunks(x, weight, eps, cast), rms_norm.reference(x, weight, eps, cast))

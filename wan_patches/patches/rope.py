@@ -5,7 +5,7 @@ CogVideoX, CogView 4, Cosmos, ...) call a shared one, and others have relatives 
 
 Left unchanged, because their arithmetic is another: LTX 2 with tables split in halves (`addcmul_`, a fused
 multiply-add), Ernie-Image and MiniMax (products rounded in the dtype of the queries), Allegro (three axes, whose tables
-are looked up), SANA-WM (queries with their channels apart in memory), Wan-Animate 2 (copies its samples one by one).
+are looked up), SANA-WM (queries with their channels apart in memory).
 """
 
 from __future__ import annotations
@@ -131,6 +131,13 @@ _RELATIVES = (
             "complex_numbers_in_double",
         )
         for module in ("transformer_anyflow", "transformer_anyflow_far")
+    ),
+    _function(
+        "transformers.transformer_wan_animate_2",
+        "rope_apply",
+        "x, grid_sizes, freqs, time_stride",
+        "374b111880a13fea",
+        "complex_numbers_of_grids",
     ),
     _function("transformers.transformer_ltx", "apply_rotary_emb", "x, freqs", "ede1cf7514f9921a", "without_heads"),
     *(
