@@ -73,6 +73,36 @@ def test_real_sizes_and_threads(dtype, threads, dim, eps, cast, fast_forms):
     assert fast_forms
 
 
+@pytest.mark.parametrize("shape", [(1, 4097, 2240), (2, 1500, 24, 128), (9_000_000, 1), (300, 30_001)])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("dtype", DTYPES)
+@torch.no_grad()
+def test_norm_of_diffusers(dtype, threads, shape):
+    """The reference is compared with diffusers' class in the tests of the patch."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        torch.manual_seed(0)
+        x = torch.randn(shape).to(dtype)
+        for weight in (torch.randn(shape[-1]).to(dtype), None):
+            assert op.twice_rounded_in_chunks.why_not(x, weight, 1e-6) is None
+            assert torch.equal(op.twice_rounded(x, weight, 1e-6), op.twice_rounded.reference(x, weight, 1e-6))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_rows_that_torch_splits_between_threads_are_refused():
+    assert op.twice_rounded_in_chunks.why_not(torch.randn(300, 1 << 15), None, 1e-6)
+
+
+def test_trial_detects_another_order_in_the_norm_of_diffusers(monkeypatch):
+    op._is_exact_twice.cache_clear()
+    form = op.twice_rounded_in_chunks.function
+    monkeypatch.setattr(op.twice_rounded_in_chunks, "function", lambda x, weight, eps: form(x, weight, 2 * eps))
+    assert not op._is_exact_twice(torch.float32, 640, 1)
+    op._is_exact_twice.cache_clear()
+
+
 @torch.no_grad()
 def test_torch_is_used_if_its_order_of_operations_differs(fast_forms, any_size, monkeypatch):
     monkeypatch.setattr(op, "_is_exact", lambda *args: False)

@@ -169,6 +169,9 @@ def _of_tokens(device: torch.device, dtype: torch.dtype, quick: bool) -> Iterato
         for seq in _lengths(rms_norm.rms_norm, width, device, dtype, quick):
             make = functools.partial(_for_rms_norm, seq, width)
             yield Sample(rms_norm.rms_norm, _LAYOUTS[0], f"1x{seq}x{width}", make)
+        for seq in _lengths(rms_norm.twice_rounded, width, device, dtype, quick):
+            make = functools.partial(_for_rms_norm, seq, width)
+            yield Sample(rms_norm.twice_rounded, _LAYOUTS[0], f"1x{seq}x{width}", make)
         for op, both in ((rope.apply_rotary_emb, False), (rope.apply_rotary_emb_qk, True)):
             for seq in _lengths(rope.apply_rotary_emb, width, device, dtype, quick):
                 shape = f"1x{seq}x{width // _HEAD}x{_HEAD}"

@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.normalization import RMSNorm
+from diffusers.utils import is_torch_npu_available
 from torch import nn
 
 from wan_patches.bindings.forwards import is_untouched
@@ -50,6 +52,25 @@ def head_norm(norm: nn.RMSNorm, x: torch.Tensor, cast: bool = False) -> torch.Te
                 return ops.rms_norm(heads, norm.weight, norm.eps, cast).view(x.shape)
         tally.count(ops.rms_norm.name, "", reason)
     return norm(x.float()).type_as(x) if cast else norm(x)
+
+
+def norm_of_diffusers(stock: Callable[..., torch.Tensor], norm: RMSNorm, x: torch.Tensor) -> torch.Tensor:
+    """Computes `stock(norm, x)`, the forward of diffusers' own class of norms, which many transformers use.
+
+    x: `(..., dim)`.
+    """
+    if torch.compiler.is_compiling():
+        return stock(norm, x)
+    op = ops.twice_rounded
+    reason = op.why_small(x)
+    if reason is None and (not x.is_cpu or is_torch_npu_available()):
+        reason = "on other devices than CPUs the norm is diffusers'"
+    if reason is None and norm.bias is not None:
+        reason = "the norm has a bias"
+    if reason is None:
+        return op(x, norm.weight, norm.eps)
+    tally.count(op.name, "", reason)
+    return stock(norm, x)
 
 
 def rotate_both(

@@ -1,8 +1,8 @@
 """Queries and keys in the attention of Wan, Helios, Kandinsky and related models.
 
 Covers their RMS norms, and the rotary embedding of both in one call. The rotary embedding function itself belongs to
-the `rope` patch, because other code, in other libraries too, calls it differently. Unchanged is AnyFlow's attention:
-its norms are of diffusers' own class, which rounds differently from torch's.
+the `rope` patch, because other code, in other libraries too, calls it differently. AnyFlow, SANA, LTX 2, Qwen-Image and
+many others have norms of diffusers' own class, which rounds differently from torch's; the class itself is patched.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ from typing import Any
 
 from wan_patches.patches import rope
 from wan_patches.patches.versions import since
+from wan_patches.patching.codeswap import STOCK
 from wan_patches.patching.fidelity import Fidelity
 from wan_patches.patching.registry import Patch, Target
-from wan_patches.patching.rewrite import Block, Edit, Replace
+from wan_patches.patching.rewrite import Block, Body, Edit, Replace
 
 _HERE = "wan_patches.bindings.qk"
 _NORM, _BOTH = "_wan_patches_qk_norm", "_wan_patches_rotate_both"
 _HEAD_NORM = "_wan_patches_head_norm"
+_OWN_NORM, _STOCK = "_wan_patches_norm_of_diffusers", "_wan_patches_stock_norm"
 _CLOSE_NORM, _CLOSE_BOTH = "_wan_patches_close_qk_norm", "_wan_patches_close_rotate_both"
 
 
@@ -151,6 +153,26 @@ def _norms_alone(module: str, edit: Callable[[str], Replace], **processors: tupl
     )
 
 
+_OF_DIFFUSERS = Patch(
+    name="qk",
+    module="diffusers.models.normalization",
+    targets=(
+        Target(
+            "RMSNorm.forward",
+            (
+                Body(
+                    tuple(
+                        (text, f"return {_OWN_NORM}({_STOCK}, self, hidden_states)")
+                        for text in ("85acacadc40f48ee", "c1b452f77da94adf")
+                    )
+                ),
+            ),
+        ),
+    ),
+    calls={_OWN_NORM: f"{_HERE}:norm_of_diffusers", _STOCK: STOCK},
+    implementations={"CPUs": "norms a few tokens at a time"},
+)
+
 _OF_KANDINSKY = "query_norm", "key_norm"
 
 PATCHES = (
@@ -173,4 +195,5 @@ PATCHES = (
     _norms_alone("transformer_kandinsky", _heads_in_fp32, Kandinsky5AttnProcessor=_OF_KANDINSKY),
     _norms_alone("transformer_kandinsky6", _heads, Kandinsky6AttnProcessor=_OF_KANDINSKY),
     _norms_alone("transformer_kandinsky6_sr", _heads_in_fp32, Kandinsky6SRAttnProcessor=_OF_KANDINSKY),
+    _OF_DIFFUSERS,
 )
