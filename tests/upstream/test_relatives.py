@@ -88,7 +88,15 @@ def test_all_patches_together(name):
     _check_ways(name, torch.bfloat16, _check(name, torch.bfloat16))
 
 
-_COMPILED = ("flux", "qwen_image", "kandinsky5", "kandinsky6", "prx", "ltx")  # one of each kind of tables, and PRX
+_COMPILED = (
+    "flux",
+    "qwen_image",
+    "kandinsky5",
+    "kandinsky6",
+    "prx",
+    "ltx",
+    "mochi",
+)  # one of each kind of tables, and PRX
 
 
 @pytest.mark.parametrize("name", [n for n in _COMPILED if n in available()])
@@ -117,6 +125,7 @@ _ADAPTED = {
     "kandinsky5": ["to_query", "to_key", "to_value"],
     "kandinsky6": ["to_query", "to_key", "to_value"],
     "wan_animate_2": ["to_q", "to_k", "to_v", "to_out.0"],
+    "mochi": ["to_q", "to_k", "to_v", "to_out.0"],
     "ltx": ["to_q", "to_k", "to_v", "to_out.0"],
 }
 

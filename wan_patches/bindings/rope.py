@@ -84,6 +84,29 @@ def queries_and_keys_of_samples(
     return _rotated(stock, (query, key), freqs_cis, _of_samples)  # type: ignore[return-value]
 
 
+def tables_of_heads(stock: Stock, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """The function of Mochi, which has a table for each head.
+
+    x: `(batch, seq, heads, head_dim)`; cos, sin: `(seq, heads, head_dim / 2)`, fp32.
+    """
+    if torch.compiler.is_compiling():
+        return stock(x, cos, sin)  # type: ignore[no-any-return]
+    op = apply_rotary_emb
+    reason = op.why_small(x) or (OBSERVED if is_observed(x, cos, sin) else None)
+    if reason is None and not x.is_cpu:
+        reason = NO_FORM
+    if reason is None and not (
+        x.dtype in DTYPES
+        and x.is_contiguous()
+        and cos.dtype == sin.dtype == torch.float32
+        and cos.shape == sin.shape == (*x.shape[1:3], x.shape[-1] // 2)
+    ):
+        reason = _UNUSUAL
+    if reason is not None:
+        return _stock(op, reason, stock, x, cos, sin)  # type: ignore[no-any-return]
+    return op(x, cos[None], sin[None])
+
+
 def half_a_head_apart(stock: Stock, x: torch.Tensor, freqs: Any) -> torch.Tensor:
     """The function of LongCat-Audio.
 

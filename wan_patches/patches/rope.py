@@ -168,6 +168,14 @@ _RELATIVES = (
         "half_a_head_apart",
     ),
     _nested(
+        "attention_processor",
+        "MochiAttnProcessor2_0.__call__",
+        "apply_rotary_emb",
+        "*image_rotary_emb",
+        "b631632d1455c5ca",
+        "tables_of_heads",
+    ),
+    _nested(
         "transformers.transformer_kandinsky",
         "Kandinsky5AttnProcessor.__call__",
         "apply_rotary",

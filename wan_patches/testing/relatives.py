@@ -402,6 +402,11 @@ RELATIVES: Mapping[str, Relative] = {
                  _pipeline("JoyImageEditPipeline", vae=_Parts.small_wan_vae, transformer=_small(
                      "JoyImageEditTransformer3DModel", in_channels=16)),
                  {**_MASKED, **_DECODED, "image": _PICTURE}, slow=True),
+        Relative("mochi", (0, 33),
+                 _pipeline("MochiPipeline", vae=lambda make: None, transformer=_small(
+                     "MochiTransformer3DModel", in_channels=4, out_channels=4, pooled_projection_dim=64,
+                     max_sequence_length=TOKENS)),
+                 {**_BY_BOOL, "num_frames": 7}),
         Relative("longcat_audio", (0, 38), _small("LongCatAudioDiTTransformer", latent_dim=8),
                  {"hidden_states": _Normal((1, 24, 8)), "timestep": _NOISE_LEVEL, **_TEXT,
                   "encoder_attention_mask": _MASK.bool()}, alone=True),
