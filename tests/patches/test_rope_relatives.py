@@ -59,6 +59,11 @@ def _numbers(*shape: int, dtype: torch.dtype = torch.complex64) -> torch.Tensor:
     return torch.polar(torch.ones_like(angles), angles).to(dtype)
 
 
+def _split() -> tuple[torch.Tensor, torch.Tensor]:
+    angles = (torch.rand(BATCH, SEQ, HEADS, DIM // 2) * 100).transpose(1, 2)
+    return angles.cos(), angles.sin()
+
+
 def _positions() -> torch.Tensor:
     """A row for each position along one of the axes."""
     return torch.polar(torch.ones(16, DIM // 2), torch.rand(16, DIM // 2) * 100).to(torch.complex128)
@@ -125,6 +130,15 @@ CASES = {
             ("ltx2", "apply_interleaved_rotary_emb"),
             ("sana_wm_refiner", "apply_interleaved_rotary_emb"),
         )
+    },
+    **{
+        f"{name}, split": Case(
+            f"transformers.transformer_{name}",
+            "apply_split_rotary_emb",
+            lambda d: (torch.randn(BATCH, SEQ, HEADS * DIM).to(d), _split()),
+            HALVES,
+        )
+        for name in ("ltx2", "sana_wm_refiner")
     },
     "wan_animate_2": Case(
         "transformers.transformer_wan_animate_2",
@@ -338,6 +352,26 @@ def test_grids_of_wan_animate_2(grids, stride, form, dtype, any_size):
             function(*arguments)
     else:
         assert _check(function, arguments) == {form}
+
+
+@pytest.mark.parametrize("dim", [32, 44, 128])
+@pytest.mark.parametrize("threads", [1, 3, 5])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tables_split_in_halves(dtype, threads, dim, any_size):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        function = _function(CASES["ltx2, split"])
+        angles = torch.rand(1, 5, 3000, dim // 2) * 100
+        tables = angles.cos(), angles.sin()
+        for layout in (tables, [table.transpose(1, 2).contiguous().transpose(1, 2) for table in tables]):
+            forms = _check(function, (torch.randn(1, 3000, 5 * dim).to(dtype), layout))
+            assert forms == {"" if dim == 44 else HALVES}
+        x = torch.randn(1, 5, 3000, dim).to(dtype)  # with an axis of heads
+        assert _check(function, (x, tables)) == {""}
+        assert _check(function, (torch.randn(1, 3000, 5 * dim).to(dtype), [t.bfloat16() for t in tables])) == {""}
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_small_inputs_are_left_to_stock():

@@ -14,6 +14,7 @@ import torch
 from wan_patches.ops import triton
 from wan_patches.ops.dispatch import NO_FORM, OBSERVED, Op
 from wan_patches.ops.rope import DTYPES, apply_rotary_emb
+from wan_patches.ops.rope_addcmul import apply_rotary_emb_by_addcmul, in_chunks
 from wan_patches.ops.rope_complex import apply_complex_rotary_emb
 from wan_patches.ops.rope_per_channel import PairTables, apply_rotary_emb_per_channel, pairs
 from wan_patches.ops.tracing import is_observed
@@ -105,6 +106,32 @@ def tables_of_heads(stock: Stock, x: torch.Tensor, cos: torch.Tensor, sin: torch
     if reason is not None:
         return _stock(op, reason, stock, x, cos, sin)  # type: ignore[no-any-return]
     return op(x, cos[None], sin[None])
+
+
+def by_addcmul(stock: Stock, x: torch.Tensor, freqs: Any) -> torch.Tensor:
+    """The function of LTX 2 for tables split in halves.
+
+    x: `(batch, seq, dim)`; `freqs`: cosines and sines, `(batch, heads, seq, head_dim / 2)` each, fp32.
+    """
+    if torch.compiler.is_compiling():
+        return stock(x, freqs)  # type: ignore[no-any-return]
+    op = apply_rotary_emb_by_addcmul
+    reason = op.why_small(x)
+    if reason is None and not (isinstance(freqs, (tuple, list)) and len(freqs) == 2):
+        reason = _UNUSUAL
+    reason = reason or (OBSERVED if is_observed(x, *freqs) else None)
+    if reason is None and not x.is_cpu:
+        reason = NO_FORM
+    if reason is None:
+        cos, sin = (table.transpose(1, 2) if table.dim() == 4 else table for table in freqs)
+        of_heads = (*cos.shape[:3], 2 * cos.shape[-1])
+        if x.dim() != 3 or cos.dim() != 4 or x.shape != (*of_heads[:2], of_heads[2] * of_heads[3]):
+            reason = _UNUSUAL
+        else:
+            reason = in_chunks.refusal(x.unflatten(2, of_heads[2:]), cos, sin)
+    if reason is not None:
+        return _stock(op, reason, stock, x, freqs)  # type: ignore[no-any-return]
+    return op(x.unflatten(2, of_heads[2:]), cos, sin).flatten(2)
 
 
 def half_a_head_apart(stock: Stock, x: torch.Tensor, freqs: Any) -> torch.Tensor:

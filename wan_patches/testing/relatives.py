@@ -382,12 +382,15 @@ RELATIVES: Mapping[str, Relative] = {
                  _pipeline("LTXPipeline",
                            transformer=_small("LTXVideoTransformer3DModel", in_channels=8, out_channels=8)),
                  {**_ATTENDED, "num_frames": 17}),
-        Relative("ltx2", (0, 37),
-                 _small("LTX2VideoTransformer3DModel", in_channels=8, out_channels=8, audio_in_channels=8,
-                        audio_out_channels=8, **_AUDIO),
-                 {"hidden_states": _Normal((1, 24, 8)), "num_frames": 2, "height": 3, "width": 4, **_TEXT,
-                  "audio_hidden_states": _Normal((1, 5, 8)), "audio_encoder_hidden_states": _PROMPT,
-                  "audio_num_frames": 5, "timestep": _TIME[None]}, alone=True),
+        *(
+            Relative(name, (0, 37),
+                     _small("LTX2VideoTransformer3DModel", in_channels=8, out_channels=8, audio_in_channels=8,
+                            audio_out_channels=8, rope_type=kind, **_AUDIO),
+                     {"hidden_states": _Normal((1, 24, 8)), "num_frames": 2, "height": 3, "width": 4, **_TEXT,
+                      "audio_hidden_states": _Normal((1, 5, 8)), "audio_encoder_hidden_states": _PROMPT,
+                      "audio_num_frames": 5, "timestep": _TIME[None]}, alone=True)
+            for name, kind in (("ltx2", "interleaved"), ("ltx2_split", "split"))
+        ),
         Relative("sana_wm_refiner", (0, 42),
                  _small("SanaWMLTX2RefinerTransformer3DModel", in_channels=8, out_channels=8, **_AUDIO),
                  {"hidden_states": _Normal((1, 24, 8)), "timestep": _TIME.expand(1, 24), **_TEXT,
