@@ -3,8 +3,8 @@
 The Wan family nests one in its attention processors, and Helios has its own. Nineteen transformers (Flux, HunyuanVideo,
 CogVideoX, CogView 4, Cosmos, ...) call a shared one, and others have relatives of it.
 
-Left unchanged: Ernie-Image and MiniMax (products rounded in the dtype of the queries), Allegro (three axes, whose tables
-are looked up), SANA-WM (heads of 112 channels, of which stock's complex products round a rest differently).
+Left unchanged: Ernie-Image and MiniMax (products rounded in the dtype of the queries), Allegro (three axes, whose
+tables are looked up), SANA-WM (heads of 112 channels, of which stock's complex products round a rest differently).
 """
 
 from __future__ import annotations
