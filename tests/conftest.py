@@ -61,6 +61,7 @@ LONG = (
     "bench/test_block.py",
     "bench/test_pipeline.py",
     "patches/test_modulation.py",
+    "patches/test_blocks_of_relatives.py",
     "bench/test_ops.py",
     "ops/triton/test_rope.py",
     "properties/test_registry.py",

@@ -159,7 +159,7 @@ def test_models_of_other_families_have_rows():
     rows = measure_others(["flux", "qwen_image"])
     assert [(row.family, row.patches, row.identical) for row in rows] == [
         ("flux", ("rope",), True),
-        ("qwen_image", ("rope", "vae"), True),
+        ("qwen_image", ("qk", "rope", "vae"), True),
     ]
     assert all(fast == total > 0 for row in rows for fast, total in row.calls.values())
     text = others(rows)

@@ -49,7 +49,18 @@ def _fast_calls():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("threads", [1, 2, 3, 4])
-@pytest.mark.parametrize("shape", [(1, 1000, 12, 128), (2, 517, 3, 64), (1, 8191, 2, 96), (1, 777, 5, 32)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 1000, 12, 128),
+        (2, 517, 3, 64),
+        (1, 8191, 2, 96),
+        (1, 777, 5, 32),
+        (1, 4096, 20, 112),
+        (2, 517, 3, 72),
+        (1, 999, 5, 44),
+    ],
+)
 def test_rope_is_bit_identical_to_stock(shape, dtype, threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)

@@ -255,3 +255,126 @@ def test_norms_that_no_kernel_takes_are_bit_identical_to_stock(why, in_one, monk
     assert len(in_one) == (2 if why == "difference" else 0)
     taken = {way.form for way in tally.counted() if way.op == op.rms_norm_rope_qk.name and way.is_fast}
     assert taken == ({"the norms, then the rotation of both"} if why in ("width", "difference") else set())
+
+
+# Norms of diffusers' own class
+
+_WAYS = {
+    "as usual": (None, {}),
+    "of heads": ("heads", {}),
+    "without weights": (None, {"elementwise_affine": False}),
+    "with a bias": (None, {"bias": True}),
+    "weights in fp32": (None, {}),
+    "weights in bf16": (None, {}),
+    "a part of a projection": ("part", {}),
+    "heads before tokens": ("transposed", {}),
+    "heads before tokens, one sample": ("transposed, one", {}),
+    "one token": ("one", {}),
+}
+
+
+def _input(layout, dtype):
+    torch.manual_seed(2)
+    x = torch.randn(2, SEQ, 3 * DIM).to(dtype) * 3
+    if layout == "part":
+        return x[..., :DIM]
+    x = x[..., :DIM].contiguous()
+    if layout == "one":
+        return x[0, 0]
+    if layout is not None:
+        x = x.unflatten(2, (-1, 24))
+    x = x[:1] if layout == "transposed, one" else x
+    return x if layout in (None, "heads") else x.transpose(1, 2)
+
+
+def _norm_of_diffusers(x, dtype, **options):
+    from diffusers.models.normalization import RMSNorm
+
+    torch.manual_seed(3)
+    norm = RMSNorm(x.shape[-1], 1e-6, **options)
+    for parameter in norm.parameters():
+        torch.nn.init.normal_(parameter)
+    return norm.to(dtype)
+
+
+def _own_forms():
+    return {way.form for way in tally.counted() if way.op == op.twice_rounded.name}
+
+
+@pytest.mark.parametrize("way", _WAYS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_norms_of_diffusers_are_bit_identical_to_stock(way, dtype, any_size, monkeypatch):
+    monkeypatch.setattr(op, "_CHUNK", 7 * DIM)
+    layout, options = _WAYS[way]
+    x = _input(layout, dtype)
+    norm = _norm_of_diffusers(
+        x, {"weights in fp32": torch.float32, "weights in bf16": torch.bfloat16}.get(way, dtype), **options
+    )
+    with torch.no_grad():
+        stock = norm(x)
+        tally.reset()
+        with wan_patches.enabled(["qk"]):
+            ours = norm(x)
+    assert (ours.dtype, ours.stride()) == (stock.dtype, stock.stride())
+    assert torch.equal(ours, stock)
+    fits = norm.weight is None or norm.weight.dtype == dtype
+    left = way in ("with a bias", "a part of a projection", "one token")
+    assert _own_forms() == ({"a few tokens at a time"} if fits and not left else {""})
+
+
+def test_hooks_of_norms_of_diffusers_run(any_size):
+    x, seen = _input(None, torch.bfloat16), []
+    norm = _norm_of_diffusers(x, torch.bfloat16)
+    norm.register_forward_hook(lambda module, args, result: seen.append(result.clone()) or result + 1)
+    with torch.no_grad():
+        stock = norm(x)
+        with wan_patches.enabled(["qk"]):
+            assert torch.equal(norm(x), stock)
+    assert len(seen) == 2
+    assert torch.equal(*seen)
+    assert _own_forms() == {"a few tokens at a time"}
+
+
+def test_norms_of_diffusers_have_the_gradients_of_stock(any_size):
+    x = _input(None, torch.float32)
+    norm = _norm_of_diffusers(x, torch.float32)
+
+    def gradients():
+        leaf = x.clone().requires_grad_()
+        norm.zero_grad()
+        norm(leaf).square().sum().backward()
+        return leaf.grad, norm.weight.grad.clone()
+
+    stock = gradients()
+    tally.reset()
+    with wan_patches.enabled(["qk"]):
+        assert all(map(torch.equal, gradients(), stock))
+    assert _own_forms() == {""}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_compiled_norms_of_diffusers_are_stock(dtype, any_size):
+    x = _input(None, dtype)
+    norm = _norm_of_diffusers(x, dtype)
+    results, graphs = [], []
+
+    def backend(graph, _):
+        graphs.append([node.target for node in graph.graph.nodes])
+        return graph.forward
+
+    for patches in ([], ["qk"]):
+        torch.compiler.reset()
+        with wan_patches.enabled(patches), torch.no_grad():
+            results.append(torch.compile(norm, backend=backend, fullgraph=True)(x))
+    assert torch.equal(*results)
+    assert len(graphs) == 2
+    assert graphs[0] == graphs[1]
+
+
+def test_norms_of_diffusers_on_other_devices_are_stock(any_size):
+    x = _input(None, torch.bfloat16).to("meta")
+    norm = _norm_of_diffusers(x, torch.bfloat16).to("meta")
+    tally.reset()
+    with wan_patches.enabled(["qk"]), torch.no_grad():
+        assert norm(x).shape == x.shape
+    assert _own_forms() == {""}

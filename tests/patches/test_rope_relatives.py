@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -56,6 +57,16 @@ def _of_halves() -> tuple[torch.Tensor, torch.Tensor]:
 def _numbers(*shape: int, dtype: torch.dtype = torch.complex64) -> torch.Tensor:
     angles = _angles(*shape)
     return torch.polar(torch.ones_like(angles), angles).to(dtype)
+
+
+def _split() -> tuple[torch.Tensor, torch.Tensor]:
+    angles = (torch.rand(BATCH, SEQ, HEADS, DIM // 2) * 100).transpose(1, 2)
+    return angles.cos(), angles.sin()
+
+
+def _positions() -> torch.Tensor:
+    """A row for each position along one of the axes."""
+    return torch.polar(torch.ones(16, DIM // 2), torch.rand(16, DIM // 2) * 100).to(torch.complex128)
 
 
 def _matrices(*shape: int) -> torch.Tensor:
@@ -120,6 +131,21 @@ CASES = {
             ("sana_wm_refiner", "apply_interleaved_rotary_emb"),
         )
     },
+    **{
+        f"{name}, split": Case(
+            f"transformers.transformer_{name}",
+            "apply_split_rotary_emb",
+            lambda d: (torch.randn(BATCH, SEQ, HEADS * DIM).to(d), _split()),
+            HALVES,
+        )
+        for name in ("ltx2", "sana_wm_refiner")
+    },
+    "wan_animate_2": Case(
+        "transformers.transformer_wan_animate_2",
+        "rope_apply",
+        lambda d: (_queries(d), torch.tensor([[3, 10, 10], [12, 5, 5]]), _positions()),
+        HALVES,
+    ),
     "joyimage": Case(
         "transformers.transformer_joyimage",
         "_apply_rotary_emb",
@@ -283,7 +309,7 @@ def test_gradients_are_those_of_stock(name, any_size):
     assert not any(way.form for way in tally.counted())
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name in CASES if name != "wan_animate_2"])  # which reads its grid sizes
 def test_compiled_calls_have_one_graph_and_the_bits_of_stock(name, any_size):
     function = _function(CASES[name])
     arguments = CASES[name].arguments(torch.float32)
@@ -302,6 +328,50 @@ def test_compiled_calls_have_one_graph_and_the_bits_of_stock(name, any_size):
     assert len(graphs) == 2
     assert graphs[0] == graphs[1]
     assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize(
+    ("grids", "stride", "form"),
+    [
+        ([[5, 2, 30]] * 2, 1, HALVES),
+        ([[5, 2, 30]] * 2, 3, HALVES),
+        ([[4, 2, 30]] * 2, 1, ""),  # the rest of the tokens is not rotated
+        ([[5, 2, 30]], 1, ""),  # and neither is the second sample returned
+        ([[5, 2, 30]] * 2, 8, ""),  # positions past the end of the table
+    ],
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_grids_of_wan_animate_2(grids, stride, form, dtype, any_size):
+    function = _function(CASES["wan_animate_2"])
+    table = torch.cat([_positions()] * 2)
+    arguments = _queries(dtype), torch.tensor(grids), table, stride
+    if stride == 8:
+        with pytest.raises(RuntimeError) as of_stock:
+            function(*arguments)
+        with wan_patches.enabled(["rope"]), pytest.raises(RuntimeError, match=re.escape(str(of_stock.value))):
+            function(*arguments)
+    else:
+        assert _check(function, arguments) == {form}
+
+
+@pytest.mark.parametrize("dim", [32, 44, 128])
+@pytest.mark.parametrize("threads", [1, 3, 5])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tables_split_in_halves(dtype, threads, dim, any_size):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        function = _function(CASES["ltx2, split"])
+        angles = torch.rand(1, 5, 3000, dim // 2) * 100
+        tables = angles.cos(), angles.sin()
+        for layout in (tables, [table.transpose(1, 2).contiguous().transpose(1, 2) for table in tables]):
+            forms = _check(function, (torch.randn(1, 3000, 5 * dim).to(dtype), layout))
+            assert forms == {"" if dim == 44 else HALVES}
+        x = torch.randn(1, 5, 3000, dim).to(dtype)  # with an axis of heads
+        assert _check(function, (x, tables)) == {""}
+        assert _check(function, (torch.randn(1, 3000, 5 * dim).to(dtype), [t.bfloat16() for t in tables])) == {""}
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_small_inputs_are_left_to_stock():
@@ -325,7 +395,8 @@ def test_devices_without_a_form_are_left_to_stock(name, any_size):
     def on_meta(value: Any) -> Any:
         if isinstance(value, (tuple, list)):
             return tuple(map(on_meta, value))
-        return value.to("meta") if isinstance(value, torch.Tensor) else value
+        is_moved = isinstance(value, torch.Tensor) and value.dtype != torch.int64  # grid sizes are read
+        return value.to("meta") if is_moved else value
 
     function, arguments = _function(CASES[name]), on_meta(CASES[name].arguments(torch.bfloat16))
     stock = _tensors(function(*arguments))

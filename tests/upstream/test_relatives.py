@@ -22,6 +22,10 @@ PREPROCESSING = {"cosmos2_v2w", "ltx_i2v", "ltx_condition", "hunyuan_video_i2v",
     f"cogvideox_{kind}" for kind in ("i2v", "v2v", "control")
 }
 NOT_CAST = "nothing is cast, and stock's operations are the fastest"
+#: Those whose blocks are patched too: modulation, residual sums, and norms of queries and keys.
+BLOCKS = {name for name in RELATIVES if name.startswith(("wan_animate_2", "kandinsky"))}
+#: Those with norms of parts of a projection, or of an autoencoder's channels, which do not lie next to each other.
+PARTS = {"ace_step", "prx", "ltx_i2v", "ltx_condition"}
 TWICE = "fp16 would be rounded twice, as stock rounds to bf16"
 
 
@@ -48,11 +52,25 @@ def _check(name, dtype, patches=None):
     preprocessing = {way for way in tally.counted() if way.op == "preprocess"}
     assert all(way.is_fast for way in preprocessing)
     assert bool(preprocessing) == (name in PREPROCESSING)
+    if patches is None:
+        _check_blocks(name)
     assert stock.isfinite().all()
     assert stock.std() > 0
     assert (patched.dtype, patched.stride()) == (stock.dtype, stock.stride())
     assert torch.equal(patched, stock)
     return ways
+
+
+def _check_blocks(name):
+    """Compares the ops that had calls with those that the blocks have; all of these calls were fast."""
+    entries = "wan_patches.bindings.modulation", "wan_patches.bindings.qk"
+    ways = {way for way in tally.counted() if way.entry.startswith(entries)}
+    of_diffusers = {way for way in ways if way.op == "RMS norm of diffusers"}
+    assert all(way.is_fast or name in PARTS for way in of_diffusers)
+    ways -= of_diffusers
+    ops = {"modulated norm", "gated residual", "RMS norm"} | ({"cast norm"} if name == "wan_animate_2" else set())
+    assert {way.op for way in ways} == (ops if name in BLOCKS else set())
+    assert all(way.is_fast for way in ways)
 
 
 def _check_ways(name, dtype, ways):
@@ -77,13 +95,21 @@ def test_all_patches_together(name):
     _check_ways(name, torch.bfloat16, _check(name, torch.bfloat16))
 
 
-_COMPILED = ("flux", "qwen_image", "kandinsky5", "prx", "ltx")  # one of each kind of tables, and PRX
+_COMPILED = (
+    "flux",
+    "qwen_image",
+    "kandinsky5",
+    "kandinsky6",
+    "prx",
+    "ltx",
+    "mochi",
+)  # one of each kind of tables, and PRX
 
 
 @pytest.mark.parametrize("name", [n for n in _COMPILED if n in available()])
 def test_compiled_transformers_are_bit_identical(name):
     results = []
-    for patches in ([], ["rope"]):
+    for patches in ([], None):
         torch.compiler.reset()
         pipe = RELATIVES[name].build()
         pipe.transformer.compile(backend="eager", fullgraph=True)
@@ -91,7 +117,7 @@ def test_compiled_transformers_are_bit_identical(name):
             try:
                 results.append(RELATIVES[name].run(pipe))
             except torch._dynamo.exc.Unsupported as error:
-                if patches:
+                if patches is None:
                     raise
                 pytest.skip(f"stock itself does not compile as one graph: {str(error).splitlines()[0]}")
     assert results[0].isfinite().all()
@@ -104,8 +130,15 @@ _ADAPTED = {
     "cogview4": ["to_q", "to_k", "to_v", "to_out.0"],
     "qwen_image": ["to_q", "to_k", "to_v", "to_out.0"],
     "kandinsky5": ["to_query", "to_key", "to_value"],
+    "kandinsky6": ["to_query", "to_key", "to_value"],
+    "wan_animate_2": ["to_q", "to_k", "to_v", "to_out.0"],
+    "mochi": ["to_q", "to_k", "to_v", "to_out.0"],
     "ltx": ["to_q", "to_k", "to_v", "to_out.0"],
 }
+
+
+def _transformer(name, model):
+    return model if RELATIVES[name].alone else model.transformer
 
 
 @pytest.mark.parametrize("name", [name for name in _ADAPTED if name in available()])
@@ -117,7 +150,7 @@ def test_adapter_on_attention(name, dtype):
     without = _stock(name, pipe, dtype)
     torch.manual_seed(0)
     projections = _ADAPTED[name]
-    pipe.transformer.add_adapter(peft.LoraConfig(r=4, init_lora_weights=False, target_modules=projections))
+    _transformer(name, pipe).add_adapter(peft.LoraConfig(r=4, init_lora_weights=False, target_modules=projections))
     stock = relative.run(pipe, dtype=dtype)
     tally.reset()
     with wan_patches.enabled():
@@ -125,6 +158,8 @@ def test_adapter_on_attention(name, dtype):
     assert not torch.equal(stock, without)
     assert torch.equal(patched, stock)
     _check_ways(name, dtype, {way for way in tally.counted() if way.op.startswith("rotary embedding")})
+    if dtype != torch.float32:
+        _check_blocks(name)
 
 
 @pytest.mark.parametrize("name", [name for name in _ADAPTED if name in available()])
@@ -136,7 +171,7 @@ def test_offloaded_transformers_are_bit_identical(name):
     stock = _stock(name, pipe, torch.bfloat16)
     device = torch.device("cpu")
     try:
-        hooks.apply_group_offloading(pipe.transformer, device, device, offload_type="leaf_level")
+        hooks.apply_group_offloading(_transformer(name, pipe), device, device, offload_type="leaf_level")
     except AttributeError as error:
         pytest.skip(f"stock itself fails without an accelerator, in older versions: {error}")
     assert torch.equal(relative.run(pipe, dtype=torch.bfloat16), stock)
@@ -144,3 +179,7 @@ def test_offloaded_transformers_are_bit_identical(name):
     with wan_patches.enabled():
         assert torch.equal(relative.run(pipe, dtype=torch.bfloat16), stock)
     assert {way.is_fast for way in tally.counted() if way.op.startswith("rotary embedding")} == {True}
+    # norms have hooks, and are called as modules
+    assert {way.is_fast for way in tally.counted() if way.op == "gated residual"} == (
+        {True} if name in BLOCKS else set()
+    )

@@ -32,6 +32,7 @@ from wan_patches.ops import (
     norm_silu,
     rms_norm,
     rope,
+    rope_addcmul,
     rope_complex,
     rope_per_channel,
 )
@@ -226,6 +227,9 @@ def _of_tokens(device: torch.device, dtype: torch.dtype, quick: bool) -> Iterato
                 shape = f"1x{seq}x{width // _HEAD}x{_HEAD}"
                 make = functools.partial(_for_rms_norms_rope, seq, width)
                 yield Sample(rms_norm.rms_norm_rope_qk, _LAYOUTS[0], shape, make)
+        for seq in _lengths(rms_norm.twice_rounded, width, device, dtype, quick):
+            make = functools.partial(_for_rms_norm, seq, width)
+            yield Sample(rms_norm.twice_rounded, _LAYOUTS[0], f"1x{seq}x{width}", make)
         for op, both in ((rope.apply_rotary_emb, False), (rope.apply_rotary_emb_qk, True)):
             for seq in _lengths(rope.apply_rotary_emb, width, device, dtype, quick):
                 shape = f"1x{seq}x{width // _HEAD}x{_HEAD}"
@@ -234,6 +238,10 @@ def _of_tokens(device: torch.device, dtype: torch.dtype, quick: bool) -> Iterato
             shape = f"1x{seq}x{width // _HEAD}x{_HEAD}"
             make = functools.partial(_for_rope_in_halves, seq, width)
             yield Sample(rope_per_channel.apply_rotary_emb_per_channel, "pairs half a head apart", shape, make)
+        for seq in _lengths(rope_addcmul.apply_rotary_emb_by_addcmul, width, device, dtype, quick):
+            shape = f"1x{seq}x{width // _HEAD}x{_HEAD}"
+            make = functools.partial(_for_rope_by_addcmul, seq, width)
+            yield Sample(rope_addcmul.apply_rotary_emb_by_addcmul, _LAYOUTS[0], shape, make)
         for precision in (torch.float32, torch.float64):
             for seq in _lengths(rope_complex.apply_complex_rotary_emb, width, device, dtype, quick):
                 if precision == torch.float32 and on_cpu:
@@ -310,6 +318,11 @@ def _for_rope(seq: int, dim: int, both: bool, device: torch.device, dtype: torch
     angles = torch.rand(1, seq, 1, _HEAD // 2, device=device) * 100
     x = [torch.randn(1, seq, dim // _HEAD, _HEAD, device=device, dtype=dtype) for _ in range(1 + both)]
     return *x, angles.cos(), angles.sin()
+
+
+def _for_rope_by_addcmul(seq: int, dim: int, device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
+    angles = torch.rand(1, seq, dim // _HEAD, _HEAD // 2, device=device) * 100
+    return torch.randn(1, seq, dim // _HEAD, _HEAD).to(device, dtype), angles.cos(), angles.sin()
 
 
 def _for_rope_in_halves(seq: int, dim: int, device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:

@@ -122,13 +122,14 @@ def _pipeline(cls: Any, reports: Sequence[wan_patches.Report]) -> Pipeline:
         if found.__module__.startswith("diffusers.models.")
     ]
     used = {cls, *(found for classes in components.values() for found in classes)}
-    names = {base.__module__ for found in used for base in found.__mro__[:-1]} - _GENERAL
+    bases = [base for found in used for base in found.__mro__[:-1] if not base.__name__.endswith("Mixin")]
+    names = {base.__module__ for base in bases} - _GENERAL
     modules = [sys.modules[name] for name in names if name.startswith("diffusers.")]
     patches = {_name(report) for report in reports if any(_reaches(report, module) for module in modules)}
     return Pipeline(cls.__name__, tuple(dict.fromkeys(denoisers)), tuple(sorted(patches - {*_OF_CHOICE})))
 
 
-#: Modules of base classes, which import models of all kinds.
+#: Modules of base classes. They, and those of mixins, import models and layers of all kinds.
 _GENERAL = {"diffusers.pipelines.pipeline_utils", "diffusers.models.modeling_utils", "diffusers.configuration_utils"}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from diffusers.models.normalization import FP32LayerNorm
 from torch import nn
 
 from wan_patches.bindings.forwards import has_global_hooks, is_untouched, runs
-from wan_patches.bindings.stock_functions import are_torch_functions
+from wan_patches.bindings.stock_functions import are_torch_functions, is_library_function
 from wan_patches.ops import fused_norm
 from wan_patches.ops import modulation as ops
 from wan_patches.ops.dispatch import SMALL, Op
@@ -19,6 +19,8 @@ from wan_patches.ops.modulation import Modulation, RowPerToken, SegmentedModulat
 from wan_patches.ops.tracing import is_observed, is_transformed
 from wan_patches.patches.modulation import CLOSE_PREFIX, NORM, OF_BLOCK, PREFIX
 from wan_patches.patching import tally
+
+Stock = Callable[..., torch.Tensor]
 
 
 def modulated_norm(norm: nn.Module, x: torch.Tensor, scale: Modulation, shift: Modulation) -> torch.Tensor:
@@ -68,6 +70,53 @@ def close_residual_norm(
 def close_cast_norm(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """Computes `cast_norm` with different rounding; see `wan_patches.ops.fused_norm`."""
     return _around(norm, fused_norm.cast_norm, x, norm)
+
+
+def scale_shift(
+    stock: Stock, norm: nn.Module, x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor
+) -> torch.Tensor:
+    """Computes `stock(norm(x.float()), x, scale, shift)`, which in Kandinsky 6 is `modulated_norm`.
+
+    scale, shift: `(batch, dim)` in any dtype.
+    """
+    return _by_function(stock, modulated_norm, norm, x, scale, shift)
+
+
+def close_scale_shift(
+    stock: Stock, norm: nn.Module, x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor
+) -> torch.Tensor:
+    """Computes `scale_shift` with different rounding; see `wan_patches.ops.fused_norm`."""
+    return _by_function(stock, close_modulated_norm, norm, x, scale, shift)
+
+
+def _by_function(
+    stock: Stock,
+    ours: Callable[..., torch.Tensor],
+    norm: nn.Module,
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+) -> torch.Tensor:
+    if torch.compiler.is_compiling() or not is_library_function(stock):
+        return stock(norm(x.float()), x, scale, shift)
+    return ours(norm, x, _of_all_tokens(scale, x), _of_all_tokens(shift, x))
+
+
+def gate_sum(stock: Stock, x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    """Computes `stock(x, y, gate)`, which in Kandinsky 6 is `gated_residual`.
+
+    gate: `(batch, dim)` in any dtype.
+    """
+    if torch.compiler.is_compiling() or not is_library_function(stock):
+        return stock(x, y, gate)
+    return gated_residual(x, y, _of_all_tokens(gate, x), cast=True)
+
+
+def _of_all_tokens(modulation: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Returns a modulation of `(batch, dim)` in fp32, with the axes of `x`."""
+    if x.dim() > 2 and modulation.dim() == 2:
+        modulation = modulation.unflatten(0, (-1, *(1,) * (x.dim() - 2)))
+    return modulation.float()
 
 
 def _around(norm: nn.Module, op: Op, *args: Any) -> Any:
@@ -192,7 +241,7 @@ def _reason_against_norm(norm: nn.Module) -> str | None:
     """Why a norm has to be called as in stock, or None if it can be called on a few tokens at a time."""
     if not are_torch_functions(F.layer_norm, torch.layer_norm):
         return "torch's layer norm is not its own"
-    if type(norm) is not FP32LayerNorm:
+    if type(norm) is not FP32LayerNorm and not (type(norm) is nn.LayerNorm and norm.weight is norm.bias is None):
         return f"the norm is {type(norm).__name__}"
     if not is_untouched(norm):
         return "the norm has hooks, or a forward that is not diffusers'"

@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.normalization import RMSNorm
+from diffusers.utils import is_torch_npu_available
 from torch import nn
 
 from wan_patches.bindings.forwards import is_untouched
@@ -39,6 +41,43 @@ def qk_norm(norm: nn.RMSNorm, x: torch.Tensor, tables: object = None) -> torch.T
         tally.count(ops.rms_norm.name, "", reason)
         return norm(x)
     return ops.rms_norm(x, norm.weight, norm.eps)
+
+
+def head_norm(norm: nn.RMSNorm, x: torch.Tensor, cast: bool = False) -> torch.Tensor:
+    """Returns the norm of each head in `x`, `(batch, seq, heads, head_dim)`, as `qk_norm` does that of each token.
+
+    cast: for `norm(x.float()).type_as(x)`.
+    """
+    if not torch.compiler.is_compiling():
+        reason = ops.rms_norm.why_small(x)
+        if reason is None and (x.dim() != 4 or not x.is_contiguous()):
+            reason = "the heads do not lie next to each other"
+        if reason is None:
+            heads = x.flatten(1, 2)
+            reason = _reason_against_norm(norm, heads)
+            if reason is None:
+                return ops.rms_norm(heads, norm.weight, norm.eps, cast).view(x.shape)
+        tally.count(ops.rms_norm.name, "", reason)
+    return norm(x.float()).type_as(x) if cast else norm(x)
+
+
+def norm_of_diffusers(stock: Callable[..., torch.Tensor], norm: RMSNorm, x: torch.Tensor) -> torch.Tensor:
+    """Computes `stock(norm, x)`, the forward of diffusers' own class of norms, which many transformers use.
+
+    x: `(..., dim)`.
+    """
+    if torch.compiler.is_compiling():
+        return stock(norm, x)
+    op = ops.twice_rounded
+    reason = op.why_small(x)
+    if reason is None and (not x.is_cpu or is_torch_npu_available()):
+        reason = "on other devices than CPUs the norm is diffusers'"
+    if reason is None and norm.bias is not None:
+        reason = "the norm has a bias"
+    if reason is None:
+        return op(x, norm.weight, norm.eps)
+    tally.count(op.name, "", reason)
+    return stock(norm, x)
 
 
 def rotate_both(

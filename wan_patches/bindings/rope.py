@@ -14,6 +14,7 @@ import torch
 from wan_patches.ops import triton
 from wan_patches.ops.dispatch import NO_FORM, OBSERVED, Op
 from wan_patches.ops.rope import DTYPES, apply_rotary_emb
+from wan_patches.ops.rope_addcmul import apply_rotary_emb_by_addcmul, in_chunks
 from wan_patches.ops.rope_complex import apply_complex_rotary_emb
 from wan_patches.ops.rope_per_channel import PairTables, apply_rotary_emb_per_channel, pairs
 from wan_patches.ops.tracing import is_observed
@@ -22,6 +23,7 @@ from wan_patches.patching import tally
 Stock = Callable[..., Any]
 
 _UNUSUAL = "the queries or the tables do not have the usual shapes"
+_PER_DEVICE = "products of complex numbers are rounded differently on each kind of device"
 _UNLIKE = "the cosines or the sines of a pair differ"
 
 
@@ -81,6 +83,55 @@ def queries_and_keys_of_samples(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The function of JoyImage Edit Plus, whose tables are `(batch, seq, head_dim)`."""
     return _rotated(stock, (query, key), freqs_cis, _of_samples)  # type: ignore[return-value]
+
+
+def tables_of_heads(stock: Stock, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """The function of Mochi, which has a table for each head.
+
+    x: `(batch, seq, heads, head_dim)`; cos, sin: `(seq, heads, head_dim / 2)`, fp32.
+    """
+    if torch.compiler.is_compiling():
+        return stock(x, cos, sin)  # type: ignore[no-any-return]
+    op = apply_rotary_emb
+    reason = op.why_small(x) or (OBSERVED if is_observed(x, cos, sin) else None)
+    if reason is None and not x.is_cpu:
+        reason = NO_FORM
+    if reason is None and not (
+        x.dtype in DTYPES
+        and x.is_contiguous()
+        and cos.dtype == sin.dtype == torch.float32
+        and cos.shape == sin.shape == (*x.shape[1:3], x.shape[-1] // 2)
+    ):
+        reason = _UNUSUAL
+    if reason is not None:
+        return _stock(op, reason, stock, x, cos, sin)  # type: ignore[no-any-return]
+    return op(x, cos[None], sin[None])
+
+
+def by_addcmul(stock: Stock, x: torch.Tensor, freqs: Any) -> torch.Tensor:
+    """The function of LTX 2 for tables split in halves.
+
+    x: `(batch, seq, dim)`; `freqs`: cosines and sines, `(batch, heads, seq, head_dim / 2)` each, fp32.
+    """
+    if torch.compiler.is_compiling():
+        return stock(x, freqs)  # type: ignore[no-any-return]
+    op = apply_rotary_emb_by_addcmul
+    reason = op.why_small(x)
+    if reason is None and not (isinstance(freqs, (tuple, list)) and len(freqs) == 2):
+        reason = _UNUSUAL
+    reason = reason or (OBSERVED if is_observed(x, *freqs) else None)
+    if reason is None and not x.is_cpu:
+        reason = NO_FORM
+    if reason is None:
+        cos, sin = (table.transpose(1, 2) if table.dim() == 4 else table for table in freqs)
+        of_heads = (*cos.shape[:3], 2 * cos.shape[-1])
+        if x.dim() != 3 or cos.dim() != 4 or x.shape != (*of_heads[:2], of_heads[2] * of_heads[3]):
+            reason = _UNUSUAL
+        else:
+            reason = in_chunks.refusal(x.unflatten(2, of_heads[2:]), cos, sin)
+    if reason is not None:
+        return _stock(op, reason, stock, x, freqs)  # type: ignore[no-any-return]
+    return op(x.unflatten(2, of_heads[2:]), cos, sin).flatten(2)
 
 
 def half_a_head_apart(stock: Stock, x: torch.Tensor, freqs: Any) -> torch.Tensor:
@@ -144,6 +195,51 @@ def complex_numbers_in_double(stock: Stock, x: torch.Tensor, freqs: torch.Tensor
     return _by_complex_numbers(stock, x, freqs, torch.float64, heads_first=True)
 
 
+def complex_numbers_of_grids(
+    stock: Stock, x: torch.Tensor, grid_sizes: torch.Tensor, freqs: torch.Tensor, time_stride: int = 1
+) -> torch.Tensor:
+    """The function of Wan-Animate 2, in double precision, which returns fp32 for queries and keys of any dtype.
+
+    x: `(batch, seq, heads, head_dim)`; grid_sizes: `(batch, 3)`, the latent frames, rows and columns of each sample;
+        freqs: complex, `(positions, head_dim / 2)`, of which time, rows and columns use some columns each.
+    """
+    if torch.compiler.is_compiling():
+        return stock(x, grid_sizes, freqs, time_stride)  # type: ignore[no-any-return]
+    op = apply_complex_rotary_emb
+    reason = op.why_small(x) or (OBSERVED if is_observed(x, freqs) else None)
+    if reason is None and not x.is_cpu:
+        reason = _PER_DEVICE
+    grids = [] if reason else grid_sizes.tolist()
+    usual = x.dim() == 4 and x.dtype in DTYPES and x.is_contiguous() and len(grids) == len(x) and freqs.is_complex()
+    if reason is None and not (usual and all(_fills(grid, x, freqs, time_stride) for grid in grids)):
+        reason = _UNUSUAL
+    if reason is not None:
+        return _stock(op, reason, stock, x, grid_sizes, freqs, time_stride)  # type: ignore[no-any-return]
+    tables = (_of_grid(grid, freqs, time_stride) for grid in grids)
+    rotated = [op(sample.float(), table, torch.float64) for sample, table in zip(x.split(1), tables)]
+    return rotated[0] if len(rotated) == 1 else torch.cat(rotated)
+
+
+def _fills(grid: list[int], x: torch.Tensor, freqs: torch.Tensor, time_stride: int) -> bool:
+    """Whether each token of `x` has a place in `grid`, and `freqs` a row for each place."""
+    frames, rows, columns = grid
+    longest = max(frames * time_stride, rows, columns)
+    return frames * rows * columns == x.shape[1] and longest <= len(freqs) and freqs.shape[1:] == (x.shape[3] // 2,)
+
+
+def _of_grid(grid: list[int], freqs: torch.Tensor, time_stride: int) -> torch.Tensor:
+    """Returns the table for the tokens of `grid`, `(1, seq, 1, head_dim / 2)`."""
+    frames, rows, columns = grid
+    pairs = freqs.shape[1]
+    time, vertical, horizontal = freqs.split((pairs - pairs // 3 * 2, pairs // 3, pairs // 3), dim=1)
+    axes = (
+        time[: frames * time_stride : time_stride, None, None],
+        vertical[None, :rows, None],
+        horizontal[None, None, :columns],
+    )
+    return torch.cat([axis.expand(frames, rows, columns, -1) for axis in axes], dim=-1).view(1, -1, 1, pairs)
+
+
 def _by_complex_numbers(
     stock: Stock, x: torch.Tensor, freqs: torch.Tensor, dtype: torch.dtype, heads_first: bool = False
 ) -> torch.Tensor:
@@ -159,7 +255,7 @@ def _by_complex_numbers(
         reason = _UNUSUAL
     reason = reason or (OBSERVED if is_observed(x, freqs) else None)
     if reason is None and not x.is_cpu:
-        reason = "products of complex numbers are rounded differently on each kind of device"
+        reason = _PER_DEVICE
     if reason is None:
         table = freqs if heads_first else freqs.unsqueeze(-2)
         table = table[None] if table.dim() == 3 else table

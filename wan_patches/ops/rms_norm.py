@@ -1,9 +1,9 @@
-"""RMS norm over the last axis, as `torch.nn.RMSNorm` computes it.
+"""RMS norm over the last axis, as `torch.nn.RMSNorm` computes it, and as diffusers' own class does.
 
     y = x * rsqrt(mean(x ** 2) + eps) * weight
 
-in fp32, rounded once to the dtype of `x`. For the norm alone there are forms on CPUs, and elsewhere it is ATen's; on
-NVIDIA GPUs one kernel makes norm and rotary embedding.
+in fp32, rounded once to the dtype of `x`; by diffusers' norm also before the product with `weight`. For the norm alone
+there are forms on CPUs, and elsewhere it is ATen's; on NVIDIA GPUs one kernel makes norm and rotary embedding.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from wan_patches.ops import proof, rope
 from wan_patches.ops.dispatch import op
+from wan_patches.ops.rope import GRAIN
 
 _SMALL, _SMALL_IN_FP32 = 1 << 21, 6_000_000  # elements below which torch's operations are as fast
 _CHUNK = 1 << 19  # elements processed at a time: they stay in the cache from the first operation to the last
@@ -22,23 +23,26 @@ _VECTOR = 16  # bytes: as aligned as any norm of ATen's requires
 
 
 @op("RMS norm")
-def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float | None) -> torch.Tensor:
+def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float | None, cast: bool = False) -> torch.Tensor:
     """Returns the RMS norm of each row of `x`.
 
     Args:
         x: `(batch, seq, dim)`, any floating dtype and strides.
         weight: `(dim,)`, in the dtype of `x`; None for ones.
-        eps: None for the machine epsilon of the dtype, as in torch.
+        eps: None for torch's default.
+        cast: whether stock casts `x` to fp32 and the result back, around the norm.
 
     Returns:
         A new tensor.
     """
+    if cast:
+        return F.rms_norm(x.float(), x.shape[-1:], weight, eps).type_as(x)
     return F.rms_norm(x, x.shape[-1:], weight, eps)
 
 
 @rms_norm.form("a few tokens at a time", device="cpu", smallest=_SMALL, smallest_in_fp32=_SMALL_IN_FP32)
-def in_chunks(x: torch.Tensor, weight: torch.Tensor | None, eps: float | None) -> torch.Tensor:
-    assert eps is not None
+def in_chunks(x: torch.Tensor, weight: torch.Tensor | None, eps: float | None, cast: bool = False) -> torch.Tensor:
+    eps = torch.finfo(torch.float32).eps if eps is None else eps
     batch, seq, dim = x.shape
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     wide = None if weight is None else weight.float()
@@ -52,27 +56,100 @@ def in_chunks(x: torch.Tensor, weight: torch.Tensor | None, eps: float | None) -
 
 
 @in_chunks.refuses
-def _(x: torch.Tensor, weight: torch.Tensor | None, eps: float | None) -> str | None:
-    if x.dim() != 3 or eps is None or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+def _(x: torch.Tensor, weight: torch.Tensor | None, eps: float | None, cast: bool = False) -> str | None:
+    if x.dim() != 3 or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return "it is not (batch, seq, dim) in fp32, bf16 or fp16"
     batch, seq, dim = x.shape
     if x.stride(2) != 1 or x.stride(1) < dim or (batch > 1 and x.stride(0) < seq * x.stride(1)):
         return "the result would lie in another order in memory"
     if weight is not None and (weight.dtype != x.dtype or weight.shape != (dim,) or not weight.is_cpu):
         return "the weight does not fit"
-    exact = _is_exact(x.dtype, dim, torch.get_num_threads())
+    exact = _is_exact(x.dtype, dim, torch.get_num_threads(), eps is None, cast)
     return None if exact else "no other form is exact with this torch, on this processor"
 
 
+@op("RMS norm of diffusers")
+def twice_rounded(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
+    """Returns the RMS norm of each row of `x` as `diffusers.models.normalization.RMSNorm` computes it.
+
+    Args:
+        x: `(..., dim)`, any floating dtype and strides.
+        weight: `(dim,)`, any floating dtype; None for ones.
+
+    Returns:
+        A new tensor; its dtype is that of `x`, of a half `weight`, or otherwise the promoted one.
+    """
+    normed = x * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)
+    if weight is None:
+        return normed.to(x.dtype)
+    return (normed.to(weight.dtype) if weight.dtype in (torch.float16, torch.bfloat16) else normed) * weight
+
+
+@twice_rounded.form("a few tokens at a time", device="cpu", smallest=3 << 20, smallest_in_fp32=1 << 23)
+def twice_rounded_in_chunks(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
+    out = torch.empty_like(x)
+    dim = x.shape[-1]
+    step = max(1, _CHUNK // dim)
+    for rows, normed in zip(_in_memory(x).view(-1, dim).split(step), _in_memory(out).view(-1, dim).split(step)):
+        wide = rows.float()
+        inverse = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True).add_(eps))
+        if wide is rows:
+            torch.mul(rows, inverse, out=normed)
+        else:
+            normed.copy_(wide.mul_(inverse))
+        if weight is not None:
+            normed.mul_(weight)
+    return out
+
+
+@twice_rounded_in_chunks.refuses
+def _(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> str | None:
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or x.dim() < 2 or x.numel() == 0:
+        return "it is not (..., dim) in fp32, bf16 or fp16"
+    if not _in_memory(x).is_contiguous():
+        return "the rows do not lie next to each other"
+    dim = x.shape[-1]
+    if dim >= GRAIN:
+        return "torch may split a row between threads"
+    if weight is not None and (weight.dtype != x.dtype or weight.shape != (dim,) or not weight.is_cpu):
+        return "the weight does not fit"
+    exact = _is_exact_twice(x.dtype, dim, torch.get_num_threads())
+    return None if exact else "no other form is exact with this torch, on this processor"
+
+
+def _in_memory(x: torch.Tensor) -> torch.Tensor:
+    """Returns a view of `x` with its rows in the order of memory."""
+    axes = sorted(range(x.dim() - 1), key=x.stride, reverse=True)
+    return x.permute(*axes, -1)
+
+
 @functools.lru_cache(maxsize=64)
-def _is_exact(dtype: torch.dtype, dim: int, threads: int) -> bool:
-    """Tests `in_chunks` on this processor and torch version, where the order of operations may differ."""
+def _is_exact_twice(dtype: torch.dtype, dim: int, threads: int) -> bool:
+    """Tests `twice_rounded_in_chunks` as `_is_exact` tests `in_chunks`."""
+    x, weight = _drawn(dtype, dim)
+    with torch.no_grad():
+        return torch.equal(twice_rounded_in_chunks(x, weight, 1e-6), twice_rounded.reference(x, weight, 1e-6))
+
+
+@functools.lru_cache(maxsize=64)
+def _is_exact(dtype: torch.dtype, dim: int, threads: int, by_default: bool = False, cast: bool = False) -> bool:
+    """Tests `in_chunks` on this processor and torch version, where the order of operations may differ.
+
+    by_default: whether `eps` is torch's default, which may also differ.
+    """
+    x, weight = _drawn(dtype, dim)
+    eps = None if by_default else 1e-6
+    with torch.no_grad():
+        return torch.equal(in_chunks(x, weight, eps, cast), rms_norm.reference(x, weight, eps, cast))
+
+
+def _drawn(dtype: torch.dtype, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns rows for more than one chunk, and a weight."""
     generator = torch.Generator("cpu").manual_seed(0)  # leaves the user's random state unchanged
     step = max(1, _CHUNK // dim)
     x = torch.randn((1, step + 3, dim), generator=generator, dtype=torch.float32, device="cpu").to(dtype)
     weight = torch.randn((dim,), generator=generator, dtype=torch.float32, device="cpu").to(dtype)
-    with torch.no_grad():
-        return torch.equal(in_chunks(x, weight, 1e-6), F.rms_norm(x, (dim,), weight, 1e-6))
+    return x, weight
 
 
 # Norm and rotary embedding of queries and keys

@@ -105,7 +105,8 @@ def multiply_rows(
     """Multiplies pairs as complex numbers, a few tokens at a time.
 
     ATen's vector code for complex products rounds like the formula above, but its scalar code for the rest of a row may
-    use fused multiply-adds. Therefore every thread gets whole rows of a multiple of 16 pairs (see `_step`).
+    use fused multiply-adds. Therefore every thread gets whole rows of a multiple of 16 pairs (see `_step`). Rows of
+    other lengths are computed with a few pairs more.
 
     Args:
         x: `(batch, seq, heads, head_dim)` on a CPU, any strides; `why_no_rows` returns None for it.
@@ -116,14 +117,16 @@ def multiply_rows(
         A new tensor like `x`.
     """
     batch, seq, heads, dim = x.shape
-    step = _step(seq, heads, dim // 2, torch.get_num_threads())
+    pairs, computed = dim // 2, _computed(dim)
+    step = _step(seq, heads, computed, torch.get_num_threads())
     out = torch.empty_like(x)
-    table = torch.empty((step, cos.shape[2], dim // 2), dtype=dtype, device="cpu")
-    table_cos, table_sin = torch.view_as_real(table).unbind(-1)
-    in_place = _is_complex_view(x, dtype) and _is_complex_view(out, dtype)
+    new = torch.empty if computed == pairs else torch.zeros
+    table = new((step, cos.shape[2], computed), dtype=dtype, device="cpu")
+    table_cos, table_sin = torch.view_as_real(table[..., :pairs]).unbind(-1)
+    in_place = computed == pairs and _is_complex_view(x, dtype) and _is_complex_view(out, dtype)
     if not in_place:
-        rows = torch.empty((step, heads, dim // 2), dtype=dtype, device="cpu")
-        scratch = torch.view_as_real(rows).flatten(-2)
+        rows = new((step, heads, computed), dtype=dtype, device="cpu")
+        scratch = torch.view_as_real(rows).flatten(-2)[..., :dim]
     for b in range(batch):
         x_b, out_b = x[b], out[b]
         cos_b, sin_b = cos[b if cos.shape[0] > 1 else 0], sin[b if sin.shape[0] > 1 else 0]
@@ -146,8 +149,10 @@ def multiply_rows(
 
 def why_no_rows(x: torch.Tensor, *tables: torch.Tensor) -> str | None:
     """Returns why `multiply_rows` does not support such queries or keys and such tables, or None."""
-    if x.dim() != 4 or x.dtype not in DTYPES or x.shape[3] % 32:
-        return "the head dimension is no multiple of 32, or a dtype is another"
+    if x.dim() != 4 or x.dtype not in DTYPES or x.shape[3] % 2:
+        return "the head dimension is odd, or a dtype is another"
+    if 3 * x.shape[3] < 4 * _computed(x.shape[3]):
+        return "the head dimension is too far from a multiple of 32"
     batch, seq, heads, dim = x.shape
     if any(
         table.dim() != 4 or table.shape[0] not in (1, batch) or table.shape[1] != seq or table.shape[3] != dim // 2
@@ -156,7 +161,11 @@ def why_no_rows(x: torch.Tensor, *tables: torch.Tensor) -> str | None:
         return "the tables are not one for each token"
     if len({table.shape[2] for table in tables}) > 1 or tables[0].shape[2] not in (1, heads):
         return "the tables are not one for each token"
-    return None if _step(seq, heads, dim // 2, torch.get_num_threads()) > 0 else "a token is too large for one thread"
+    return (
+        None
+        if _step(seq, heads, _computed(dim), torch.get_num_threads()) > 0
+        else "a token is too large for one thread"
+    )
 
 
 @apply_rotary_emb.form("npu_rotary_mul", device="npu")
@@ -223,6 +232,11 @@ def tokens_per_chunk(seq: int, pairs: int) -> int:
     return min(seq, max(1, torch.get_num_threads() * _CHUNK // pairs))
 
 
+def _computed(dim: int) -> int:
+    """Returns the pairs of a row that are computed, of which some may not exist: a multiple of 16."""
+    return -(-dim // 32) * 16
+
+
 @functools.lru_cache(maxsize=256)
 def _step(seq: int, heads: int, half: int, threads: int) -> int:
     """Returns the tokens per chunk such that each thread gets whole rows (of one head and token); 0 if there is none.
@@ -244,9 +258,9 @@ def _is_exact(dtype: torch.dtype, heads: int, dim: int, threads: int) -> bool:
     """Tests `complex_rows` on this processor against the plain formulation."""
     generator = torch.Generator("cpu").manual_seed(0)  # leaves the user's random state unchanged
     random = functools.partial(torch.randn, generator=generator, dtype=torch.float32, device="cpu")
-    token = heads * dim // 2
+    token = heads * _computed(dim)
     for seq in {1, max(1, GRAIN // token), threads * -(-GRAIN // token) + 1}:
-        if _step(seq, heads, dim // 2, threads) > 0:
+        if _step(seq, heads, _computed(dim), threads) > 0:
             x = random((1, seq, heads, dim)).to(dtype)
             cos, sin = random((2, 1, seq, 1, dim // 2))
             if not torch.equal(complex_rows(x, cos, sin), apply_rotary_emb.reference(x, cos, sin)):

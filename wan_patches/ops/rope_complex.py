@@ -48,6 +48,8 @@ def _(x: torch.Tensor, freqs: torch.Tensor, dtype: torch.dtype) -> str | None:
         return "the table is not complex"
     if (reason := rope.why_no_rows(x, freqs)) is not None:
         return reason
+    if x.shape[3] % (2 * _PAIRS):
+        return "the head dimension is no multiple of 32: stock's own rows have a scalar rest"
     if x.dtype is _product(freqs, dtype).to_real():
         return "nothing is cast, and stock's operations are the fastest"
     if _product(freqs, dtype) is torch.complex64 and is_below(_SMALL_IN_SINGLE, x.numel()):

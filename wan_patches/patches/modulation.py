@@ -1,4 +1,4 @@
-"""Transformer blocks of Wan, Helios, AnyFlow and related models: adaLN modulation and gated residuals.
+"""Transformer blocks of Wan, Helios, AnyFlow, Kandinsky and related models: adaLN modulation and gated residuals.
 
 Includes Helios' modulations of history tokens and current tokens.
 """
@@ -10,7 +10,8 @@ from typing import Any
 
 from wan_patches.patches.versions import since
 from wan_patches.patching.fidelity import Fidelity
-from wan_patches.patching.registry import Patch, Target
+from wan_patches.patching.fingerprints import KANDINSKY_6, KANDINSKY_6_SR, relied_on
+from wan_patches.patching.registry import Known, Patch, Target
 from wan_patches.patching.rewrite import Block, Edit, Replace
 
 _HERE = "wan_patches.bindings.modulation"
@@ -18,6 +19,7 @@ PREFIX, CLOSE_PREFIX = "_wan_patches_", "_wan_patches_close_"
 _RESIDUAL_NORM = "_wan_patches_residual_norm"
 NORM, _RESIDUAL, _CAST = "_wan_patches_modulated_norm", "_wan_patches_gated_residual", "_wan_patches_cast_norm"
 _OF_MODEL, _OF_OUTPUT = "_wan_patches_segmented_modulation", "_wan_patches_current_row"
+_SCALE_SHIFT, _GATE_SUM = "_wan_patches_scale_shift", "_wan_patches_gate_sum"
 _TOKENS_FIRST, OF_BLOCK = "_wan_patches_tokens_first", "_wan_patches_modulations"
 
 
@@ -51,6 +53,20 @@ def _block(x: str, *fingerprints: str) -> tuple[Edit, ...]:
     )
 
 
+def _apart(first: str, last: str, cross: str, casts: int) -> tuple[Edit, ...]:
+    """Returns the edits for blocks in which no norm directly follows a residual sum.
+
+    first, last: the modulated norms; `cross`: the norm before cross-attention, which occurs `casts` times.
+    """
+    return (
+        _modulated(first),
+        _modulated(last),
+        Replace("(X.float() + attn_output * GATE).type_as(X)", f"{_RESIDUAL}(X, attn_output, GATE)"),
+        Replace(f"{cross}(X.float()).type_as(X)", f"{_CAST}({cross}, X)", casts),
+        _FEED_FORWARD,
+    )
+
+
 _ROW_PER_TOKEN = (  # of Wan 2.2 TI2V and Helios
     Replace("(TABLE.unsqueeze(0) + temb.float()).chunk(6, dim=2)", f"{OF_BLOCK}(TABLE, temb)"),
     Replace("MODULATION.squeeze(2)", "MODULATION", 6),
@@ -63,14 +79,34 @@ _PLAIN_BLOCK = _block("hidden_states", "f057115c0857cb05", "0f474dcbbe6d0913")
 _VACE_BLOCK = _block("control_hidden_states", "11672d88f6fc84c0", "a9ba2b4daf22ed6f")
 _WAN_BLOCK = (*_PLAIN_BLOCK, *_ROW_PER_TOKEN)
 _ANYFLOW_BLOCK = (*_PLAIN_BLOCK, *_ROWS_OF_FRAMES)
-_HELIOS_BLOCK = (
-    _modulated("self.norm1"),
-    _modulated("self.norm3"),
-    Replace("(X.float() + attn_output * GATE).type_as(X)", f"{_RESIDUAL}(X, attn_output, GATE)"),
-    Replace("self.norm2(X.float()).type_as(X)", f"{_CAST}(self.norm2, X)", 2),
-    _FEED_FORWARD,
-    *_ROW_PER_TOKEN,
-)
+_HELIOS_BLOCK = (*_apart("self.norm1", "self.norm3", "self.norm2", 2), *_ROW_PER_TOKEN)
+_ANIMATE_2_BLOCK = _apart("self.norm1", "self.norm2", "self.norm3", 1)
+
+
+def _of_kandinsky_5(parts: int) -> tuple[Edit, ...]:
+    """Returns the edits for blocks of `parts` parts, each with a modulated norm and a gated residual."""
+    return (
+        Replace(
+            "(N(X.float()) * (SCALE.float() + 1.0) + SHIFT.float()).type_as(X)",
+            f"{NORM}(N, X, SCALE.float(), SHIFT.float())",
+            parts,
+        ),
+        Replace("(X.float() + GATE.float() * Y.float()).type_as(X)", f"{_RESIDUAL}(X, Y, GATE.float(), True)", parts),
+    )
+
+
+_OF_KANDINSKY_6 = "apply_scale_shift", "apply_gate_sum"
+
+
+def _of_kandinsky_6(norms: int, residuals: int) -> tuple[Edit, ...]:
+    """Returns the edits for calls of two functions, each of which a binding receives first."""
+    modulate, add = _OF_KANDINSKY_6
+    return (
+        Replace(f"{modulate}(N(X.float()), X, SCALE, SHIFT)", f"{_SCALE_SHIFT}({modulate}, N, X, SCALE, SHIFT)", norms),
+        Replace(f"{add}(X, Y, GATE)", f"{_GATE_SUM}({add}, X, Y, GATE)", residuals),
+    )
+
+
 _HELIOS_MODEL = (
     Replace(
         "torch.cat([timestep_proj_t0, timestep_proj], dim=2)", f"{_OF_MODEL}(self, timestep_proj_t0, timestep_proj)"
@@ -80,7 +116,7 @@ _HELIOS_MODEL = (
 )
 
 
-def _patch(module: str, *targets: Target) -> Patch:
+def _patch(module: str, *targets: Target, requires: tuple[Known, ...] = ()) -> Patch:
     return Patch(
         name="modulation",
         module=f"diffusers.models.transformers.{module}",
@@ -91,6 +127,7 @@ def _patch(module: str, *targets: Target) -> Patch:
             "CUDA with Triton": "one kernel for a residual sum, its norm in ATen's order and the modulation",
             "compilers, autograd": "stock's operations",
         },
+        requires=requires,
         since=since(module),
     )
 
@@ -99,7 +136,7 @@ def _close(patch: Patch) -> Patch:
     """Returns the same patch with single-pass norms: the same edits with calls of the close functions."""
     targets = tuple(replace(target, edits=tuple(map(_renamed, target.edits))) for target in patch.targets)
     calls = {name.replace(PREFIX, CLOSE_PREFIX): path for name, path in patch.calls.items()}
-    for name in (NORM, _CAST, _RESIDUAL_NORM):
+    for name in (NORM, _CAST, _RESIDUAL_NORM, _SCALE_SHIFT):
         calls[name.replace(PREFIX, CLOSE_PREFIX)] = f"{_HERE}:close_{name.removeprefix(PREFIX)}"
     implementations = {
         **patch.implementations,
@@ -113,7 +150,10 @@ def _renamed(edit: Any) -> Any:
     return replace(edit, replacement=edit.replacement.replace(PREFIX, CLOSE_PREFIX))
 
 
-_CALLS = (NORM, _RESIDUAL, _CAST, _RESIDUAL_NORM, _OF_MODEL, _TOKENS_FIRST, _OF_OUTPUT, OF_BLOCK)
+_CALLS = (
+    *(NORM, _RESIDUAL, _CAST, _RESIDUAL_NORM, _SCALE_SHIFT, _GATE_SUM),
+    *(_OF_MODEL, _TOKENS_FIRST, _OF_OUTPUT, OF_BLOCK),
+)
 _OUTPUT = (_modulated("self.norm_out"),)
 
 _EXACT = (
@@ -154,6 +194,27 @@ _EXACT = (
         Target("AnyFlowTransformerBlock.forward", _ANYFLOW_BLOCK),
         Target("AnyFlowFARTransformer3DModel._forward_inference", _OUTPUT),
         Target("AnyFlowFARTransformer3DModel._forward_train", _OUTPUT),
+    ),
+    _patch(
+        "transformer_wan_animate_2",
+        Target("WanAnimate2TransformerBlock.forward", _ANIMATE_2_BLOCK),
+        Target("Head.forward", (_modulated("self.norm"),)),
+    ),
+    _patch(
+        "transformer_kandinsky",
+        Target("Kandinsky5TransformerEncoderBlock.forward", _of_kandinsky_5(2)),
+        Target("Kandinsky5TransformerDecoderBlock.forward", _of_kandinsky_5(3)),
+    ),
+    _patch(
+        "transformer_kandinsky6",
+        Target("Kandinsky6TransformerEncoderBlock.forward", _of_kandinsky_6(2, 2)),
+        Target("Kandinsky6FusedTransformerDecoderBlock.forward", _of_kandinsky_6(8, 9)),
+        requires=relied_on(KANDINSKY_6, *_OF_KANDINSKY_6),
+    ),
+    _patch(
+        "transformer_kandinsky6_sr",
+        Target("Kandinsky6SRTransformerBlock.forward", _of_kandinsky_6(2, 2)),
+        requires=relied_on(KANDINSKY_6_SR, *_OF_KANDINSKY_6),
     ),
 )
 PATCHES = (*_EXACT, *map(_close, _EXACT))

@@ -1,24 +1,28 @@
-"""Queries and keys in the attention of Wan, Helios and related models.
+"""Queries and keys in the attention of Wan, Helios, Kandinsky and related models.
 
 Covers their RMS norms, and the rotary embedding of both in one call. The rotary embedding function itself belongs to
-the `rope` patch, because other code, in other libraries too, calls it differently. Unchanged is AnyFlow's attention:
-its norms are of diffusers' own class, which rounds differently from torch's.
+the `rope` patch, because other code, in other libraries too, calls it differently. AnyFlow, SANA, LTX 2, Qwen-Image and
+many others have norms of diffusers' own class, which rounds differently from torch's; the class itself is patched.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from wan_patches.patches import rope
+from wan_patches.patches.versions import since
+from wan_patches.patching.codeswap import STOCK
 from wan_patches.patching.fidelity import Fidelity
 from wan_patches.patching.registry import Patch, Target
-from wan_patches.patching.rewrite import Block, Edit, Replace
+from wan_patches.patching.rewrite import Block, Body, Edit, Replace
 
 _HERE = "wan_patches.bindings.qk"
 _NORM, _BOTH = "_wan_patches_qk_norm", "_wan_patches_norm_and_rotate_both"
 _ROTATIONS = "_wan_patches_rotate_both"
+_HEAD_NORM = "_wan_patches_head_norm"
+_OWN_NORM, _STOCK = "_wan_patches_norm_of_diffusers", "_wan_patches_stock_norm"
 _CLOSE_NORM, _CLOSE_BOTH = "_wan_patches_close_qk_norm", "_wan_patches_close_rotate_both"
 
 
@@ -125,6 +129,54 @@ _ATTENTION = (  # VACE uses Wan's processor
     ),
 )
 
+
+def _tokens(norm: str) -> Replace:
+    return Replace(f"attn.{norm}(X)", f"{_NORM}(attn.{norm}, X)")
+
+
+def _heads(norm: str) -> Replace:
+    return Replace(f"attn.{norm}(X)", f"{_HEAD_NORM}(attn.{norm}, X)")
+
+
+def _heads_in_fp32(norm: str) -> Replace:
+    return Replace(f"attn.{norm}(X.float()).type_as(X)", f"{_HEAD_NORM}(attn.{norm}, X, True)")
+
+
+def _norms_alone(module: str, edit: Callable[[str], Replace], **processors: tuple[str, ...]) -> Patch:
+    """Returns a patch of the norms of each processor, whose queries and keys are rotated as in stock."""
+    return Patch(
+        name="qk",
+        module=f"diffusers.models.transformers.{module}",
+        targets=tuple(Target(f"{cls}.__call__", tuple(map(edit, norms))) for cls, norms in processors.items()),
+        calls={_NORM: f"{_HERE}:qk_norm", _HEAD_NORM: f"{_HERE}:head_norm"},
+        implementations={"CPUs": "norms a few tokens at a time"},
+        since=since(module),
+        runs_with="modulation",
+    )
+
+
+_OF_DIFFUSERS = Patch(
+    name="qk",
+    module="diffusers.models.normalization",
+    targets=(
+        Target(
+            "RMSNorm.forward",
+            (
+                Body(
+                    tuple(
+                        (text, f"return {_OWN_NORM}({_STOCK}, self, hidden_states)")
+                        for text in ("85acacadc40f48ee", "c1b452f77da94adf")
+                    )
+                ),
+            ),
+        ),
+    ),
+    calls={_OWN_NORM: f"{_HERE}:norm_of_diffusers", _STOCK: STOCK},
+    implementations={"CPUs": "norms a few tokens at a time"},
+)
+
+_OF_KANDINSKY = "query_norm", "key_norm"
+
 PATCHES = (
     *map(exact, _ATTENTION),
     *map(close, _ATTENTION),
@@ -136,4 +188,14 @@ PATCHES = (
             of="query_rotate, key_rotate",
         )
     ),
+    _norms_alone(
+        "transformer_wan_animate_2",
+        _tokens,
+        WanAnimate2AttnProcessor=NORMS[:2],
+        WanAnimate2CrossAttnProcessor=NORMS,
+    ),
+    _norms_alone("transformer_kandinsky", _heads_in_fp32, Kandinsky5AttnProcessor=_OF_KANDINSKY),
+    _norms_alone("transformer_kandinsky6", _heads, Kandinsky6AttnProcessor=_OF_KANDINSKY),
+    _norms_alone("transformer_kandinsky6_sr", _heads_in_fp32, Kandinsky6SRAttnProcessor=_OF_KANDINSKY),
+    _OF_DIFFUSERS,
 )

@@ -3,9 +3,8 @@
 The Wan family nests one in its attention processors, and Helios has its own. Nineteen transformers (Flux, HunyuanVideo,
 CogVideoX, CogView 4, Cosmos, ...) call a shared one, and others have relatives of it.
 
-Left unchanged, because their arithmetic is another: LTX 2 with tables split in halves (`addcmul_`, a fused
-multiply-add), Ernie-Image and MiniMax (products rounded in the dtype of the queries), Allegro (three axes, whose tables
-are looked up), SANA-WM (queries with their channels apart in memory), Wan-Animate 2 (copies its samples one by one).
+Left unchanged: Ernie-Image and MiniMax (products rounded in the dtype of the queries), Allegro (three axes, whose
+tables are looked up), SANA-WM (heads of 112 channels, of which stock's complex products round a rest differently).
 """
 
 from __future__ import annotations
@@ -65,13 +64,14 @@ return {CALL}(hidden_states, cos[..., 0::2], sin[..., 1::2])
 
 _REAL = {"CPUs": "complex product over whole rows, or a few tokens at a time", "CUDA with Triton": "one kernel"}
 _COMPLEX = {"CPUs": "a few tokens at a time", "other devices": "stock's operations"}
-_ELSEWHERE, _ORIGINAL = "_wan_patches_rope_elsewhere", "_wan_patches_stock_rope"
+_ELSEWHERE = "_wan_patches_rope_by_"
 
 
 def _function(module: str, function: str, arguments: str, fingerprint: str, binding: str) -> Patch:
     """Returns a patch of a rotary embedding function, whose binding calls the original where nothing is faster."""
-    edit = Body(replacements=((fingerprint, f"return {_ELSEWHERE}({_ORIGINAL}, {arguments})"),))
-    return _elsewhere(module, function, (edit,), binding, {_ORIGINAL: STOCK})
+    original = f"_wan_patches_stock_{function}"  # a module can have two
+    edit = Body(replacements=((fingerprint, f"return {_ELSEWHERE}{binding}({original}, {arguments})"),))
+    return _elsewhere(module, function, (edit,), binding, {original: STOCK})
 
 
 def _nested(module: str, method: str, function: str, arguments: str, fingerprint: str, binding: str) -> Patch:
@@ -79,7 +79,7 @@ def _nested(module: str, method: str, function: str, arguments: str, fingerprint
     edits: tuple[Edit, ...] = (
         Nested(function, frozenset((fingerprint,))),
         *(
-            Replace(f"{function}({x}, {arguments})", f"{_ELSEWHERE}({function}, {x}, {arguments})")
+            Replace(f"{function}({x}, {arguments})", f"{_ELSEWHERE}{binding}({function}, {x}, {arguments})")
             for x in ("query", "key")
         ),
     )
@@ -91,7 +91,7 @@ def _elsewhere(module: str, qualname: str, edits: tuple[Edit, ...], binding: str
         name="rope",
         module=f"diffusers.models.{module}",
         targets=(Target(qualname, edits),),
-        calls={_ELSEWHERE: f"wan_patches.bindings.rope:{binding}", **calls},
+        calls={_ELSEWHERE + binding: f"wan_patches.bindings.rope:{binding}", **calls},
         implementations=_COMPLEX if binding.startswith("complex") else _REAL,
         since=since(module.rpartition(".")[2]),
     )
@@ -132,11 +132,22 @@ _RELATIVES = (
         )
         for module in ("transformer_anyflow", "transformer_anyflow_far")
     ),
+    _function(
+        "transformers.transformer_wan_animate_2",
+        "rope_apply",
+        "x, grid_sizes, freqs, time_stride",
+        "374b111880a13fea",
+        "complex_numbers_of_grids",
+    ),
     _function("transformers.transformer_ltx", "apply_rotary_emb", "x, freqs", "ede1cf7514f9921a", "without_heads"),
     *(
         _function(
             f"transformers.{module}", "apply_interleaved_rotary_emb", "x, freqs", "eeda1033f4aa4b50", "without_heads"
         )
+        for module in ("transformer_ltx2", "transformer_sana_wm_refiner")
+    ),
+    *(
+        _function(f"transformers.{module}", "apply_split_rotary_emb", "x, freqs", "a1e80abe23e2cc30", "by_addcmul")
         for module in ("transformer_ltx2", "transformer_sana_wm_refiner")
     ),
     _function(
@@ -159,6 +170,14 @@ _RELATIVES = (
         "hidden_states, rope",
         "714c1dec1771aed5",
         "half_a_head_apart",
+    ),
+    _nested(
+        "attention_processor",
+        "MochiAttnProcessor2_0.__call__",
+        "apply_rotary_emb",
+        "*image_rotary_emb",
+        "b631632d1455c5ca",
+        "tables_of_heads",
     ),
     _nested(
         "transformers.transformer_kandinsky",

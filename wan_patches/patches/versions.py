@@ -6,6 +6,7 @@ from __future__ import annotations
 _SINCE = {
     "vace": "0.34",
     "skyreels_v2": "0.35",
+    "animate_2": "0.40",
     "animate": "0.36",
     "chronoedit": "0.36",
     "lucy": "0.36",

@@ -19,6 +19,8 @@ UNIPC = "diffusers.schedulers.scheduling_unipc_multistep"
 HELIOS = "diffusers.schedulers.scheduling_helios"
 IMAGE_TO_VIDEO = "diffusers.pipelines.wan.pipeline_wan_i2v"
 GROUP_OFFLOADING = "diffusers.hooks.group_offloading"
+KANDINSKY_6 = "diffusers.models.transformers.transformer_kandinsky6"
+KANDINSKY_6_SR = f"{KANDINSKY_6}_sr"
 
 TEXTS: Mapping[str, Mapping[str, Mapping[str, str]]] = {
     AUTOENCODER: {
@@ -95,6 +97,10 @@ TEXTS: Mapping[str, Mapping[str, Mapping[str, str]]] = {
         "ModuleGroup.__init__": {"d52ba5906ac0580d": "0.35", "0e0add511f653385": "0.41"},
         "ModuleGroup._offload_to_memory": {"2c8403c909b74275": "0.35", "f12685d2cf6b11b3": "0.38"},
         "ModuleGroup._onload_from_memory": {"0929c9e1fad35616": "0.35", "6c8c206dcd2a2069": "0.36"},
+    },
+    **{
+        module: {"apply_gate_sum": {"3e9972fac6e3bf0b": "0.42"}, "apply_scale_shift": {"238ccd92f57d1922": "0.42"}}
+        for module in (KANDINSKY_6, KANDINSKY_6_SR)
     },
 }
 

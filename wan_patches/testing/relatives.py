@@ -155,6 +155,15 @@ class _Normal(tuple[int, ...]):
         return torch.randn(self, generator=generator).to(dtype)
 
 
+class _EmptyCache:
+    """The keys and values that Wan-Animate 2 takes from a reference, before there are any."""
+
+    def draw(self, dtype: torch.dtype, generator: torch.Generator) -> Any:
+        from diffusers.models.transformers.transformer_wan_animate_2 import WanAnimate2KVCache
+
+        return WanAnimate2KVCache(num_layers=2)
+
+
 @dataclass(frozen=True)
 class Relative:
     """A pipeline, or a transformer alone, and its arguments for a small run."""
@@ -182,7 +191,7 @@ class Relative:
         def drawn(value: Any) -> Any:
             if isinstance(value, list):
                 return [drawn(item) for item in value]
-            return value.draw(dtype, generator) if isinstance(value, _Normal) else value
+            return value.draw(dtype, generator) if isinstance(value, (_Normal, _EmptyCache)) else value
 
         arguments = {key: drawn(value) for key, value in self.call.items()}
         if not self.alone:
@@ -199,6 +208,8 @@ class Relative:
         """Calls what `build` returned, and returns the latents, or the picture or video."""
         with _seeded(0), torch.no_grad():
             result = model(**self.inputs(dtype=dtype, **more), return_dict=False)[0]
+        if self.alone and isinstance(result, list):  # a tensor for each sample
+            result = torch.stack(result)
         return torch.as_tensor(result)
 
 
@@ -411,12 +422,15 @@ RELATIVES: Mapping[str, Relative] = {
         Relative("ltx_condition", (0, 33),
                  _pipeline("LTXConditionPipeline", vae=_LTX_VAE, transformer=_LTX),
                  {**_ATTENDED, "num_frames": 9, "video": [_FRAMES]}),
-        Relative("ltx2", (0, 37),
-                 _small("LTX2VideoTransformer3DModel", in_channels=8, out_channels=8, audio_in_channels=8,
-                        audio_out_channels=8, **_AUDIO),
-                 {"hidden_states": _Normal((1, 24, 8)), "num_frames": 2, "height": 3, "width": 4, **_TEXT,
-                  "audio_hidden_states": _Normal((1, 5, 8)), "audio_encoder_hidden_states": _PROMPT,
-                  "audio_num_frames": 5, "timestep": _TIME[None]}, alone=True),
+        *(
+            Relative(name, (0, 37),
+                     _small("LTX2VideoTransformer3DModel", in_channels=8, out_channels=8, audio_in_channels=8,
+                            audio_out_channels=8, rope_type=kind, **_AUDIO),
+                     {"hidden_states": _Normal((1, 24, 8)), "num_frames": 2, "height": 3, "width": 4, **_TEXT,
+                      "audio_hidden_states": _Normal((1, 5, 8)), "audio_encoder_hidden_states": _PROMPT,
+                      "audio_num_frames": 5, "timestep": _TIME[None]}, alone=True)
+            for name, kind in (("ltx2", "interleaved"), ("ltx2_split", "split"))
+        ),
         Relative("sana_wm_refiner", (0, 42),
                  _small("SanaWMLTX2RefinerTransformer3DModel", in_channels=8, out_channels=8, **_AUDIO),
                  {"hidden_states": _Normal((1, 24, 8)), "timestep": _TIME.expand(1, 24), **_TEXT,
@@ -431,6 +445,11 @@ RELATIVES: Mapping[str, Relative] = {
                  _pipeline("JoyImageEditPipeline", vae=_Parts.small_wan_vae, transformer=_small(
                      "JoyImageEditTransformer3DModel", in_channels=16)),
                  {**_MASKED, **_DECODED, "image": _PICTURE}, slow=True),
+        Relative("mochi", (0, 33),
+                 _pipeline("MochiPipeline", vae=lambda make: None, transformer=_small(
+                     "MochiTransformer3DModel", in_channels=4, out_channels=4, pooled_projection_dim=64,
+                     max_sequence_length=TOKENS)),
+                 {**_BY_BOOL, "num_frames": 7}),
         Relative("longcat_audio", (0, 38), _small("LongCatAudioDiTTransformer", latent_dim=8),
                  {"hidden_states": _Normal((1, 24, 8)), "timestep": _NOISE_LEVEL, **_TEXT,
                   "encoder_attention_mask": _MASK.bool()}, alone=True),
@@ -482,6 +501,12 @@ RELATIVES: Mapping[str, Relative] = {
                      "BriaFibo2Transformer2DModel", injection_layer_ids=(1,), min_num_gist_tokens=4,
                      max_num_gist_tokens=8, gist_step=4, gist_min_text_len=4, gist_max_text_len=8, **_SHORT)),
                  _guided(prompt_embeds=_Normal((1, 2, TOKENS, TEXT_DIM)), prompt_embeds_mask=_MASK)),
+        Relative("wan_animate_2", (0, 40),
+                 _small("WanAnimate2Transformer3DModel", in_dim=8, out_dim=4, ffn_dim=64, freq_dim=32, text_len=TOKENS),
+                 {"hidden_states": [_Normal((4, 2, 8, 12))], "condition_latents": [_Normal((4, 2, 8, 12))],
+                  "encoder_hidden_states": [_Normal((TOKENS, TEXT_DIM))], "timestep": _TIME, "seq_len": 48,
+                  "encoder_hidden_states_image": _Normal((1, 5, 1280)), "kv_cache": _EmptyCache(),
+                  "kv_cache_mode": "extract", "offset_grid_sizes": torch.tensor([[2, 4, 6]])}, alone=True),
         # Matrices
         Relative("hidream", (0, 34), _hidream,
                  _guided(prompt_embeds_t5=_PROMPT, prompt_embeds_llama3=_Normal((2, 1, TOKENS, TEXT_DIM)),
@@ -501,6 +526,14 @@ RELATIVES: Mapping[str, Relative] = {
                  _pipeline("Kandinsky6TI2VAPipeline", transformer=_small(
                      "Kandinsky6Transformer3DModel", in_visual_dim=4, out_visual_dim=4)),
                  {**_guided(prompt_embeds=_PROMPT, pooled_prompt_embeds=_POOLED), **_CLIP, "sample_audio": False}),
+        Relative("kandinsky6_sound", (0, 42),
+                 _small("Kandinsky6Transformer3DModel", in_visual_dim=4, out_visual_dim=4, ca_rope=True,
+                        cross_gates=True, fix_modulation=True),
+                 {"hidden_states": _Normal((1, 2, 8, 12, 9)), **_TEXT, "pooled_projections": _POOLED,
+                  "timestep": _TIME, "audio_hidden_states": _Normal((1, 11, 20))}, alone=True),
+        Relative("kandinsky6_sr", (0, 42),
+                 _small("Kandinsky6SRTransformer3DModel", in_visual_dim=4, out_visual_dim=4),
+                 {"hidden_states": _Normal((1, 2, 8, 16, 9)), "timestep": _TIME}, alone=True),
     )
 }  # fmt: skip
 
