@@ -168,10 +168,18 @@ def test_models_of_other_families_have_rows():
         measure_others(["nothing"])
 
 
+#: Prompts that are sorted on accelerators only, and norms of channels that do not lie next to each other.
+STOCK = {
+    *((name, "conditioning") for name in ("hunyuan_video_1.5", "hunyuan_image")),
+    *((name, "qk") for name in ("ace_step", "ltx_i2v", "ltx_condition", "prx")),
+}
+
+
 def test_record_of_other_families_is_exact_and_fast():
     *_, newest = read_json(RECORDS.with_name("compatibility-others")).values()
     assert len(newest) > 35
     for row in newest:
         assert row.identical
         assert row.calls
-        assert all(fast == total for fast, total in row.calls.values()), row.family
+        slow = {(row.family, patch) for patch, (fast, total) in row.calls.items() if fast != total}
+        assert slow == {pair for pair in STOCK if pair[0] == row.family}
