@@ -61,7 +61,7 @@ def test_a_missing_extra_is_named_in_one_sentence(command, extra, monkeypatch):
         (["--device", "toaster"], "The device 'toaster' cannot be used"),
         (["--dtype", "fp7"], "'fp7' is not one of fp32, bf16, fp16"),
         (["--image", "no-such-photo.jpg"], "Cannot read the image no-such-photo.jpg"),
-        (["--size", "100x100"], "refuses the arguments: `height` and `width` have to be divisible by 16"),
+        (["--size", "100x100"], "width and height have to be multiples of 16"),
     ],
 )
 def test_user_errors_are_reported_without_a_traceback(arguments, message):
@@ -153,12 +153,27 @@ def test_misspelt_patches_and_fidelities_exit_with_2(command, option):
 def test_the_names_of_the_command_line_are_those_that_there_are():
     from wan_patches.bench.measure import DTYPES
     from wan_patches.bench.shapes import SHAPES
+    from wan_patches.testing import families, names, relatives
 
     ours = {patch.name for patch in wan_patches._registry.patches() if patch.module.startswith("diffusers.")}
     assert set(options.PATCHES) == ours
     assert tuple(DTYPES) == options.DTYPES
     assert tuple(SHAPES) == options.SHAPES
     assert tuple(fidelity.value for fidelity in wan_patches.Fidelity) == options.FIDELITIES
+    assert tuple(families.FAMILIES) == names.FAMILIES
+    assert tuple(relatives.RELATIVES) == names.RELATIVES
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["verify", "tiny:wan_t3v"], ["bench", "compatibility", "flux"], ["bench", "compatibility", "--others", "wan_t2v"]],
+)
+def test_unknown_families_are_refused_before_torch_is_imported(command):
+    code = f"import sys\nfrom wan_patches.cli import app\ntry: app({command})\nfinally: print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2, done.stderr
+    assert "is not one of" in done.stderr
+    assert done.stdout.endswith("False\n")
 
 
 @pytest.mark.parametrize(

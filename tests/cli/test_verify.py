@@ -45,7 +45,7 @@ def test_the_command_exits_with_1_and_names_the_patch(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["tiny:wan_t3v"], "Unknown tiny model 'wan_t3v'; known: wan_t2v, "),
+        (["tiny:wan_t3v"], "'wan_t3v' is not one of wan_t2v, "),
         (["no-such-folder"], "Cannot load the model no-such-folder"),
         (["tiny:wan_t2v", "--patches", "rpoe"], "unknown patch rpoe"),
         (["tiny:wan_t2v", "--fidelity", "near"], "'near' is not one of exact, close"),

@@ -11,6 +11,7 @@ import typer
 from wan_patches.cli import options, shared
 from wan_patches.diagnostics.preflight import check_file, check_folder
 from wan_patches.tables import text
+from wan_patches.testing.names import FAMILIES, RELATIVES
 
 app = typer.Typer(help="Measure the patches, executors and parallel VAE against stock.", no_args_is_help=True)
 
@@ -297,7 +298,11 @@ def sharding(
 @app.command()
 def compatibility(
     families: Annotated[
-        list[str] | None, typer.Argument(help="Pipeline families; default: all that the installed diffusers has.")
+        list[str] | None,
+        typer.Argument(
+            help="Pipeline families; default: all that the installed diffusers has.",
+            autocompletion=lambda: [*FAMILIES, *RELATIVES],
+        ),
     ] = None,
     json: Annotated[
         Path | None, typer.Option(help="Folder for the JSON record, which is named after the versions.")
@@ -316,6 +321,8 @@ def compatibility(
     """
     if others and production:
         raise typer.BadParameter("--others has no production sizes; leave out one of the two")
+    for name in families or ():
+        options.family(name, RELATIVES if others else FAMILIES)
     shared.preflight(check_folder, json)
     with shared.errors("bench"):
         from wan_patches.bench import compatibility as run

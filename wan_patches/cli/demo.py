@@ -31,6 +31,8 @@ def demo(
     Exits with status 1 if a single bit differs.
     """
     width_height = options.size(size)
+    if model is None and any(side % 16 for side in width_height or ()):
+        raise typer.BadParameter("width and height have to be multiples of 16", param_hint="--size")
     shared.preflight(check_folder, out)
     with shared.errors("demo"):
         from wan_patches.bench import demo as run

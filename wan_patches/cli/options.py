@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from wan_patches.testing.names import FAMILIES
+
 #: Names that commands refuse or complete before torch is imported; tests compare them with the registry and the bench.
 PATCHES = (
     *("attention_backends", "conditioning", "frames", "modulation", "preprocess", "qk", "rope", "rotary_tables"),
@@ -27,6 +29,17 @@ def one_of(known: tuple[str, ...], help: str) -> Any:
         return value
 
     return typer.Option(callback=check, autocompletion=lambda: list(known), metavar="|".join(known), help=help)
+
+
+def family(name: str, known: tuple[str, ...] = FAMILIES, param_hint: str = "families") -> str:
+    """Returns the name of a small model.
+
+    Raises:
+        typer.BadParameter: there is none of that name.
+    """
+    if name not in known:
+        raise typer.BadParameter(f"{name!r} is not one of {', '.join(known)}", param_hint=param_hint)
+    return name
 
 
 # Script and patches

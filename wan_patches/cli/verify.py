@@ -36,6 +36,8 @@ def verify(
     Exits with status 2 if no conclusion is possible: an error, stock runs that differ, or no active patch.
     """
     width_height = options.size(size)
+    if model.startswith("tiny:"):
+        options.family(model.removeprefix("tiny:"), param_hint="model")
     shared.preflight(check_file, json, report)
     shared.check_patches(patches, fidelity)
     with shared.errors("verify"):
