@@ -22,6 +22,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from wan_patches.ops import proof
 from wan_patches.ops import triton as kernels
 from wan_patches.ops.dispatch import ACCELERATOR, op
 
@@ -31,6 +32,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SMALL, _SMALL_IN_FP32 = 1 << 21, 1 << 22
 SMALL_ELSEWHERE = 1 << 14  # the same on accelerators; not measured yet
 SLOW = "stock's operations are the fastest in fp32, where channels do not lie next to each other"
+_SAMPLE = 16  # tokens by which the order of a norm is recognised: few have the same bits in another one
 _VECTOR = 16  # bytes that ATen's norm loads at once
 _CHUNK = 1 << 19  # elements processed at a time on CPUs: they stay in the cache from the first operation to the last
 
@@ -499,6 +501,19 @@ def _why_not_in_one(x: torch.Tensor, norm: LayerNorm, *modulations: Modulation |
     if any(tensor.dtype == torch.float32 and tensor.data_ptr() % _VECTOR for tensor in (x, *parameters)):
         return "ATen takes another norm for what lies unaligned in memory"
     return None
+
+
+def _has_its_order(x: torch.Tensor, norm: LayerNorm) -> bool:
+    """Whether the kernel has the bits of `norm` in fp32: in half dtypes most differences are rounded away."""
+    from wan_patches.ops.triton.layer_norm import layer_norm_modulate
+
+    rows = proof.with_random_values(x.new_empty(1, _SAMPLE, x.shape[2], dtype=torch.float32))
+    return torch.equal(layer_norm_modulate(rows, norm.weight, norm.bias, None, None, norm.eps), norm(rows))
+
+
+modulated_norm_in_one.confirms(lambda x, norm, *modulations: _has_its_order(x, norm))
+cast_norm_in_one.confirms(_has_its_order)
+residual_norm_in_one.confirms(lambda x, y, gate, norm, *modulations: _has_its_order(x, norm))
 
 
 @modulated_norm_in_one.refuses

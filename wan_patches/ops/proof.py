@@ -63,6 +63,11 @@ class Trial:
                 reason = NO_MEMORY
         return reason
 
+    def why_unconfirmed(self, confirmation: Callable[..., bool]) -> str:
+        """Returns why `confirmation` of these arguments fails, or an empty string."""
+        is_confirmed, reason = attempt(confirmation, self._args)
+        return reason if reason or is_confirmed else _DIFFERS[self._fidelity]
+
     def result(self) -> Any:
         """Returns the reference's result for the original arguments."""
         if self._tried is not self._args:

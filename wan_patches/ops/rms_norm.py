@@ -13,7 +13,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from wan_patches.ops import rope
+from wan_patches.ops import proof, rope
 from wan_patches.ops.dispatch import op
 
 _SMALL, _SMALL_IN_FP32 = 1 << 21, 6_000_000  # elements below which torch's operations are as fast
@@ -78,6 +78,7 @@ def _is_exact(dtype: torch.dtype, dim: int, threads: int) -> bool:
 # Norm and rotary embedding of queries and keys
 
 _SMALL_ON_GPUS = 1 << 14  # not measured yet
+_SAMPLE = 128  # tokens by which the order of a sum is recognised: most have the same bits in any order
 
 
 @op("RMS norms and rotary embedding of queries and keys")
@@ -128,6 +129,29 @@ def in_one(
         rms_norm_rope(x.flatten(2), weight, e, cos, sin, x.shape[2]) for x, weight, e in zip((query, key), weights, eps)
     )
     return q, k
+
+
+@in_one.confirms
+def _(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    weights: tuple[torch.Tensor, torch.Tensor],
+    eps: tuple[float, float],
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+) -> bool:
+    return all(map(_has_its_order, (query, key), weights, eps))
+
+
+def _has_its_order(x: torch.Tensor, weight: torch.Tensor, eps: float) -> bool:
+    """Whether the kernel has the bits of torch's norm in fp32: in half dtypes most differences are rounded away."""
+    from wan_patches.ops.triton.rms_norm import rms_norm_rope
+
+    heads, dim = x.shape[2:]
+    rows = proof.with_random_values(x.new_empty(1, _SAMPLE, heads * dim, dtype=torch.float32))
+    no_turn, weight = (rows.new_ones(1, _SAMPLE, 1, dim // 2), rows.new_zeros(1, _SAMPLE, 1, dim // 2)), weight.float()
+    found = rms_norm_rope(rows, weight, eps, *no_turn, heads)
+    return torch.equal(found.flatten(2), F.rms_norm(rows, weight.shape, weight, eps))
 
 
 @in_one.refuses

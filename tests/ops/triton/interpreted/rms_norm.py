@@ -124,6 +124,20 @@ def test_dispatch_and_gate(dtype, as_aten):
 
 
 @torch.no_grad()
+def test_norm_of_another_order_takes_the_other_form(as_on_cuda, monkeypatch):
+    """The order of CPUs; in bf16 all of few values have the same bits."""
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.9.0"))
+    query, key, weights = *torch.randn(2, 1, 1, 4, 128).bfloat16(), tuple(torch.randn(2, 512).bfloat16())
+    args = (query, key, weights, (EPS, EPS), *tables(1, 1, 128))
+    expected = ops.rms_norm_rope_qk.reference(*args)
+    assert all(map(torch.equal, ops.in_one(*args), expected))
+    for _ in range(2):
+        assert all(map(torch.equal, ops.rms_norm_rope_qk(*args), expected))
+    verdicts = {verdict.form: verdict.exact for verdict in gate.verdicts() if verdict.op == ops.rms_norm_rope_qk.name}
+    assert verdicts == {ops.in_one.name: False, ops.one_after_the_other.name: True}
+
+
+@torch.no_grad()
 def test_other_norms_take_the_other_form(as_aten, monkeypatch):
     cos, sin = tables(1, 4, 128)
     x, weight = torch.randn(1, 4, 4, 128), torch.randn(512)
