@@ -476,13 +476,9 @@ def why_strided(*hidden_states: torch.Tensor) -> str | None:
     return None if all(x.is_contiguous() for x in hidden_states) else "the hidden states are not contiguous"
 
 
-def _needs_triton(x: torch.Tensor) -> str | None:
-    return None if kernels.is_usable(x.device) else "Triton is not installed"
-
-
 def _why_not_in_one(x: torch.Tensor, norm: LayerNorm, *modulations: Modulation | None) -> str | None:
     """Returns why ATen's norm of `x` in fp32 is not the one whose order the kernel has, or None."""
-    if (reason := _needs_triton(x) or why_not(x, *modulations) or why_strided(x)) is not None:
+    if (reason := kernels.why_unusable(x.device) or why_not(x, *modulations) or why_strided(x)) is not None:
         return reason
     if torch.version.hip is not None:
         return "ATen's norm has another order on AMD's GPUs"
@@ -540,7 +536,7 @@ def _(
 
 @modulated_norm_kernel.refuses
 def _(x: torch.Tensor, norm: LayerNorm, scale: Modulation, shift: Modulation) -> str | None:
-    return _needs_triton(x) or why_not(x, scale, shift)
+    return kernels.why_unusable(x.device) or why_not(x, scale, shift)
 
 
 @modulated_norm_in_chunks.refuses
@@ -557,7 +553,7 @@ def _(x: torch.Tensor, norm: LayerNorm, scale: Modulation, shift: Modulation) ->
 
 @gated_residual_kernel.refuses
 def _(x: torch.Tensor, y: torch.Tensor, gate: Modulation, cast: bool = False) -> str | None:
-    return _needs_triton(x) or why_not(x, gate) or why_not_sum(x, y, gate) or why_strided(x, y)
+    return kernels.why_unusable(x.device) or why_not(x, gate) or why_not_sum(x, y, gate) or why_strided(x, y)
 
 
 @gated_residual_in_chunks.refuses
@@ -587,7 +583,7 @@ def _(
     shift: Modulation | None,
 ) -> str | None:
     fits = why_not(x, gate, scale, shift) or why_not_sum(x, y, gate) or why_strided(x, y)
-    return _needs_triton(x) or fits
+    return kernels.why_unusable(x.device) or fits
 
 
 @residual_norm_in_chunks.refuses
