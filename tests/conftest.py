@@ -85,6 +85,7 @@ LONG = (
     "emulated_device/test_pipelines.py",
     "emulated_device/test_offload.py",
     "emulated_device/test_bench_gpu.py",
+    "emulated_device/test_kernels.py",
 )
 
 STAND_IN = Path(__file__).with_name("emulated_device") / "torch_npu_stand_in.py"

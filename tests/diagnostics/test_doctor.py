@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from wan_patches import cli
@@ -190,6 +191,76 @@ def test_missing_triton_is_a_warning_only_on_a_gpu():
     assert doctor._find_triton(TORCH, None).state == OK
     assert doctor._find_triton(TORCH | {"devices": {"cuda": ["A GPU"]}}, None).state == WARNING
     assert doctor._find_triton(TORCH, "3.7.0").text == "3.7.0"
+
+
+@pytest.mark.parametrize(
+    ("error", "text", "remedy"),
+    [
+        ("RuntimeError: Failed to find C compiler. Please specify", "no C compiler", "apt install gcc python3-dev"),
+        ("CalledProcessError: Command '['/usr/bin/gcc', 'main.c']' returned non-zero exit status 1.", "headers", "CC"),
+        ("PermissionError: [Errno 13] Permission denied: '/root/.triton/cache'", "cache folder", "TRITON_CACHE_DIR"),
+        ("OSError: [Errno 30] Read-only file system: '/root/.triton'", "cache folder", "TRITON_CACHE_DIR"),
+        ("AssertionError: libcuda.so cannot found!", "libcuda.so is not found", "ldconfig"),
+        ("RuntimeError: the provided PTX was compiled with an unsupported toolchain", "driver", "nvidia-smi"),
+        ("ImportError: libtriton.so: undefined symbol", "cannot be imported", "--force-reinstall"),
+        ("ValueError: something else", "none can be launched", "report this"),
+    ],
+)  # fmt: skip
+def test_kernels_that_cannot_be_launched(error, text, remedy):
+    finding = doctor._find_kernels(Answer(None, (error,)), "2.13.0")
+    assert finding.state == WARNING
+    assert text in finding.text.partition(":")[0]
+    assert error.rstrip(".") in finding.text
+    assert remedy in finding.remedy
+
+
+def test_errors_of_the_installed_triton_are_recognised(monkeypatch, tmp_path):
+    build, cache = (pytest.importorskip(f"triton.runtime.{name}") for name in ("build", "cache"))
+    (tmp_path / "file").touch()
+
+    def meaning(call):
+        with pytest.raises(Exception) as raised:  # noqa: PT011 - each version has its own
+            call()
+        return doctor._find_kernels(Answer(None, tuple(probes.chain(raised.value))), "2.13.0").text
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    assert meaning(lambda: cache.get_cache_manager("ab").put("x", "y")).startswith("Triton's cache folder")
+    if hasattr(build, "compile_module_from_src"):  # since Triton 3.4
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+        monkeypatch.setenv("PATH", "")
+        monkeypatch.delenv("CC", raising=False)
+        assert meaning(lambda: build.compile_module_from_src("", "m")).startswith("no C compiler")
+
+
+@pytest.mark.parametrize(("is_exact", "state", "text"), [(True, OK, "with the bits"), (False, WARNING, "differs")])
+def test_a_kernel_is_launched_where_there_is_a_gpu(is_exact, state, text, quick):
+    quick["torch_facts"] = Answer(TORCH | {"devices": {"cuda": ["A GPU"]}})
+    quick["kernel_facts"] = Answer({"is_exact": is_exact})
+    finding = one(doctor.examine().of("kernels"))
+    assert finding.state == state
+    assert text in finding.text
+
+
+def test_no_kernel_is_launched_without_a_gpu_or_without_triton(quick, monkeypatch):
+    quick["kernel_facts"] = None  # would fail if it were asked
+    assert doctor.examine().of("kernels") == ()
+    quick["torch_facts"] = Answer(TORCH | {"devices": {"cuda": ["A GPU"]}})
+    version_of = doctor._version_of
+    monkeypatch.setattr(doctor, "_version_of", lambda package: None if "triton" in package else version_of(package))
+    found = doctor.examine()
+    assert found.of("kernels") == ()
+    assert one(found.of("triton")).remedy == "pip install triton."
+
+
+def test_the_kernel_is_compared_with_the_operations_of_torch(monkeypatch):
+    """On the CPU, with a function in the kernel's place."""
+    modulation = pytest.importorskip("wan_patches.ops.triton.modulation")
+    to = torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, *args: to(x, *(arg for arg in args if arg != "cuda")))
+    stock = lambda x, y, gate: (x.float() + y.float() * gate).to(x.dtype)  # noqa: E731
+    for kernel, is_exact in ((stock, True), (lambda *args: stock(*args) * (1 + 2**-7), False)):
+        monkeypatch.setattr(modulation, "gated_residual", kernel)
+        assert probes.kernel_facts() == {"is_exact": is_exact}
 
 
 @pytest.mark.parametrize(

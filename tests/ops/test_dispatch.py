@@ -121,6 +121,22 @@ def test_next_form_is_tried_if_one_fails(fake_accelerator):
     assert [verdict.exact for verdict in gate.verdicts()] == [False, False, True]
 
 
+@pytest.mark.parametrize(
+    ("confirmation", "reason"),
+    [(lambda x: False, "differs"), (lambda x: x.no_such_method(), "raised AttributeError"), (lambda x: True, "")],
+)
+def test_form_is_used_only_if_it_is_confirmed(confirmation, reason, fake_accelerator):
+    add, form, _ = made(lambda x: 1 + x)
+    form.confirms(counted := Counted(confirmation))
+    for _ in range(3):
+        add(torch.randn(3))
+    (verdict,) = gate.verdicts()
+    assert verdict.exact == (not reason)
+    assert reason in verdict.reason
+    assert counted.calls == 1  # once per key
+    assert form.function.calls == (1 if reason else 3)
+
+
 def test_forms_are_for_devices(monkeypatch):
     add, _, _ = made(plus_one, device="cpu")
     others = {device: add.form(str(device), device)(Counted(plus_one)) for device in ("cuda", "npu", ACCELERATOR, None)}

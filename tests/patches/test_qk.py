@@ -230,7 +230,7 @@ def test_norm_and_rotation_in_one_kernel_are_bit_identical_to_stock(module, fuse
             pytest.skip(states[module].reason)
         for _ in range(2):
             assert torch.equal(_call(attention, module, tables=tables), expected)
-    assert in_one == [4] * 4
+    assert in_one == [4] * 6  # of queries and of keys: at first sight, to confirm it, and after it
     (verdict,) = gate.verdicts()
     assert (verdict.op, verdict.exact) == (op.rms_norm_rope_qk.name, True)
 

@@ -73,6 +73,7 @@ class Form(Generic[P, R]):
     ) -> None:
         self.name, self.device, self.limits = name, device, Limits(smallest, smallest_in_fp32)
         self.refusal: Callable[..., str | None] = lambda *args: None
+        self.confirmation: Callable[..., bool] = lambda *args: True
         self.function = function
         functools.update_wrapper(self, function, updated=())
 
@@ -83,6 +84,14 @@ class Form(Generic[P, R]):
         """Decorates a function that returns why the form cannot be used for its arguments, or None."""
         self.refusal = refusal
         return refusal
+
+    def confirms(self, confirmation: Callable[..., bool]) -> Callable[..., bool]:
+        """Decorates a function that the gate also asks whether the form is exact for such arguments.
+
+        For forms whose differences are rarely seen in a result, such as those that rounding to a half dtype hides.
+        """
+        self.confirmation = confirmation
+        return confirmation
 
     def why_not(self, *args: Any) -> str | None:
         """Returns why the form is not used for these arguments, as far as is known without a trial, or None."""
@@ -258,7 +267,7 @@ class Op(Generic[P, R]):
             if needs_proof and gate.enabled:
                 if trial.is_blind:
                     return self.stock(BLIND, *args)  # type: ignore[call-arg]
-                failure = trial.failure(form, self._agree)
+                failure = self._failure(trial, form)
             tried.append((form.name, failure))
             if not failure:
                 self._decide(key, Decision(form, again=AGAIN, tried=tuple(tried)))
@@ -285,7 +294,7 @@ class Op(Generic[P, R]):
         if trial.is_blind:
             return self._follow(decision, args)
         decision.again *= 2
-        failure = trial.failure(form, self._agree)
+        failure = self._failure(trial, form)
         if failure == proof.NO_MEMORY:  # says nothing about the form
             del trial
             return self._follow(decision, args)
@@ -298,6 +307,9 @@ class Op(Generic[P, R]):
     def _trial(self, args: tuple[Any, ...]) -> proof.Trial:
         return proof.Trial(self.reference, args, self.fidelity, self._tells_nothing)
 
+    def _failure(self, trial: proof.Trial, form: Form[Any, Any]) -> str:
+        return trial.failure(form, self._agree) or trial.why_unconfirmed(form.confirmation)
+
     def _check(self, decision: Decision, args: tuple[Any, ...]) -> None:
         """Raises `AssertionError` if the decision would be different now."""
         failed = {name for name, failure in decision.tried if failure}
@@ -306,7 +318,7 @@ class Op(Generic[P, R]):
             if form is decision.form:
                 assert reason is None, f"{self.name}: {form.name} refuses what its key allows: {reason}"
                 trial = self._trial(args)
-                failure = "" if trial.is_blind else trial.failure(form, self._agree)
+                failure = "" if trial.is_blind else self._failure(trial, form)
                 assert not failure, f"{self.name}: {form.name} {failure}, for a key that it has proved itself for"
                 return
             assert reason is not None or form.name in failed, f"{self.name}: {form.name} takes what its key refuses"

@@ -202,8 +202,8 @@ def _(x: torch.Tensor, weight: torch.Tensor, eps: float, cos: torch.Tensor, sin:
 
 
 def _why_no_kernel(x: torch.Tensor, norm: LayerNorm, *modulations: Modulation | None) -> str | None:
-    if not kernels.is_usable(x.device):
-        return "Triton is not installed"
+    if (reason := kernels.why_unusable(x.device)) is not None:
+        return reason
     if (reason := exact.why_not(x, *modulations) or exact.why_strided(x)) is not None:
         return reason
     from wan_patches.ops.triton.close import MAX_DIM

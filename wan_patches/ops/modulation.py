@@ -21,7 +21,6 @@ from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 
 from wan_patches.ops import proof
 from wan_patches.ops import triton as kernels
@@ -476,13 +475,9 @@ def why_strided(*hidden_states: torch.Tensor) -> str | None:
     return None if all(x.is_contiguous() for x in hidden_states) else "the hidden states are not contiguous"
 
 
-def _needs_triton(x: torch.Tensor) -> str | None:
-    return None if kernels.is_usable(x.device) else "Triton is not installed"
-
-
 def _why_not_in_one(x: torch.Tensor, norm: LayerNorm, *modulations: Modulation | None) -> str | None:
     """Returns why ATen's norm of `x` in fp32 is not the one whose order the kernel has, or None."""
-    if (reason := _needs_triton(x) or why_not(x, *modulations) or why_strided(x)) is not None:
+    if (reason := kernels.why_unusable(x.device) or why_not(x, *modulations) or why_strided(x)) is not None:
         return reason
     if torch.version.hip is not None:
         return "ATen's norm has another order on AMD's GPUs"
@@ -500,23 +495,20 @@ def _why_not_in_one(x: torch.Tensor, norm: LayerNorm, *modulations: Modulation |
         return "the weights do not fit"
     if any(tensor.dtype == torch.float32 and tensor.data_ptr() % _VECTOR for tensor in (x, *parameters)):
         return "ATen takes another norm for what lies unaligned in memory"
-    return _why_another_order(dim, x.device) if x.is_cuda else None
+    return None
 
 
-@functools.lru_cache(maxsize=64)
-def _why_another_order(dim: int, device: torch.device) -> str | None:
-    """Compares the kernel with ATen's norm in fp32, whatever the dtype: half dtypes would hide another order.
-
-    Both add in fp32, in an order that only depends on the width. Of 16,384 bf16 results of another order often none
-    differs, so that the first-sight gate alone would prove little for small inputs.
-    """
+def _has_its_order(x: torch.Tensor, norm: LayerNorm) -> bool:
+    """Whether the kernel has the bits of `norm` in fp32: in half dtypes most differences are rounded away."""
     from wan_patches.ops.triton.layer_norm import layer_norm_modulate
 
-    with torch.no_grad():
-        rows = proof.rows_that_tell_orders(dim, device)
-        ours, failure = proof.attempt(layer_norm_modulate, (rows, None, None, None, None, 1e-6))
-        same = not failure and torch.equal(ours, F.layer_norm(rows, (dim,), None, None, 1e-6))
-    return None if same else f"the kernel {failure or 'adds in another order than ATen on this device'}"
+    rows = proof.rows_that_tell_orders(x.shape[2], x.device)
+    return torch.equal(layer_norm_modulate(rows, norm.weight, norm.bias, None, None, norm.eps), norm(rows))
+
+
+modulated_norm_in_one.confirms(lambda x, norm, *modulations: _has_its_order(x, norm))
+cast_norm_in_one.confirms(_has_its_order)
+residual_norm_in_one.confirms(lambda x, y, gate, norm, *modulations: _has_its_order(x, norm))
 
 
 @modulated_norm_in_one.refuses
@@ -543,7 +535,7 @@ def _(
 
 @modulated_norm_kernel.refuses
 def _(x: torch.Tensor, norm: LayerNorm, scale: Modulation, shift: Modulation) -> str | None:
-    return _needs_triton(x) or why_not(x, scale, shift)
+    return kernels.why_unusable(x.device) or why_not(x, scale, shift)
 
 
 @modulated_norm_in_chunks.refuses
@@ -560,7 +552,7 @@ def _(x: torch.Tensor, norm: LayerNorm, scale: Modulation, shift: Modulation) ->
 
 @gated_residual_kernel.refuses
 def _(x: torch.Tensor, y: torch.Tensor, gate: Modulation, cast: bool = False) -> str | None:
-    return _needs_triton(x) or why_not(x, gate) or why_not_sum(x, y, gate) or why_strided(x, y)
+    return kernels.why_unusable(x.device) or why_not(x, gate) or why_not_sum(x, y, gate) or why_strided(x, y)
 
 
 @gated_residual_in_chunks.refuses
@@ -590,7 +582,7 @@ def _(
     shift: Modulation | None,
 ) -> str | None:
     fits = why_not(x, gate, scale, shift) or why_not_sum(x, y, gate) or why_strided(x, y)
-    return _needs_triton(x) or fits
+    return kernels.why_unusable(x.device) or fits
 
 
 @residual_norm_in_chunks.refuses

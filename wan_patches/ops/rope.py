@@ -197,8 +197,8 @@ def both_by_kernel(
 @by_kernel.refuses
 def why_no_kernel(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> str | None:
     """Returns why no kernel supports such queries or keys and such tables, or None."""
-    if not kernels.is_usable(x.device):
-        return "Triton is not installed"
+    if (reason := kernels.why_unusable(x.device)) is not None:
+        return reason
     if x.dim() != 4 or x.dtype not in DTYPES or x.numel() == 0:
         return "the kernel is not for such queries and keys"
     batch, seq, heads, dim = x.shape

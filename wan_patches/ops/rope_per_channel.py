@@ -95,8 +95,8 @@ def by_kernel(x: torch.Tensor, tables: PairTables, halves: bool) -> torch.Tensor
 
 @by_kernel.refuses
 def _(x: torch.Tensor, tables: PairTables, halves: bool) -> str | None:
-    if not kernels.is_usable(x.device):
-        return "Triton is not installed"
+    if (reason := kernels.why_unusable(x.device)) is not None:
+        return reason
     if (reason := _reason_against(x, tables)) is not None:
         return reason
     batch, _, heads, dim = x.shape

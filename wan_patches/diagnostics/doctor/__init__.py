@@ -25,7 +25,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
 import wan_patches
-from wan_patches.diagnostics.doctor.probes import Answer, ask, patch_facts, torch_facts
+from wan_patches.diagnostics.doctor.probes import Answer, ask, kernel_facts, patch_facts, torch_facts
 
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
 
@@ -158,7 +158,10 @@ def _torch_and_patches(installed: Mapping[str, str | None], timeout: float) -> I
         return
     npu = (_version_of("torch-npu") or "of unknown version") if importlib.util.find_spec("torch_npu") else None
     yield from _find_devices(facts, glob.glob("/dev/nvidia[0-9]*"), glob.glob("/dev/davinci[0-9]*"))
-    yield _find_triton(facts, next(filter(None, map(_version_of, ("triton", "triton-ascend", "pytorch-triton"))), None))
+    triton = next(filter(None, map(_version_of, ("triton", "triton-ascend", "pytorch-triton"))), None)
+    yield _find_triton(facts, triton)
+    if triton is not None and "cuda" in facts["devices"]:
+        yield _find_kernels(ask(kernel_facts, environment, timeout), facts["version"])
     yield from _find_npu(facts, npu, cann, glob.glob("/dev/davinci[0-9]*"))
     if patches is not None:
         yield from _find_patches(patches, cann)
@@ -359,6 +362,59 @@ def _find_triton(facts: Mapping[str, Any], triton: str | None) -> Finding:
             "triton", WARNING, "not installed: torch.compile and fused kernels need it on a GPU", "pip install triton."
         )
     return Finding("triton", OK, "not installed; not needed on these devices")
+
+
+#: What Triton's errors contain in lower case, what that means, and a remedy.
+_KERNEL_ERRORS = (
+    (
+        ("unsupported toolchain", "driver version is insufficient", "ptxas", "no kernel image", "image is invalid"),
+        "the driver, or the GPU, does not fit this Triton",
+        "Update the driver (nvidia-smi shows its version), or install an older torch with its own Triton.",
+    ),
+    (
+        ("c compiler", "'gcc'", "'cc'", "python.h", "non-zero exit status"),
+        "no C compiler is found, or it lacks Python's headers",
+        "Install both (apt install gcc python3-dev), or set CC to a compiler.",
+    ),
+    (
+        ("permissionerror", "read-only file system", "no space left", "notadirectoryerror", "fileexistserror"),
+        "Triton's cache folder cannot be written",
+        "Set TRITON_CACHE_DIR to a folder that can be written, on a disk that is not full.",
+    ),
+    (
+        ("libcuda",),
+        "the driver's library libcuda.so is not found",
+        "Run ldconfig, or set TRITON_LIBCUDA_PATH to its folder; in a container, start it with --gpus all.",
+    ),
+    (
+        ("importerror", "modulenotfounderror"),
+        "Triton cannot be imported",
+        "Reinstall the version that belongs to your torch: pip install --force-reinstall torch triton.",
+    ),
+)
+
+
+def _find_kernels(answer: Answer, torch_version: str) -> Finding:
+    """Reports whether a kernel could be launched on a GPU, and what prevents it."""
+    if answer.facts is not None:
+        if answer.facts["is_exact"]:
+            return Finding("kernels", OK, "one was launched, with the bits of torch's operations")
+        return Finding(
+            "kernels",
+            WARNING,
+            "one was launched, and its result differs from that of torch's operations; such kernels are not used",
+            f"Install the Triton that belongs to torch {torch_version}, and report this.",
+        )
+    text = " ".join(answer.errors).lower()
+    known = ((meaning, remedy) for signs, meaning, remedy in _KERNEL_ERRORS if any(sign in text for sign in signs))
+    unknown = "none can be launched", "Install the Triton that belongs to your torch, or report this."
+    meaning, remedy = next(known, unknown)
+    return Finding(
+        "kernels",
+        WARNING,
+        f"{meaning}: torch's operations run in their place, with the same results, slower ({_reasons(answer.errors)})",
+        remedy,
+    )
 
 
 def _find_npu(

@@ -112,6 +112,22 @@ def _device_names(torch: Any, kind: str) -> list[str]:
         return [chain(error)[0]]
 
 
+def kernel_facts() -> dict[str, Any]:
+    """Launches a kernel on the first CUDA device; returns whether it has the bits of torch's operations.
+
+    Raises what Triton raises if it cannot be imported, or cannot build or launch the kernel.
+    """
+    import torch
+
+    from wan_patches.ops.triton.modulation import gated_residual
+
+    generator = torch.Generator("cpu").manual_seed(0)
+    x, y = torch.randn(2, 1, 64, 1024, generator=generator).to("cuda", torch.bfloat16)
+    gate = torch.randn(1, 1, 1024, generator=generator).to("cuda")
+    expected = (x.float() + y.float() * gate).to(x.dtype)
+    return {"is_exact": torch.equal(gated_residual(x, y, gate), expected)}
+
+
 def patch_facts() -> dict[str, Any]:
     """Returns the state of every patch after importing its module, and the errors of failed imports."""
     errors: dict[str, list[str]] = {}

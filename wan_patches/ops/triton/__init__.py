@@ -1,17 +1,23 @@
-"""Kernels for GPUs. Triton is imported only when a kernel is about to run."""
+"""Kernels for GPUs. Triton is imported only for tensors on a GPU."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import importlib.util
 
 import torch
 
 
 def is_usable(device: torch.device) -> bool:
-    """Whether kernels can run on tensors of `device`, as far as can be checked without importing Triton."""
-    return device.type == "cuda" and _is_installed()
+    """Whether there are kernels for tensors of `device` and Triton can be imported; says nothing about launches."""
+    return device.type == "cuda" and not _failure()
+
+
+def why_unusable(device: torch.device) -> str | None:
+    """Returns why `is_usable` is false, or None."""
+    return None if is_usable(device) else _failure() or "kernels are for GPUs"
 
 
 def launching_on(device: torch.device) -> contextlib.AbstractContextManager[object]:
@@ -20,5 +26,12 @@ def launching_on(device: torch.device) -> contextlib.AbstractContextManager[obje
 
 
 @functools.lru_cache(maxsize=1)
-def _is_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def _failure() -> str:
+    """Returns why Triton cannot be imported, or an empty string; tries it once per process."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    try:
+        importlib.import_module("triton")
+    except Exception as error:  # such as a library that is missing, or a Triton for another Python
+        return f"Triton cannot be imported: {type(error).__name__}: {error}"
+    return ""

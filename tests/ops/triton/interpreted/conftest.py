@@ -38,3 +38,10 @@ def _rounding_to_bf16(monkeypatch):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _few_rows(monkeypatch):
+    from wan_patches.ops import proof
+
+    monkeypatch.setattr(proof, "ROWS", 64)
