@@ -25,7 +25,7 @@ from wan_patches.bindings.stock_functions import (
     is_library_function,
     is_watched,
 )
-from wan_patches.ops.norm_silu import norm_silu
+from wan_patches.ops.norm_silu import Memory, norm_silu
 from wan_patches.ops.vae import HISTORY, FrameCaches, in_steps, interleave, is_channels_last, upsample, upsampled_bands
 from wan_patches.ops.vae_division import (
     ROWS,
@@ -249,13 +249,14 @@ def _convolves_first(conv: Any, x: torch.Tensor) -> bool:
     return found
 
 
-def _normed(norm: Any, x: torch.Tensor) -> torch.Tensor:
-    """Applies an RMS norm and SiLU."""
+def _normed(norm: Any, x: torch.Tensor, place: torch.Tensor, last: torch.Tensor | None) -> torch.Tensor:
+    """Applies an RMS norm and SiLU: an `Activation`."""
     if x.is_cpu:
         return F.silu(norm(x), inplace=True)
     bias = norm.bias if isinstance(norm.bias, torch.Tensor) else None
     plain = functools.partial(_plain_norm, norm)
-    return norm_silu(x, plain, norm.scale, norm.gamma, bias, _normalizes_in_fp32(norm.__class__))
+    in_fp32 = _normalizes_in_fp32(norm.__class__)
+    return norm_silu(x, plain, norm.scale, norm.gamma, bias, in_fp32, Memory(place, last))[0]
 
 
 def _plain_norm(norm: Any, x: torch.Tensor, gamma: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
