@@ -26,6 +26,7 @@ from wan_patches.bindings.stock_functions import (
     is_watched,
 )
 from wan_patches.ops.norm_silu import Memory, norm_silu
+from wan_patches.ops.residual_convolution import residual_convolution
 from wan_patches.ops.vae import HISTORY, FrameCaches, in_steps, interleave, is_channels_last, upsample, upsampled_bands
 from wan_patches.ops.vae_division import (
     ROWS,
@@ -235,8 +236,15 @@ def _causal(
     convolve, history = convolution(conv), HISTORY
     if x.is_cpu and x.shape[2] == 1 and caches[position] is None and _convolves_first(conv, x):
         convolve, history = convolution_of_first(conv), 0
+    elif not x.is_cpu and (shortcut := options.pop("add", None)) is not None:
+        convolve = functools.partial(_convolved_and_added, conv, shortcut)
     padding = above, left
     return caches.convolve(position, x, convolve, padding, history=history, activation=activation, **options)
+
+
+def _convolved_and_added(conv: Any, shortcut: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Applies a convolution to all rows of `x`, already padded, and adds a shortcut."""
+    return residual_convolution(x, conv.weight, conv.bias, shortcut, conv.stride, conv.dilation, conv.groups)
 
 
 def _convolves_first(conv: Any, x: torch.Tensor) -> bool:
