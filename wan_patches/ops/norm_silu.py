@@ -45,8 +45,9 @@ def _key(
     bias: torch.Tensor | None,
     in_fp32: bool,
     memory: Memory,
+    length: torch.Tensor | None = None,
 ) -> Key | None:
-    return key_of(x, scale, gamma, bias, in_fp32, memory.frames, memory.last)
+    return key_of(x, scale, gamma, bias, in_fp32, memory.frames, memory.last, length)
 
 
 @op("RMS norm + SiLU", key=_key)
@@ -58,6 +59,7 @@ def norm_silu(
     bias: torch.Tensor | None,
     in_fp32: bool,
     memory: Memory,
+    length: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """Returns SiLU of the RMS norm of `x` over its channels, and once more its last frames if `memory` has a place.
 
@@ -67,6 +69,7 @@ def norm_silu(
         scale, gamma, bias: the norm's parameters: a number; `channels` values; the same or None.
         in_fp32: whether `norm` divides in fp32 if `x` has a half dtype.
         memory: where a kernel writes.
+        length: |x|, `(batch, 1, frames, height, width)`, if it is known, in the dtype of the quotient.
 
     Returns:
         The tensors of `memory` themselves, if a kernel wrote them; else new ones.
@@ -84,9 +87,11 @@ def by_kernel(
     bias: torch.Tensor | None,
     in_fp32: bool,
     memory: Memory,
+    length: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, ...]:
-    dtype = torch.float32 if in_fp32 else x.dtype
-    length = torch.linalg.vector_norm(x, 2.0, 1, keepdim=True, dtype=dtype)  # casts as it reads
+    if length is None:
+        dtype = torch.float32 if in_fp32 else x.dtype
+        length = torch.linalg.vector_norm(x, 2.0, 1, keepdim=True, dtype=dtype)  # casts as it reads
     return _launch(x, length, scale, gamma, bias, memory)
 
 
@@ -99,6 +104,7 @@ def by_kernel_after_cast(
     bias: torch.Tensor | None,
     in_fp32: bool,
     memory: Memory,
+    length: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, ...]:
     return _launch(x, x.float().norm(2.0, 1, keepdim=True), scale, gamma, bias, memory)
 
@@ -126,6 +132,7 @@ def _reason_against(
     bias: torch.Tensor | None,
     in_fp32: bool,
     memory: Memory,
+    length: torch.Tensor | None = None,
 ) -> str | None:
     if not kernels.is_usable(x.device):
         return "Triton is not installed"
@@ -153,7 +160,8 @@ def _(
     bias: torch.Tensor | None,
     in_fp32: bool,
     memory: Memory,
+    length: torch.Tensor | None = None,
 ) -> str | None:
-    if not in_fp32 or x.dtype == torch.float32:
+    if not in_fp32 or x.dtype == torch.float32 or length is not None:
         return "nothing is cast"
     return _reason_against(x, norm, scale, gamma, bias, in_fp32, memory)
