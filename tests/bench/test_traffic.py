@@ -131,3 +131,32 @@ def test_a_block_moves_few_bytes_between_its_products(name, version, stock_bytes
     assert calls.total() <= 12
     assert calls["residual norm"] == 2
     assert calls["RMS norms and rotary embedding of queries and keys"] == (3 if version == "2.8.0" else 2)
+
+
+@pytest.mark.skipif(not hasattr(diffusers, "AutoencoderKLWan"), reason="no Wan")
+@pytest.mark.parametrize(("dtype", "stock_passes", "most"), [(torch.float32, 43.1, 13.1), (torch.bfloat16, 61.2, 13.2)])
+def test_a_residual_block_of_the_autoencoder_makes_few_passes(dtype, stock_passes, most):
+    """Over its hidden state, beside what its two convolutions read and write: in the last blocks of a decoder."""
+    pytest.importorskip("triton")
+    with META:
+        vae = diffusers.AutoencoderKLWan().eval()
+    torch.nn.Module.to(vae, dtype=dtype)
+    block = vae.decoder.up_blocks[-1].resnets[-1]
+    x = torch.empty(1, block.in_dim, 4, 480, 832, device=META, dtype=dtype)
+
+    def passes():
+        vae.clear_cache()
+        with on_paper() as calls:
+            block(torch.empty_like(x[:, :, :1]), vae._feat_map, [0])
+            block(torch.empty_like(x), vae._feat_map, [0])
+            calls.clear()
+            block(torch.empty_like(x), vae._feat_map, [0])
+        assert sum(call.flops > 0 for call in calls) == 2
+        return sum(call.bytes for call in calls if not call.flops) / x.nbytes
+
+    with torch.no_grad():
+        stock = passes()
+        with wan_patches.enabled(["vae"]):
+            found = passes()
+    assert round(stock, 1) == stock_passes
+    assert found <= most

@@ -60,7 +60,7 @@ def test_activations_come_before_history_and_border(small_pieces, monkeypatch):
         return window[:, :, 2:, 1:-1, 1:-1].clone()
 
     for chunk in chunks:
-        caches.convolve(0, chunk, convolution, (1, 1), activation=lambda piece: piece + 3)
+        caches.convolve(0, chunk, convolution, (1, 1), activation=lambda piece, *memory: piece + 3)
     wanted = list(_joined(chunks, lambda video: video + 3))
     wanted[0][:, :, :2] = 0
     assert all(torch.equal(window, expected) for window, expected in zip(seen, wanted))
@@ -84,7 +84,7 @@ def test_bands_equal_whole_frames(height, least, overwrite, channels, monkeypatc
         return F.conv3d(window, weight)
 
     for chunk, add in zip(chunks, added):
-        options = {"activation": lambda piece: piece * 2, "add": add}
+        options = {"activation": lambda piece, *memory: piece * 2, "add": add}
         wanted = whole.convolve(0, chunk, convolution, (1, 1), **options)
         calls.clear()
         given = chunk.clone()
@@ -109,22 +109,50 @@ def test_memory_is_shared_and_grows_once():
     assert caches.shared((6, 6), like).shape == (6, 6)
 
 
+@pytest.mark.parametrize("lengths", [(1, 4, 4), (1, 1, 1, 2, 1), (4, 2, 1, 3), (2,)])
+@pytest.mark.parametrize("writes", [(True,), (False, True)])
+def test_activations_may_write_window_and_history_themselves(lengths, writes, monkeypatch):
+    """Always, or in every second call, as after a call in which a kernel is compared."""
+    monkeypatch.setattr(vae, "_pieces", lambda x: [(slice(0, x.shape[2]), slice(0, x.shape[3]))])
+    chunks = [torch.randn(1, 3, frames, 7, 6) for frames in lengths]
+    caches, other, turn = FrameCaches(1), FrameCaches(1), itertools.cycle(writes)
+
+    def activation(piece, place, last):
+        if not next(turn):
+            return piece + 3
+        place.copy_(piece + 3)
+        if last is not None:
+            last.copy_(place[:, :, -last.shape[2] :])
+        return place
+
+    for chunk in chunks:
+        given = activation, lambda piece, *memory: piece + 3
+        ours, theirs = (
+            found.convolve(0, chunk, torch.clone, (1, 1), activation=way) for found, way in zip((caches, other), given)
+        )
+        assert torch.equal(ours, theirs)
+        assert torch.equal(caches[0], other[0])
+
+
+@pytest.mark.parametrize("way", [vae._upsample_by_rows, vae._upsample_at_once])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(1, 2, 3, 4, 5), (2, 3, 1, 1), (1, 1, 7, 9)])
-def test_upsample_is_nearest_exact(dtype, shape):
+def test_upsample_is_nearest_exact(dtype, shape, way):
     x = torch.randn(shape).to(dtype)
     x.view(-1)[0] = float("nan")
     out = torch.full((*shape[:-2], 2 * shape[-2], 2 * shape[-1]), 7, dtype=dtype)
-    assert upsample(x, out) is out
+    assert way(x, out) is out
     images = x.float().reshape(-1, 1, *shape[-2:])
     wanted = torch.nn.Upsample(scale_factor=(2.0, 2.0), mode="nearest-exact")(images).to(dtype).view(out.shape)
     assert torch.equal(out.nan_to_num(9), wanted.nan_to_num(9))
 
 
-def test_upsample_takes_any_strides():
+@pytest.mark.parametrize("way", [vae._upsample_by_rows, vae._upsample_at_once])
+def test_upsample_takes_any_strides(way):
     x = torch.randn(2, 3, 4, 5).transpose(2, 3)
-    out = torch.empty(2, 3, 10, 8)
-    assert torch.equal(upsample(x, out), upsample(x.contiguous(), torch.empty(2, 3, 10, 8)))
+    expected = upsample(x.contiguous(), torch.empty(2, 3, 10, 8))
+    assert torch.equal(way(x, torch.empty(2, 3, 10, 8)), expected)
+    assert torch.equal(way(x, torch.empty(2, 10, 8, 3).movedim(-1, 1)), expected)
 
 
 def test_interleave_takes_one_frame_of_each_half_in_turn():

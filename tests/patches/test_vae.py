@@ -7,7 +7,9 @@ import gc
 import itertools
 import logging
 import pickle
+import sys
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -104,6 +106,59 @@ def taken(monkeypatch):
 def test_decode_and_encode_are_bit_identical(kind, dtype, frames):
     vae = _build(KINDS[kind], dtype)
     _compare(vae, _latents(vae, frames, 5, 4), _video(vae, 4 * frames - 3, 5, 4))
+
+
+@pytest.fixture
+def as_on_gpus(as_on_cuda, monkeypatch):
+    """The layers take the way of GPUs, on the CPU, with torch's arithmetic in the place of kernels."""
+
+    def norm_silu(x, length, scale, gamma, bias, out, last):
+        value = (x / length.clamp_min(1e-12)).to(x.dtype) * scale * gamma
+        out.copy_(torch.nn.functional.silu(value + (0.0 if bias is None else bias)))
+        if last is not None:
+            last.copy_(out[:, :, -last.shape[2] :])
+
+    def add_bias_and_residual(y, bias, shortcut):
+        y += bias.view(-1, 1, 1, 1)
+        y += shortcut
+
+    def add_bias_and_measure(y, bias, dtype):
+        y += bias.view(-1, 1, 1, 1)
+        return torch.linalg.vector_norm(y, 2.0, 1, keepdim=True, dtype=dtype)
+
+    of_modules = {
+        "norm_silu": norm_silu,
+        "residual_convolution": add_bias_and_residual,
+        "normed_convolution": add_bias_and_measure,
+    }
+    for name, kernel in of_modules.items():
+        module = SimpleNamespace(**{kernel.__name__: kernel})
+        monkeypatch.setitem(sys.modules, f"wan_patches.ops.triton.{name}", module)
+    monkeypatch.setattr(torch.Tensor, "is_cpu", False)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("frames", [3, 1])
+@pytest.mark.parametrize("gate", [False, True])
+def test_the_way_of_gpus_is_bit_identical(kind, frames, gate, request):
+    """Without a gate, where biases are zero: a CPU's library adds others in another order."""
+    vae = _build({**KINDS[kind], "base_dim": 64})
+    if not gate:
+        for module in vae.modules():
+            if isinstance(module, torch.nn.Conv3d):
+                torch.nn.init.zeros_(module.bias)
+    latents, video = _latents(vae, frames, 5, 4), _video(vae, 4 * frames - 3, 3, 3)
+    stock = _both(vae, latents, video)
+    request.getfixturevalue("as_on_gpus")
+    with wan_patches.enabled(["vae"], strict=True, gate=gate):
+        tally.reset()
+        first, second = _both(vae, latents, video), _both(vae, latents, video)
+    assert all(_same(ours, theirs) for ours, theirs in zip((*first, *second), stock * 2, strict=True))
+    ran = {way.op: way.form for way in tally.counted() if "kernel" in way.form}
+    assert "RMS norm + SiLU" in ran
+    if not gate:
+        assert len(ran) == 3
 
 
 @pytest.mark.usefixtures("one_thread")

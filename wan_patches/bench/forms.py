@@ -397,11 +397,14 @@ def _for_norm_silu(shape: tuple[int, ...], device: torch.device, dtype: torch.dt
 
     norm = WanRMS_norm(shape[1], images=False).to(device, dtype)
     plain = functools.partial(_plain_norm, norm)
+    x = torch.randn(shape, device=device, dtype=dtype)
+    window = torch.zeros(*shape[:3], shape[3] + 2, shape[4] + 2, device=device, dtype=dtype)
     return (
-        torch.randn(shape, device=device, dtype=dtype),
+        x,
         plain,
         norm.scale,
         norm.gamma.data,
         None,
         _normalizes_in_fp32(WanRMS_norm),
+        norm_silu.Memory(window[..., 1:-1, 1:-1], torch.empty_like(x[:, :, -2:])),
     )

@@ -25,7 +25,10 @@ from wan_patches.bindings.stock_functions import (
     is_library_function,
     is_watched,
 )
-from wan_patches.ops.norm_silu import norm_silu
+from wan_patches.ops import triton as kernels
+from wan_patches.ops.norm_silu import Memory, norm_silu
+from wan_patches.ops.normed_convolution import normed_convolution
+from wan_patches.ops.residual_convolution import residual_convolution
 from wan_patches.ops.vae import HISTORY, FrameCaches, in_steps, interleave, is_channels_last, upsample, upsampled_bands
 from wan_patches.ops.vae_division import (
     ROWS,
@@ -189,8 +192,10 @@ def residual_block(
     if not _noted("residual block", _reason_against_caches(feat_cache)):
         return stock(block, x, feat_cache, feat_idx)
     shortcut = x if block.in_dim == block.out_dim else convolution(block.conv_shortcut)(x)
-    y = _causal(block.conv1, feat_cache, feat_idx, x, norm=block.norm1)
-    return _causal(block.conv2, feat_cache, feat_idx, y, norm=block.norm2, add=shortcut, overwrite=True)
+    lengths: list[torch.Tensor] = []
+    y = _causal(block.conv1, feat_cache, feat_idx, x, norm=block.norm1, normed_next=(block.norm2, lengths))
+    length = lengths[0] if lengths else None
+    return _causal(block.conv2, feat_cache, feat_idx, y, block.norm2, length, add=shortcut, overwrite=True)
 
 
 def resample(
@@ -225,18 +230,47 @@ def unchanged(x: torch.Tensor, feat_cache: Any) -> torch.Tensor:
 
 
 def _causal(
-    conv: Any, caches: FrameCaches, index: list[int], x: torch.Tensor, norm: Any = None, **options: Any
+    conv: Any,
+    caches: FrameCaches,
+    index: list[int],
+    x: torch.Tensor,
+    norm: Any = None,
+    length: torch.Tensor | None = None,
+    normed_next: tuple[Any, list[torch.Tensor]] | None = None,
+    **options: Any,
 ) -> torch.Tensor:
-    """Applies a causal convolution of three taps in time, preceded by a norm and SiLU if given."""
+    """Applies a causal convolution of three taps in time, preceded by a norm and SiLU if given.
+
+    Args:
+        length: the lengths of `x` over its channels, if they are known.
+        normed_next: a norm of the result, and a list that gets the lengths of the result if a kernel can use them.
+    """
     _, left, _, above, _, _ = conv._padding
-    activation = None if norm is None else functools.partial(_normed, norm)
+    activation = None if norm is None else functools.partial(_normed, norm, length)
     index[0] += 1
     position = index[0] - 1
     convolve, history = convolution(conv), HISTORY
     if x.is_cpu and x.shape[2] == 1 and caches[position] is None and _convolves_first(conv, x):
         convolve, history = convolution_of_first(conv), 0
+    elif not x.is_cpu and (shortcut := options.pop("add", None)) is not None:
+        convolve = functools.partial(_convolved_and_added, conv, shortcut)
+    elif normed_next is not None and kernels.is_usable(x.device):
+        convolve = functools.partial(_convolved_and_measured, conv, *normed_next)
     padding = above, left
     return caches.convolve(position, x, convolve, padding, history=history, activation=activation, **options)
+
+
+def _convolved_and_added(conv: Any, shortcut: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Applies a convolution to all rows of `x`, already padded, and adds a shortcut."""
+    return residual_convolution(x, conv.weight, conv.bias, shortcut, conv.stride, conv.dilation, conv.groups)
+
+
+def _convolved_and_measured(conv: Any, norm: Any, lengths: list[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """Applies a convolution to all rows of `x`, already padded, and appends the lengths of the result."""
+    in_fp32 = _normalizes_in_fp32(norm.__class__)
+    y, length = normed_convolution(x, conv.weight, conv.bias, conv.stride, conv.dilation, conv.groups, in_fp32)
+    lengths.append(length)
+    return y
 
 
 def _convolves_first(conv: Any, x: torch.Tensor) -> bool:
@@ -249,13 +283,16 @@ def _convolves_first(conv: Any, x: torch.Tensor) -> bool:
     return found
 
 
-def _normed(norm: Any, x: torch.Tensor) -> torch.Tensor:
-    """Applies an RMS norm and SiLU."""
+def _normed(
+    norm: Any, length: torch.Tensor | None, x: torch.Tensor, place: torch.Tensor, last: torch.Tensor | None
+) -> torch.Tensor:
+    """Applies an RMS norm and SiLU: an `Activation` for each norm and the lengths of `x`, if they are known."""
     if x.is_cpu:
         return F.silu(norm(x), inplace=True)
     bias = norm.bias if isinstance(norm.bias, torch.Tensor) else None
     plain = functools.partial(_plain_norm, norm)
-    return norm_silu(x, plain, norm.scale, norm.gamma, bias, _normalizes_in_fp32(norm.__class__))
+    in_fp32 = _normalizes_in_fp32(norm.__class__)
+    return norm_silu(x, plain, norm.scale, norm.gamma, bias, in_fp32, Memory(place, last), length)[0]
 
 
 def _plain_norm(norm: Any, x: torch.Tensor, gamma: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

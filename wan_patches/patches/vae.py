@@ -70,7 +70,7 @@ def _patch(module: str, model: str, residual: bool) -> Patch:
         },
         implementations={
             "CPUs": "norms a few rows at a time, shared windows, two frames a step and first frames alone if exact",
-            "CUDA with Triton": "shared windows, and norm and SiLU in a kernel",
+            "CUDA with Triton": "kernels: norm and SiLU into shared windows, biases with lengths or residuals",
             "other devices": "shared windows in place of joined, padded and cloned tensors",
         },
         requires=relied_on(module, *(prefix + name for name in _RELIED_ON), *blocks, *shortcuts),
