@@ -33,5 +33,6 @@ def test_every_step_runs_and_the_report_says_so(names, tmp_path, monkeypatch):
     rows = json.loads((tmp_path / "kernels.json").read_text())["rows"]
     importlib.import_module("wan_patches.bench.forms")  # declares the ops
     with_kernels = {op.name for op in ops() if any(form.device == "cuda" for form in op.forms)}
+    with_kernels -= {"convolution + lengths", "convolution + residual"}  # mostly the convolution, no copy of memory
     assert {row["op"] for row in rows if row["kernels"]} == with_kernels
     assert all(row["gb"] > 0 and row["copy_gb_s"] > 0 for row in rows if row["form"])
