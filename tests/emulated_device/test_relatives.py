@@ -121,12 +121,25 @@ def test_a_model_with_an_image_does_not_ask_whether_it_has_one(is_absent, device
             result = pipe.transformer(**given)[0]
         return device.waits().total(), result.cpu()
 
+    def of_first_block():
+        """What the blocks are given; attention hides invalid tokens from the result."""
+        given_to_block = []
+        block = pipe.transformer.transformer_blocks[0]
+        hook = block.register_forward_pre_hook(lambda _, args: given_to_block.extend(args))
+        forward()
+        hook.remove()
+        return [value.cpu() for value in given_to_block if isinstance(value, torch.Tensor)]
+
     waits, stock = forward()
+    expected = of_first_block()
     with wan_patches.enabled():
         forward()
         waits_patched, patched = forward()
+        found = of_first_block()
     assert torch.equal(stock, patched)
     assert (waits, waits_patched) == (13, 0)
+    assert len(expected) == 4
+    assert all(map(torch.equal, found, expected))
 
 
 @pytest.mark.parametrize("name", [name for name in ("cogview4", "glm_image") if name in available()])

@@ -87,17 +87,9 @@ def _share_memory_with_the_interpreter() -> None:
 
 
 def _round_to_nearest() -> None:
-    """The interpreter cuts digits off where it makes bf16 of fp32; GPUs round to the nearest, like torch."""
-    import torch
-    import triton.language as tl
-    from triton.runtime import interpreter
+    sys.path.append(str(Path(__file__).parents[1] / "ops" / "triton" / "interpreted"))
+    from rounding import rounding
+    from triton.runtime.interpreter import InterpreterBuilder
 
-    cast: Any = interpreter.InterpreterBuilder.cast_impl
-
-    def rounding(self: Any, source: Any, to: Any) -> Any:
-        if (source.dtype.scalar, to.scalar) != (tl.float32, tl.bfloat16):
-            return cast(self, source, to)
-        rounded = torch.tensor(source.data).bfloat16().view(torch.uint16).numpy()
-        return interpreter.TensorHandle(rounded, to.scalar)
-
-    interpreter.InterpreterBuilder.cast_impl = rounding
+    builder: Any = InterpreterBuilder
+    builder.cast_impl = rounding(builder.cast_impl)

@@ -137,6 +137,15 @@ def test_form_is_used_only_if_it_is_confirmed(confirmation, reason, fake_acceler
     assert form.function.calls == (1 if reason else 3)
 
 
+def test_confirmation_is_asked_about_values_that_tell_something(fake_accelerator):
+    """Of zeros, which any form could compute, the gate tries random ones."""
+    add, form, _ = made(lambda x: 1 + x)
+    form.confirms(lambda x: bool((x == 0).all()))
+    add(torch.zeros(64))
+    (verdict,) = gate.verdicts()
+    assert not verdict.exact
+
+
 def test_forms_are_for_devices(monkeypatch):
     add, _, _ = made(plus_one, device="cpu")
     others = {device: add.form(str(device), device)(Counted(plus_one)) for device in ("cuda", "npu", ACCELERATOR, None)}

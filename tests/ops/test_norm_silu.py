@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
 import torch.nn.functional as F
 
-from wan_patches.bindings.vae import _normalizes_in_fp32, _plain_norm
+from wan_patches.bindings.vae import _normalizes_in_fp32, channel_norm
 from wan_patches.ops import norm_silu as op
 from wan_patches.patching.fidelity import gate
 
@@ -36,13 +34,11 @@ def assert_same(result, expected):
 
 def call(norm, x, kept=2):
     """The result, which is written to the inside of a window, and the last frames beside it."""
-    bias = norm.bias if isinstance(norm.bias, torch.Tensor) else None
-    plain = partial(_plain_norm, norm)
     window = F.pad(torch.zeros_like(x), (1, 1) * (x.dim() - 3))
     frames = window[..., 1:-1, 1:-1] if x.dim() == 5 else window[..., 1:-1]
     last = torch.empty_like(frames[:, :, -kept:], memory_format=torch.contiguous_format) if kept else None
     memory = op.Memory(frames, last)
-    found = op.norm_silu(x, plain, norm.scale, norm.gamma, bias, _normalizes_in_fp32(type(norm)), memory)
+    found = op.norm_silu(x, channel_norm(norm), memory)
     assert len(found) == (2 if kept else 1)
     if kept:
         assert_same(found[1], found[0][:, :, -kept:])

@@ -393,18 +393,10 @@ def _to_floats(size: tuple[int, int, int]) -> Callable[[torch.device, torch.dtyp
 def _for_norm_silu(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
     from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm
 
-    from wan_patches.bindings.vae import _normalizes_in_fp32, _plain_norm
+    from wan_patches.bindings.vae import channel_norm
 
     norm = WanRMS_norm(shape[1], images=False).to(device, dtype)
-    plain = functools.partial(_plain_norm, norm)
     x = torch.randn(shape, device=device, dtype=dtype)
     window = torch.zeros(*shape[:3], shape[3] + 2, shape[4] + 2, device=device, dtype=dtype)
-    return (
-        x,
-        plain,
-        norm.scale,
-        norm.gamma.data,
-        None,
-        _normalizes_in_fp32(WanRMS_norm),
-        norm_silu.Memory(window[..., 1:-1, 1:-1], torch.empty_like(x[:, :, -2:])),
-    )
+    memory = norm_silu.Memory(window[..., 1:-1, 1:-1], torch.empty_like(x[:, :, -2:]))
+    return x, channel_norm(norm.requires_grad_(False)), memory

@@ -10,6 +10,7 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import re
 import shlex
@@ -427,10 +428,7 @@ def _subject(row: Mapping[str, Any]) -> str:
 
 
 def _elements(row: Mapping[str, Any]) -> int:
-    elements = 1
-    for size in row["shape"].split("x"):
-        elements *= int(size)
-    return elements
+    return math.prod(map(int, row["shape"].split("x")))
 
 
 def _of_operations(name: str, rows: list[dict[str, Any]], is_timed: bool) -> Iterator[Verdict]:

@@ -26,7 +26,8 @@ from wan_patches.bindings.stock_functions import (
     is_watched,
 )
 from wan_patches.ops import triton as kernels
-from wan_patches.ops.norm_silu import Memory, norm_silu
+from wan_patches.ops.convolution import Convolution
+from wan_patches.ops.norm_silu import ChannelNorm, Memory, norm_silu
 from wan_patches.ops.normed_convolution import normed_convolution
 from wan_patches.ops.residual_convolution import residual_convolution
 from wan_patches.ops.vae import HISTORY, FrameCaches, in_steps, interleave, is_channels_last, upsample, upsampled_bands
@@ -262,13 +263,12 @@ def _causal(
 
 def _convolved_and_added(conv: Any, shortcut: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Applies a convolution to all rows of `x`, already padded, and adds a shortcut."""
-    return residual_convolution(x, conv.weight, conv.bias, shortcut, conv.stride, conv.dilation, conv.groups)
+    return residual_convolution(x, Convolution.of(conv), shortcut)
 
 
 def _convolved_and_measured(conv: Any, norm: Any, lengths: list[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     """Applies a convolution to all rows of `x`, already padded, and appends the lengths of the result."""
-    in_fp32 = _normalizes_in_fp32(norm.__class__)
-    y, length = normed_convolution(x, conv.weight, conv.bias, conv.stride, conv.dilation, conv.groups, in_fp32)
+    y, length = normed_convolution(x, Convolution.of(conv), _normalizes_in_fp32(norm.__class__))
     lengths.append(length)
     return y
 
@@ -289,10 +289,14 @@ def _normed(
     """Applies an RMS norm and SiLU: an `Activation` for each norm and the lengths of `x`, if they are known."""
     if x.is_cpu:
         return F.silu(norm(x), inplace=True)
+    return norm_silu(x, channel_norm(norm), Memory(place, last), length)[0]
+
+
+def channel_norm(norm: Any) -> ChannelNorm:
+    """Returns an autoencoder's RMS norm as `norm_silu` takes it."""
     bias = norm.bias if isinstance(norm.bias, torch.Tensor) else None
     plain = functools.partial(_plain_norm, norm)
-    in_fp32 = _normalizes_in_fp32(norm.__class__)
-    return norm_silu(x, plain, norm.scale, norm.gamma, bias, in_fp32, Memory(place, last), length)[0]
+    return ChannelNorm(plain, norm.scale, norm.gamma, bias, _normalizes_in_fp32(norm.__class__))
 
 
 def _plain_norm(norm: Any, x: torch.Tensor, gamma: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -65,8 +65,8 @@ class Trial:
         return reason
 
     def why_unconfirmed(self, confirmation: Callable[..., bool]) -> str:
-        """Returns why `confirmation` of these arguments fails, or an empty string."""
-        is_confirmed, reason = attempt(confirmation, self._args)
+        """Returns why `confirmation` of what `failure` compared fails, or an empty string."""
+        is_confirmed, reason = attempt(confirmation, self._tried)
         return reason if reason or is_confirmed else _DIFFERS[self._fidelity]
 
     def result(self) -> Any:

@@ -8,53 +8,36 @@ On CUDA, ATen adds the bias of a cuDNN convolution in a pass of its own: a kerne
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from wan_patches.ops import triton as kernels
+from wan_patches.ops.convolution import Convolution
 from wan_patches.ops.dispatch import op
-
-_Sizes = tuple[int, ...]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _GRID = 65535  # blocks along the second axis of a launch
 
 
 @op("convolution + residual")
-def residual_convolution(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    shortcut: torch.Tensor,
-    stride: _Sizes,
-    dilation: _Sizes,
-    groups: int,
-) -> torch.Tensor:
+def residual_convolution(x: torch.Tensor, convolution: Convolution, shortcut: torch.Tensor) -> torch.Tensor:
     """Returns the convolution of `x`, which is already padded, plus `shortcut`.
 
     Args:
         x: `(batch, channels, frames, height, width)`.
-        weight, bias, stride, dilation, groups: as in `torch.nn.functional.conv3d`.
+        convolution: its parameters.
         shortcut: like the result, any strides.
     """
-    y = F.conv3d(x, weight, bias, stride, 0, dilation, groups)
+    y = convolution(x)
     y += shortcut
     return y
 
 
 @residual_convolution.form("bias and residual in one kernel", device="cuda")
-def by_kernel(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    shortcut: torch.Tensor,
-    stride: _Sizes,
-    dilation: _Sizes,
-    groups: int,
-) -> torch.Tensor:
+def by_kernel(x: torch.Tensor, convolution: Convolution, shortcut: torch.Tensor) -> torch.Tensor:
     from wan_patches.ops.triton.residual_convolution import add_bias_and_residual
 
+    bias = convolution.bias
     assert bias is not None
-    y = F.conv3d(x, weight, None, stride, 0, dilation, groups)
+    y = convolution(x, biased=False)
     if not y.is_contiguous():  # cuDNN chose otherwise
         y += bias.view(-1, 1, 1, 1)
         y += shortcut
@@ -64,19 +47,12 @@ def by_kernel(
 
 
 @by_kernel.refuses
-def _(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    shortcut: torch.Tensor,
-    stride: _Sizes,
-    dilation: _Sizes,
-    groups: int,
-) -> str | None:
+def _(x: torch.Tensor, convolution: Convolution, shortcut: torch.Tensor) -> str | None:
+    weight, bias, *_ = convolution
     if bias is None:
         return "there is no bias"
-    if not kernels.is_usable(x.device):
-        return "Triton is not installed"
+    if (reason := kernels.why_unusable(x.device)) is not None:
+        return reason
     if x.dtype not in _DTYPES or any(part.dtype != x.dtype for part in (weight, bias, shortcut)):
         return "the dtypes do not fit"
     if not (bias.is_contiguous() and shortcut.is_contiguous()):

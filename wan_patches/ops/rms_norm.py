@@ -207,16 +207,7 @@ def in_one(
     return q, k
 
 
-@in_one.confirms
-def _(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    weights: tuple[torch.Tensor, torch.Tensor],
-    eps: tuple[float, float],
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-) -> bool:
-    return all(map(_has_its_order, (query, key), weights, eps))
+in_one.confirms(lambda query, key, weights, eps, *tables: all(map(_has_its_order, (query, key), weights, eps)))
 
 
 def _has_its_order(x: torch.Tensor, weight: torch.Tensor, eps: float) -> bool:

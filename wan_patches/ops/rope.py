@@ -161,11 +161,8 @@ def why_no_rows(x: torch.Tensor, *tables: torch.Tensor) -> str | None:
         return "the tables are not one for each token"
     if len({table.shape[2] for table in tables}) > 1 or tables[0].shape[2] not in (1, heads):
         return "the tables are not one for each token"
-    return (
-        None
-        if _step(seq, heads, _computed(dim), torch.get_num_threads()) > 0
-        else "a token is too large for one thread"
-    )
+    step = _step(seq, heads, _computed(dim), torch.get_num_threads())
+    return None if step > 0 else "a token is too large for one thread"
 
 
 @apply_rotary_emb.form("npu_rotary_mul", device="npu")

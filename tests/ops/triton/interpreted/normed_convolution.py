@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from comparing import same
 
 from wan_patches.ops import normed_convolution as ops
+from wan_patches.ops.convolution import Convolution
 from wan_patches.ops.triton.normed_convolution import add_bias_and_measure
 from wan_patches.patching.fidelity import gate
 
@@ -85,14 +86,15 @@ def as_aten(as_on_cuda, monkeypatch):
     def norm(y, *_, **__):
         return lengths(y).to(y.dtype)
 
-    monkeypatch.setattr(ops.F, "conv3d", biased)
+    monkeypatch.setattr(F, "conv3d", biased)
     monkeypatch.setattr(torch.Tensor, "norm", norm)
     monkeypatch.setattr(torch.linalg, "vector_norm", lambda y, *_, **__: lengths(y))
 
 
 def arguments(dtype, channels=64, bias=True):
     x, weight = torch.randn(1, 4, 3, 10, 22).to(dtype), torch.randn(channels, 4, 3, 3, 3).to(dtype)
-    return x, weight, torch.randn(channels).to(dtype) if bias else None, (1, 1, 1), (1, 1, 1), 1, True
+    bias = torch.randn(channels).to(dtype) if bias else None
+    return x, Convolution(weight, bias, (1, 1, 1), (1, 1, 1), 1), True
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
